@@ -1,0 +1,37 @@
+# Thin on purpose: each target builds .venv by itself when it is missing or stale.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-all check clean
+
+PYTHON ?= python3
+STAMP := .venv/.stamp
+RUN := .venv/bin/
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11; name another with make PYTHON=python3.12"; exit 1; }
+	@echo "building .venv (once; a few minutes, most of it torch)"
+	@rm -rf .venv && $(PYTHON) -m venv .venv
+	@$(RUN)python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## prune SmolLM2-135M 2:4 with every method and print the comparison (offline models and data are fetched once)
+	@$(RUN)dass-exp sweeps=demo
+
+test: $(STAMP)  ## the tests: CPU, offline once the assets are there, some minutes
+	@$(RUN)python -m dass_exp.assets
+	@HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false $(RUN)python -m pytest -m 'not slow'
+
+test-all: $(STAMP)  ## the tests and the slow ones
+	@$(RUN)python -m dass_exp.assets --all
+	@HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false $(RUN)python -m pytest
+
+check: $(STAMP)  ## lint, formatting, types
+	@$(RUN)ruff check .
+	@$(RUN)ruff format --check .
+	@$(RUN)mypy
+
+clean:  ## remove .venv and what tools leave behind; results stay
+	@rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,85 @@
+"""The command ``dass-exp``: Hydra composes, we validate and run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from dass_exp.paths import project_root
+
+os.environ.setdefault("DASS_EXP_ROOT", str(project_root()))  # conf/config.yaml finds sweeps/ by it
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the libraries below; ours say what a run is doing
+
+import hydra  # noqa: E402 - the environment must be set before libraries read it
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
+from hydra.types import RunMode  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+
+from dass_exp.config import register, validate  # noqa: E402
+from dass_exp.errors import NumericalError, UserError  # noqa: E402
+from dass_exp.report.callback import Sweep, note_cell  # noqa: E402
+from dass_exp.report.console import Watch, show  # noqa: E402
+from dass_exp.run import Outcome, run  # noqa: E402
+
+log = logging.getLogger("dass_exp")
+
+
+class _Progress:
+    """Whether Hydra got as far as our code: until then an exit is about a setting that it refused."""
+
+    started = False
+
+
+@hydra.main(version_base="1.3", config_path=str(project_root() / "conf"), config_name="config")
+def _cell(composed: DictConfig) -> None:
+    _Progress.started = True
+    context = HydraConfig.get()
+    overrides = list(context.overrides.task)
+    try:
+        outcome = run(validate(composed, overrides), Watch())
+    except Exception as error:
+        note_cell(context.runtime.output_dir, {"status": "failed", "overrides": overrides, "error": _line(error)})
+        if context.mode == RunMode.MULTIRUN:  # the other cells go on; the exit code at the end tells
+            log.error("%s: %s", " ".join(overrides), _line(error), exc_info=None if _expected(error) else error)
+            return
+        if _expected(error):
+            log.error("%s", _line(error))
+            raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+        raise
+    _done(outcome, context.runtime.output_dir, overrides, alone=context.mode != RunMode.MULTIRUN)
+
+
+def _done(outcome: Outcome, folder: str, overrides: list[str], alone: bool) -> None:
+    note_cell(folder, {"status": "done", "overrides": overrides, "record": str(outcome.path.resolve())})
+    if alone:
+        show(outcome.record, outcome.dense, outcome.path, outcome.found)
+    else:
+        log.info("%s %s", "found" if outcome.found else "wrote", outcome.path)
+
+
+def _expected(error: Exception) -> bool:
+    return isinstance(error, (UserError, NumericalError))
+
+
+def _line(error: Exception) -> str:
+    kind = "" if _expected(error) else f"{type(error).__name__}: "
+    return kind + " ".join(str(error).split())
+
+
+def main() -> None:
+    """Entry point. Exit code 2: a setting is wrong; 1: a run failed, or cells of a sweep did."""
+    register()
+    try:
+        _cell()
+    except SystemExit as ended:
+        if ended.code == 1 and not _Progress.started:
+            raise SystemExit(2) from None
+        raise
+    if Sweep.failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The Python interface: load, prune and score without Hydra."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from dass_exp import models
+from dass_exp.calibrate import BlockReport, Options, prune_model
+from dass_exp.components import build, choice
+from dass_exp.config import ModelConfig
+from dass_exp.errors import UserError
+from dass_exp.evaluate.perplexity import perplexity as score
+from dass_exp.masks import NM, Pattern, Unstructured
+from dass_exp.methods.base import Pruner
+from dass_exp.verify import Layer, verify
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What :func:`prune` did.
+
+    Args:
+        masks: by linear, bool [out_features, in_features], True where the weight stays.
+        layers: one verified entry per linear: zeros, axis, excess, score range, error of its block.
+    """
+
+    masks: dict[str, Tensor]
+    layers: list[Layer]
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros over the pruned linears."""
+        size = sum(layer.size for layer in self.layers)
+        return sum(layer.zeros for layer in self.layers) / size if size else 0.0
+
+
+def load(path: str = "offline:smollm2_135m", **settings: Any) -> tuple[nn.Module, Any]:
+    """A model and its tokenizer.
+
+    Args:
+        path: hub id, folder, or ``offline:smollm2_135m`` or ``offline:gemma3_270m``.
+        settings: other fields of :class:`dass_exp.config.ModelConfig`: revision, dtype, device, accept_license, ...
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    path = models.OFFLINE + path if path in models.assets.MODELS else path
+    spec = models.identify(ModelConfig(name=path.rsplit("/", 1)[-1], path=path, **settings))
+    return models.load_model(spec), models.load_tokenizer(spec)
+
+
+def prune(  # noqa: PLR0913 - the settings of one pruning
+    model: nn.Module,
+    tokens: Tensor | None = None,
+    method: Pruner | str = "dass",
+    pattern: Pattern | str = "2:4",
+    scope: str = "mlp",
+    batch_size: int = 4,
+) -> Pruned:
+    """Prune a causal language model in place, and verify the result.
+
+    Args:
+        model: a transformers causal language model of a known family.
+        tokens: int64 [sequences, tokens], calibration; magnitude and dense need none.
+        method: dass, wanda, sparsegpt, magnitude, dense, or an instance such as ``Dass(alpha=0.25)``.
+        pattern: ``2:4``, ``4:8``, any ``n:m`` (n kept), ``50%``, or an instance.
+        scope: mlp, attention or all.
+        batch_size: sequences that pass through a block together; it changes no number.
+
+    Raises:
+        UserError: a setting does not fit the model.
+        NumericalError, VerificationError: the method went wrong in the named layer.
+    """
+    masks: dict[str, Tensor] = {}
+    layers: list[Layer] = []
+    chosen, shape = method_of(method), pattern_of(pattern)
+
+    def on_block(report: BlockReport) -> None:
+        layers.extend(verify(report, shape))
+        masks.update({name: cut.keep for name, cut in report.cuts.items()})
+
+    if chosen.uses:
+        prune_model(model, tokens, chosen, shape, Options(scope, batch_size, on_block=on_block))
+    return Pruned(masks, layers)
+
+
+def perplexity(model: nn.Module, tokens: Tensor, context: int | None = None, batch_size: int = 4) -> float:
+    """Perplexity over consecutive windows, each scored on its own; what is left over at the end is dropped.
+
+    Args:
+        model: a transformers causal language model.
+        tokens: int64 [tokens], a stream that is cut into windows of ``context``; or [windows, tokens], taken as they are.
+        context: tokens of a window, needed for a stream.
+        batch_size: windows that pass through the model together.
+
+    Raises:
+        UserError: the stream is shorter than one window, or no context was given for it.
+    """
+    if context is not None:
+        stream = tokens.reshape(-1)
+        count = len(stream) // context if context >= 2 else 0
+        if not count:
+            raise UserError(f"context={context}: expected at least 2 and at most the {len(stream)} tokens at hand")
+        tokens = stream[: count * context].view(count, context)
+    return score(model, tokens, batch_size).value
+
+
+def method_of(method: Pruner | str) -> Pruner:
+    """A method by the name of its file in conf/method, with the settings that stand there; an instance is handed through.
+
+    Raises:
+        UserError: the name is unknown.
+    """
+    if isinstance(method, Pruner):
+        return method
+    return build(choice("method", method), Pruner, "method")
+
+
+def pattern_of(pattern: Pattern | str) -> Pattern:
+    """A pattern from ``2:4``, ``2of4`` or ``50%``; an instance is handed through.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if isinstance(pattern, Pattern):
+        return pattern
+    try:
+        if pattern.endswith("%"):
+            return Unstructured(float(pattern[:-1]) / 100)
+        if pattern == "unstructured":
+            return Unstructured()
+        kept, _, group = pattern.replace("of", ":").partition(":")
+        return NM(int(kept), int(group))
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"pattern={pattern!r}: expected 2:4, 4:8, any n:m, 50%, or an instance of a Pattern") from error

@@ -1,0 +1,128 @@
+"""What a model hands to its decoder blocks, captured without running them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dass_exp.errors import UserError
+
+
+@dataclass
+class Call:
+    """The arguments that the model hands to one block beside the hidden states."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Batch:
+    """A batch of sequences on its way through the model.
+
+    Args:
+        hidden: [sequences, tokens, features], the input of the block that is next.
+        calls: the other arguments, one entry per block: masks and rotary tables can differ from block to block.
+    """
+
+    hidden: Tensor
+    calls: list[Call]
+
+    def through(self, block: nn.Module, index: int) -> Tensor:
+        """The output of block ``index`` for this batch, called as the model calls it; [sequences, tokens, features]."""
+        call = self.calls[index]
+        output = block(self.hidden, *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+def capture(model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor, batch_size: int) -> list[Batch]:
+    """The first block's inputs and every block's arguments, one entry per batch.
+
+    Runs the embedding and whatever else the model does before and between its blocks; the blocks themselves hand their input on.
+
+    Args:
+        model: a transformers causal language model.
+        blocks: its decoder blocks.
+        tokens: int64 [sequences, tokens].
+        batch_size: sequences per batch.
+
+    Raises:
+        UserError: the model does not call each of its blocks once.
+    """
+    device = next(model.parameters()).device
+    trunk = getattr(model, "base_model", model)
+    batches: list[Batch] = []
+    with _recording(blocks) as recorder:
+        for part in tokens.split(batch_size):
+            recorder.hidden, recorder.calls = [], []
+            # a live cache among the arguments would grow at each replay and corrupt the next batch
+            trunk(input_ids=part.to(device), use_cache=False)
+            if len(recorder.calls) != len(blocks):
+                raise UserError(f"the model made {len(recorder.calls)} block calls for its {len(blocks)} blocks; this family is not supported")
+            calls = recorder.calls
+            if batches:
+                calls = [_share_call(call, before) for call, before in zip(calls, batches[-1].calls, strict=True)]
+            batches.append(Batch(recorder.hidden[0], calls))
+    return batches
+
+
+class _Recorder:
+    """Notes each block call and hands the input on, in the type that the model's blocks return."""
+
+    def __init__(self) -> None:
+        self.hidden: list[Tensor] = []
+        self.calls: list[Call] = []
+        self._returns_tuple: bool | None = None
+
+    def stand_in(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A forward that records in the place of ``forward``."""
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            if self._returns_tuple is None:  # one real call tells: older blocks return a tuple, newer ones a tensor
+                self._returns_tuple = isinstance(forward(hidden, *rest, **kwargs), tuple)
+            self.hidden.append(hidden)
+            self.calls.append(Call(rest, dict(kwargs)))
+            return (hidden,) if self._returns_tuple else hidden
+
+        return record
+
+
+@contextmanager
+def _recording(blocks: Sequence[nn.Module]) -> Iterator[_Recorder]:
+    """While it is open, the blocks compute nothing; afterwards each has its own forward back, one set by a hook library included."""
+    recorder = _Recorder()
+    with ExitStack() as stack:
+        for block in blocks:
+            own = block.__dict__.get("forward")
+            stand_in = recorder.stand_in(block.forward)
+            stack.callback(_restore, block, own)
+            block.__dict__["forward"] = stand_in
+        yield recorder
+
+
+def _restore(block: nn.Module, own: Callable[..., Any] | None) -> None:
+    if own is None:
+        block.__dict__.pop("forward", None)
+    else:
+        block.__dict__["forward"] = own
+
+
+def _share_call(call: Call, before: Call) -> Call:
+    """``call`` with each tensor that equals its counterpart in ``before`` replaced by it: masks and rotary tables are held once."""
+    kwargs = {key: _share(value, before.kwargs.get(key)) for key, value in call.kwargs.items()}
+    return Call(_share(call.args, before.args), kwargs)
+
+
+def _share(new: Any, old: Any) -> Any:
+    if isinstance(new, Tensor) and isinstance(old, Tensor):
+        same = new is old or (new.shape == old.shape and new.dtype == old.dtype and torch.equal(new, old))
+        return old if same else new
+    if isinstance(new, tuple) and isinstance(old, tuple) and len(new) == len(old):
+        return tuple(_share(one, other) for one, other in zip(new, old, strict=True))
+    return new

@@ -1,0 +1,104 @@
+"""Build the parts that a config names by ``_target_``. A target is code that runs, so only admitted packages may be named."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import yaml
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from dass_exp.errors import UserError
+from dass_exp.paths import project_root
+
+Part = TypeVar("Part")
+
+
+def admitted_packages(command_line: Sequence[str]) -> frozenset[str]:
+    """Packages whose classes may be built: this one, and those that the user has named.
+
+    Args:
+        command_line: the overrides that were typed. A config file cannot admit anything.
+    """
+    named = os.environ.get("DASS_EXP_PLUGINS", "").replace(",", " ").split()
+    for override in command_line:
+        key, _, value = override.partition("=")
+        if key.lstrip("+") == "plugins":
+            named += "".join(" " if mark in "[],'\"" else mark for mark in value).split()
+    return frozenset({"dass_exp", *named})
+
+
+def check_targets(composed: DictConfig, packages: frozenset[str]) -> None:
+    """See that every ``_target_``, at any depth, is a class of an admitted package.
+
+    Raises:
+        UserError: names the setting and what is admitted. Nothing of a refused package was imported.
+    """
+    for setting, target in _targets(OmegaConf.to_container(composed, resolve=True), ""):
+        if str(target).split(".")[0] not in packages:
+            raise UserError(
+                f"{setting}={target}: a _target_ is code that runs, and its package is not admitted; admitted: {', '.join(sorted(packages))}. "
+                "Name another in DASS_EXP_PLUGINS or with plugins=[...] on the command line"
+            )
+        if locate(setting, target).__module__.split(".")[0] not in packages:  # a module of ours that merely imports it does not admit it
+            raise UserError(f"{setting}={target}: this class belongs to another package; name that package as a plugin")
+
+
+def build(node: Any, kind: type[Part], setting: str) -> Part:
+    """Make the object that a config node, already checked, describes.
+
+    Raises:
+        UserError: its class is not of this kind, or refuses a value.
+    """
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise UserError(f"{setting}={node!r}: expected one of the choices of its config group")
+    if not issubclass(locate(f"{setting}._target_", node["_target_"]), kind):
+        raise UserError(f"{setting}._target_={node['_target_']}: expected a {kind.__name__}")
+    try:
+        return instantiate(node, _convert_="all")  # type: ignore[no-any-return]
+    except InstantiationException as error:
+        cause = error.__cause__
+        raise UserError(str(cause) if isinstance(cause, UserError) else f"{setting}: {cause or error}") from error
+
+
+def choice(group: str, name: str) -> dict[str, Any]:
+    """The content of one file of a config group.
+
+    Raises:
+        UserError: there is no such choice.
+    """
+    folder = project_root() / "conf" / group
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in known:
+        raise UserError(f"{group}={name!r}: expected one of {', '.join(known)}")
+    loaded: dict[str, Any] = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
+    return loaded
+
+
+def locate(setting: str, target: Any) -> type:
+    """The class that a ``_target_`` names.
+
+    Raises:
+        UserError: there is no such class.
+    """
+    module, _, name = str(target).rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{setting}={target}: no such class ({error})") from error
+    if not isinstance(found, type):
+        raise UserError(f"{setting}={target}: expected a class")
+    return found
+
+
+def _targets(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    entries = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in entries:
+        where = f"{path}.{key}" if path else str(key)
+        if key == "_target_":
+            yield where, value
+        yield from _targets(value, where)

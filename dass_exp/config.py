@@ -1,0 +1,177 @@
+"""The typed settings of a run, and their validation. Building or validating settings loads no model and writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from dass_exp import data
+from dass_exp.calibrate import Options
+from dass_exp.components import admitted_packages, build, check_targets, choice
+from dass_exp.errors import UserError, one_of, whole_number
+from dass_exp.masks import Pattern
+from dass_exp.methods.base import Pruner
+from dass_exp.paths import project_root
+from dass_exp.track import Tracker
+
+
+@dataclass
+class ModelConfig:
+    """Which model: ``path`` is a hub id, a folder, or ``offline:NAME``. ``bos`` is auto, never, stream or window."""
+
+    name: str = MISSING
+    path: str = MISSING
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    bos: str = "auto"
+    roles: dict[str, str] | None = None
+    accept_license: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass
+class CalibrationConfig:
+    """Which tokens a method sees. ``batch_size`` sequences pass through a block together; it changes no number."""
+
+    name: str = MISSING
+    text: Any = MISSING
+    sampling: str = "joined"
+    separator: str = "\n\n"
+    num_samples: int = 16
+    seq_len: int = 512
+    batch_size: int = 4
+
+
+@dataclass
+class PerplexityConfig:
+    """Consecutive windows of ``context`` tokens of a text; ``max_windows`` null takes them all."""
+
+    name: str = MISSING
+    text: Any = MISSING
+    context: int = 2048
+    max_windows: int | None = None
+
+
+@dataclass
+class ZeroShotConfig:
+    """Tasks of lm-eval; ``limit`` documents of each, null for all; ``data`` is ``offline`` (assets) or ``hub``."""
+
+    tasks: list[str] = MISSING
+    limit: int | None = None
+    data: str = "hub"
+
+
+@dataclass
+class EvalConfig:
+    """What to score. ``batch_size`` changes no number beyond rounding."""
+
+    name: str = MISSING
+    perplexity: PerplexityConfig | None = None
+    zeroshot: ZeroShotConfig | None = None
+    batch_size: int = 4
+
+
+@dataclass
+class RunConfig:
+    """Everything that defines one run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: Any = MISSING
+    pattern: Any = MISSING
+    scope: str = "mlp"
+    seed: int = 0
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    protocol: Any = MISSING
+    tracker: Any = MISSING
+    sweep: Any = None
+    threads: int | None = None
+    rerun: bool = False
+    save_masks: bool = False
+    results_dir: str = "results"
+    plugins: list[str] = field(default_factory=list)
+
+
+def register() -> None:
+    """Make the schema known to Hydra under the name that conf/config.yaml refers to."""
+    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A validated run: the typed settings and the parts they name."""
+
+    config: RunConfig
+    method: Pruner
+    pattern: Pattern
+    tracker: Tracker
+    calibration_text: data.Text
+    cut: data.Cut
+    evaluation_text: data.Text | None
+
+
+def validate(composed: DictConfig, command_line: Sequence[str] = ()) -> Settings:
+    """Check every setting that can be checked without the model, and build the parts.
+
+    Args:
+        composed: what Hydra composed.
+        command_line: the overrides that the user typed; only these, and the environment, may admit plugins.
+
+    Raises:
+        UserError: names the setting, its value and what is allowed.
+    """
+    check_targets(composed, admitted_packages(command_line))
+    try:
+        config = OmegaConf.to_object(composed)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key or error.key} has no value; set it on the command line") from error
+    except OmegaConfBaseException as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if not isinstance(config, RunConfig):
+        raise TypeError(f"the composed config is a {type(config).__name__}; conf/config.yaml must list run_schema first")
+    config.model.name = _model_name(config.model)
+    Options(config.scope, config.calibration.batch_size)
+    cut = data.Cut(config.calibration.sampling, config.calibration.num_samples, config.calibration.seq_len, config.calibration.separator)
+    whole_number("seed", config.seed, least=0)
+    if config.threads is not None:
+        whole_number("threads", config.threads, least=1)
+    whole_number("eval.batch_size", config.eval.batch_size, least=1)
+    _check_evaluation(config.eval)
+    scored = config.eval.perplexity
+    return Settings(
+        config=config,
+        method=build(config.method, Pruner, "method"),
+        pattern=build(config.pattern, Pattern, "pattern"),
+        tracker=build(config.tracker, Tracker, "tracker"),
+        calibration_text=build(config.calibration.text, data.Text, "calibration.text"),
+        cut=cut,
+        evaluation_text=build(scored.text, data.Text, "eval.perplexity.text") if scored else None,
+    )
+
+
+def _check_evaluation(evaluation: EvalConfig) -> None:
+    if (scored := evaluation.perplexity) is not None:
+        whole_number("eval.perplexity.context", scored.context, least=2)
+        if scored.max_windows is not None:
+            whole_number("eval.perplexity.max_windows", scored.max_windows, least=1)
+    if (asked := evaluation.zeroshot) is not None:
+        from dass_exp.evaluate import zeroshot
+
+        one_of("eval.zeroshot.data", asked.data, ("offline", "hub"))
+        if asked.limit is not None:
+            whole_number("eval.zeroshot.limit", asked.limit, least=1)
+        zeroshot.check_tasks(asked.tasks, asked.data)
+
+
+def _model_name(model: ModelConfig) -> str:
+    """The name of a model file holds only for the path in that file: with another path the name is made from it."""
+    known = {path.stem for path in (project_root() / "conf" / "model").glob("*.yaml")}
+    if model.name in known and choice("model", model.name).get("path") != model.path:
+        return model.path.rstrip("/").rsplit("/", 1)[-1]
+    return model.name

@@ -1,0 +1,86 @@
+"""Perplexity over token windows, in pure torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dass_exp.errors import NumericalError, UserError
+
+_LOGITS = 1 << 25  # numbers of logits held at once: 128 MiB in float32, whatever the vocabulary
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the total negative log-likelihood over the predicted tokens.
+
+    Args:
+        window_nll: mean negative log-likelihood per predicted token of each window, in nats.
+        predicted: tokens predicted in each window: all but the first.
+    """
+
+    window_nll: list[float]
+    predicted: int
+
+    @property
+    def value(self) -> float:
+        """The perplexity."""
+        return math.exp(math.fsum(self.window_nll) / len(self.window_nll))
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, tokens: Tensor, batch_size: int = 4) -> Perplexity:
+    """Score windows of equal length, each on its own.
+
+    The head runs on a few positions at a time, with the log-softmax in float32: the logits of a batch are never held together.
+
+    Args:
+        model: a transformers causal language model.
+        tokens: int64 [windows, tokens].
+        batch_size: windows that pass through the model together.
+
+    Raises:
+        UserError: a window has fewer than two tokens.
+        NumericalError: a likelihood is not finite.
+    """
+    if tokens.ndim != 2 or tokens.shape[1] < 2:
+        raise UserError(f"tokens of shape {list(tokens.shape)}: expected [windows, tokens] with at least two tokens")
+    device = next(model.parameters()).device
+    trunk, config = getattr(model, "base_model", model), model.config.get_text_config()  # type: ignore[union-attr, operator]
+    head, cap = model.get_output_embeddings(), getattr(config, "final_logit_softcapping", None)  # type: ignore[operator]
+    training = model.training
+    model.eval()
+    try:
+        window_nll: list[float] = []
+        for part in tokens.split(batch_size):
+            ids = part.to(device)
+            hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+            losses = _losses(head, hidden.reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1), cap)
+            window_nll += losses.view(len(ids), -1).double().mean(1).tolist()
+    finally:
+        model.train(training)
+    if not all(map(math.isfinite, window_nll)):
+        raise NumericalError("perplexity: the model's logits hold numbers that are not finite")
+    return Perplexity(window_nll, tokens.shape[1] - 1)
+
+
+def _losses(head: nn.Module, hidden: Tensor, targets: Tensor, cap: float | None) -> Tensor:
+    """float32 [positions]: negative log-likelihood of each target.
+
+    Args:
+        head: maps features to the vocabulary.
+        hidden: [positions, features].
+        targets: int64 [positions].
+        cap: soft cap of the logits (Gemma 2), or None.
+    """
+    rows = max(1, _LOGITS // head.weight.shape[0])
+    losses = []
+    for start in range(0, len(hidden), rows):
+        logits = head(hidden[start : start + rows]).float()
+        if cap:
+            logits = torch.tanh_(logits.div_(cap)).mul_(cap)
+        losses.append(nn.functional.cross_entropy(logits, targets[start : start + rows], reduction="none"))
+    return torch.cat(losses)

@@ -1,0 +1,72 @@
+"""The key of a record: a hash of the settings that can change a number, in canonical form, without those that the method ignores."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+from dass_exp import assets
+from dass_exp.calibrate import ENGINE_VERSION
+from dass_exp.config import Settings
+from dass_exp.evaluate import EVALUATION_VERSION
+from dass_exp.evaluate.zeroshot import lm_eval_version
+from dass_exp.masks import Pattern
+from dass_exp.models import ModelSpec
+
+
+def key_of(settings: Settings, spec: ModelSpec, bos: str) -> str:
+    """16 hex digits: equal for runs that must give equal numbers, whatever machine or folder they ran in.
+
+    Batch sizes, threads, tracker, launcher and folders do not enter.
+    """
+    canonical = json.dumps(identity_of(settings, spec, bos), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def identity_of(settings: Settings, spec: ModelSpec, bos: str) -> dict[str, Any]:
+    """What the key hashes, for a reader who asks why two keys differ."""
+    config, method = settings.config, settings.method
+    identity: dict[str, Any] = {
+        "model": spec.identity,
+        "roles": dict(spec.roles) if spec.roles else None,
+        "dtype": spec.dtype_name,
+        "device": spec.device.type,
+        "bos": bos,
+        "method": {"class": f"{type(method).__module__}.{type(method).__qualname__}", "version": method.version, **method.settings()},
+        "eval": _evaluation(settings),
+    }
+    if method.uses:
+        identity["engine"] = ENGINE_VERSION
+    if "pattern" in method.uses:
+        identity["pattern"] = pattern_settings(settings.pattern)
+    if "scope" in method.uses:
+        identity["scope"] = config.scope
+    if "calibration" in method.uses:
+        identity["calibration"] = {"text": settings.calibration_text.identity, **dataclasses.asdict(settings.cut)}
+        if settings.cut.sampling != "joined":
+            del identity["calibration"]["separator"]
+    if "seed" in method.uses:
+        identity["seed"] = config.seed
+    return identity
+
+
+def pattern_settings(pattern: Pattern) -> dict[str, Any]:
+    """The pattern's own settings and its name: ``2of4`` and ``nm`` with n=2, m=4 are one."""
+    fields = dataclasses.asdict(pattern) if dataclasses.is_dataclass(pattern) and not isinstance(pattern, type) else {}
+    return {"name": pattern.name, **fields}
+
+
+def _evaluation(settings: Settings) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    evaluation, text = settings.config.eval, settings.evaluation_text
+    if evaluation.perplexity is not None and text is not None:
+        scored = evaluation.perplexity
+        found["perplexity"] = {"text": text.identity, "context": scored.context, "max_windows": scored.max_windows}
+    if (asked := evaluation.zeroshot) is not None:
+        data = {task: assets.TASKS[task].sha256 for task in asked.tasks} if asked.data == "offline" else sorted(asked.tasks)
+        found["zeroshot"] = {"tasks": data, "limit": asked.limit, "lm_eval": lm_eval_version()}
+    if found:
+        found["version"] = EVALUATION_VERSION
+    return found

@@ -1,0 +1,179 @@
+"""What a pruning method is: :class:`Pruner` may change weights, :class:`ScorePruner` scores, ranks and cuts."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dass_exp.errors import NumericalError
+from dass_exp.families import Role
+from dass_exp.masks import Pattern
+from dass_exp.stats import Stat
+
+ALL_SETTINGS = frozenset({"pattern", "scope", "calibration", "seed"})
+
+
+class LinearView:
+    """One weight matrix as methods see it: [out_features, in_features], with the statistic of its input.
+
+    Args:
+        name: full module name.
+        role: what the linear does in its block.
+        module: the linear itself.
+        stat: what the engine observed at its input, None for a method that asks for nothing.
+    """
+
+    def __init__(self, name: str, role: Role, module: nn.Linear, stat: Stat | None) -> None:
+        self.name = name
+        self.role = role
+        self._module = module
+        self._stat = stat
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, [out_features, in_features], in the model's dtype; not to be changed in place."""
+        return self._module.weight.detach()
+
+    @property
+    def stat(self) -> Any:
+        """The statistic of the input, of the type that the method asked for."""
+        if self._stat is None:
+            raise LookupError(f"{self.name}: no statistic was collected; set `stat` on the method")
+        return self._stat
+
+    def zero(self, keep: Tensor) -> None:
+        """Set the weights to zero where ``keep`` (bool [out, in]) is False; the others stay as they are, bit for bit."""
+        self._module.weight.data.masked_fill_(~keep, 0)
+
+    def write(self, weight: Tensor) -> None:
+        """Replace the weight by ``weight`` [out, in], rounded to the model's dtype."""
+        self._module.weight.data.copy_(weight)
+
+
+class Block:
+    """The linears of one decoder block that are to be pruned.
+
+    Args:
+        name: full module name of the block.
+        linears: the views in the scope, in the order of the roles.
+    """
+
+    def __init__(self, name: str, linears: Sequence[LinearView]) -> None:
+        self.name = name
+        self.linears = list(linears)
+        self._by_role = {linear.role: linear for linear in linears}
+
+    def stat(self, role: Role) -> Any:
+        """The statistic at the input of the block's linear with this role.
+
+        Raises:
+            LookupError: the role does not lie in the scope.
+        """
+        if role not in self._by_role:
+            raise LookupError(f"{self.name}: role {role.value} does not lie in the scope")
+        return self._by_role[role].stat
+
+
+@dataclass
+class Cut:
+    """What a method did to one linear.
+
+    Args:
+        keep: bool [out, in], True where the weight stays.
+        dim: the axis along which weights competed (0 output, 1 input, None the matrix).
+        low, high: range of the scores.
+        columns: width of the slabs of input columns that were ranked apart, None for the whole matrix.
+        retries: how often damping had to be raised.
+    """
+
+    keep: Tensor
+    dim: int | None
+    low: float
+    high: float
+    columns: int | None = None
+    retries: int = 0
+    seconds: float = 0.0
+
+
+class Pruner(ABC):
+    """A one-shot pruning method; subclasses are dataclasses whose fields are its hyper-parameters.
+
+    Attributes:
+        stat: what is to be collected at the input of each linear in the scope; None needs no calibration.
+        uses: the settings of a run that can change the outcome; the others do not enter the record's key.
+        version: raised when the method's numbers change; part of the key.
+    """
+
+    stat: ClassVar[type[Stat] | None] = None
+    uses: ClassVar[frozenset[str]] = ALL_SETTINGS
+    version: ClassVar[int] = 1
+
+    @property
+    def name(self) -> str:
+        """The name that tables and records print."""
+        return type(self).__name__.lower()
+
+    def settings(self) -> dict[str, Any]:
+        """The hyper-parameters that can change the outcome, in canonical form."""
+        return dataclasses.asdict(self) if dataclasses.is_dataclass(self) and not isinstance(self, type) else {}
+
+    def group(self, role: Role, pattern: Pattern) -> int | None:
+        """The axis along which the weights of a linear of this role compete: 0, 1, or None for the whole matrix."""
+        del role, pattern
+        return 1
+
+    def prune_block(self, block: Block, pattern: Pattern) -> dict[str, Cut]:
+        """Prune every linear of ``block`` in place.
+
+        Returns:
+            what was cut, by the name of the linear.
+
+        Raises:
+            NumericalError: a score or weight is not finite; the message names the linear.
+        """
+        cuts = {}
+        for linear in block.linears:
+            start = time.perf_counter()
+            cuts[linear.name] = self.prune_linear(linear, block, pattern)
+            cuts[linear.name].seconds = time.perf_counter() - start
+        return cuts
+
+    @abstractmethod
+    def prune_linear(self, linear: LinearView, block: Block, pattern: Pattern) -> Cut:
+        """Prune one linear in place and say what was cut."""
+
+
+class ScorePruner(Pruner):
+    """Score, rank, cut: the weights that stay are not changed."""
+
+    @abstractmethod
+    def score(self, linear: LinearView, block: Block) -> Tensor:
+        """How important each weight is: [out, in], higher stays."""
+
+    def prune_linear(self, linear: LinearView, block: Block, pattern: Pattern) -> Cut:
+        scores = self.score(linear, block)
+        low, high = finite_range(scores, linear.name)
+        dim = self.group(linear.role, pattern)
+        keep = pattern.keep(scores, dim)
+        linear.zero(keep)
+        return Cut(keep, dim, low, high)
+
+
+def finite_range(scores: Tensor, name: str) -> tuple[float, float]:
+    """Lowest and highest score.
+
+    Raises:
+        NumericalError: one of them is NaN or infinite.
+    """
+    low, high = torch.stack(torch.aminmax(scores)).tolist()
+    # aminmax passes a NaN on, so two numbers tell about the whole matrix
+    if not (-float("inf") < low and high < float("inf")):
+        raise NumericalError(f"{name}: its scores or weights hold numbers that are not finite")
+    return low, high

@@ -1,0 +1,60 @@
+"""DaSS: dependency-aware semi-structured sparsity of GLU MLPs (arXiv 2405.01943)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dass_exp.errors import UserError, finite_number, one_of
+from dass_exp.families import DOWN, GATE, UP, Role
+from dass_exp.masks import Pattern
+from dass_exp.methods.base import Block, LinearView, ScorePruner
+from dass_exp.stats import InputNorm
+
+
+@dataclass
+class Dass(ScorePruner):
+    """Gate and up by |W| * norm(y)**alpha among the weights of one input column, y the intermediate activation; the rest as Wanda.
+
+    The norm of an intermediate activation says how important the whole neuron is: its row of gate and up, its column of down
+    (Guo et al., arXiv 2405.01943). N:M groups of gate and up lie along the output axis, so stock 2:4 kernels speed up down only.
+    Attention linears, which the paper leaves dense, are scored as Wanda does: with scope=attention DaSS is Wanda.
+
+    Args:
+        alpha: weight of the activation norm, at least 0; the paper takes 0.5 and tries 0.25, 0.5, 0.75, 1. Zero is magnitude per column.
+        granularity: ``input``, the weights of one input column compete (the paper); ``output``, those of one output row, where norm(y)
+            is constant: row-wise magnitude for every alpha (the paper's ablation).
+    """
+
+    alpha: float = 0.5
+    granularity: str = "input"
+    stat = InputNorm
+
+    def __post_init__(self) -> None:
+        allowed = "a number of at least 0 (the paper: 0.5)"
+        value = finite_number("method.alpha", self.alpha, allowed)
+        if value < 0:
+            raise UserError(f"method.alpha={self.alpha!r}: expected {allowed}")
+        self.alpha = value
+        one_of("method.granularity", self.granularity, ("input", "output"))
+
+    def settings(self) -> dict[str, Any]:
+        fields = dataclasses.asdict(self)
+        if self.granularity == "output":
+            del fields["alpha"]
+        return fields
+
+    def score(self, linear: LinearView, block: Block) -> Tensor:
+        if linear.role not in (GATE, UP):
+            return linear.weight.abs() * linear.stat.norm
+        if self.granularity == "output":
+            # norm(y) is one number per row: multiplying by it could only blur the ranking by rounding
+            return linear.weight.abs()
+        return linear.weight.abs() * block.stat(DOWN).norm.pow(self.alpha)[:, None]
+
+    def group(self, role: Role, pattern: Pattern) -> int | None:
+        del pattern
+        return 0 if role in (GATE, UP) and self.granularity == "input" else 1

@@ -1,0 +1,23 @@
+"""No pruning: the model as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dass_exp.methods.base import Block, Cut, LinearView, Pruner
+from dass_exp.masks import Pattern
+
+
+@dataclass
+class Dense(Pruner):
+    """The unpruned model, the row that every table starts from. It uses none of the pruning settings."""
+
+    uses: ClassVar[frozenset[str]] = frozenset()
+
+    def prune_block(self, block: Block, pattern: Pattern) -> dict[str, Cut]:
+        del block, pattern
+        return {}
+
+    def prune_linear(self, linear: LinearView, block: Block, pattern: Pattern) -> Cut:
+        raise NotImplementedError("dense prunes nothing")

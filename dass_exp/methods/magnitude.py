@@ -1,0 +1,30 @@
+"""Magnitude pruning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from dass_exp.families import Role
+from dass_exp.masks import NM, Pattern
+from dass_exp.methods.base import Block, LinearView, ScorePruner
+
+
+@dataclass
+class Magnitude(ScorePruner):
+    """Keep the largest weights: score |W|, no calibration (Han et al., arXiv 1506.02626).
+
+    Ranks over one weight matrix (unstructured) or inside each N:M group along the input axis, as the Wanda code does.
+    """
+
+    uses: ClassVar[frozenset[str]] = frozenset({"pattern", "scope"})
+
+    def score(self, linear: LinearView, block: Block) -> Tensor:
+        del block
+        return linear.weight.abs()
+
+    def group(self, role: Role, pattern: Pattern) -> int | None:
+        del role
+        return 1 if isinstance(pattern, NM) else None

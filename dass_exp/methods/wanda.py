@@ -1,0 +1,21 @@
+"""Wanda (arXiv 2306.11695)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dass_exp.methods.base import Block, LinearView, ScorePruner
+from dass_exp.stats import InputNorm
+
+
+@dataclass
+class Wanda(ScorePruner):
+    """Score |W| * norm(x) per output row, x the input feature over all calibration tokens (Sun et al., arXiv 2306.11695, equation 1)."""
+
+    stat = InputNorm
+
+    def score(self, linear: LinearView, block: Block) -> Tensor:
+        del block
+        return linear.weight.abs() * linear.stat.norm

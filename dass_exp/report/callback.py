@@ -1,0 +1,63 @@
+"""After a sweep: its cells side by side, and those that failed."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from dass_exp.record import write_json
+from dass_exp.report.compare import as_markdown, as_rich, comparison, footnotes
+from dass_exp.report.console import caption, console
+
+log = logging.getLogger(__name__)
+
+CELL = "cell.json"
+
+
+class Sweep:
+    """What the entry point must know of the sweep that just ended in this process."""
+
+    failed = 0
+
+
+def note_cell(folder: str | Path, content: dict[str, Any]) -> None:
+    """Leave word in a cell's output folder of how it ended: ``status``, and ``record`` or ``error``."""
+    write_json(Path(folder) / CELL, content)
+
+
+class Comparison(Callback):
+    """Prints the comparison of a sweep's cells and keeps it as Markdown in the sweep's folder."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra once all cells have ended, wherever they ran."""
+        del kwargs
+        folder = Path(config.hydra.sweep.dir)
+        cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"*/{CELL}"), key=lambda path: int(path.parent.name))]
+        records = {cell["record"]: json.loads(Path(cell["record"]).read_text(encoding="utf-8")) for cell in cells if cell["status"] == "done"}
+        failed = [cell for cell in cells if cell["status"] == "failed"]
+        Sweep.failed = len(failed)
+        if records:
+            _show(list(records.values()), folder, OmegaConf.select(config, "sweep.title"))
+        for cell in failed:
+            log.error("failed: %s: %s", " ".join(cell["overrides"]), cell["error"])
+
+
+def _show(records: list[dict[str, Any]], folder: Path, title: str | None) -> None:
+    frame, notes = comparison(records), footnotes(records)
+    heading = title or f"{len(records)} runs"
+    described = next((record for record in records if record["calibration"]), records[0])
+    lines = [f"# {heading}", "", as_markdown(frame), "", caption(described), "", *(f"- {note}" for note in notes), ""]
+    (folder / "comparison.md").write_text("\n".join(lines), encoding="utf-8")
+    screen = console()
+    screen.print(as_rich(frame, heading))
+    screen.print(caption(described))
+    if notes:
+        screen.print("What differs from the paper's protocol:")
+        for note in notes:
+            screen.print(f"  - {note}")
+    screen.print(f"wrote {folder / 'comparison.md'}", soft_wrap=True)

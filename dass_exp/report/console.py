@@ -1,0 +1,112 @@
+"""What a person sees: the progress of a run and its summary."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+Record = dict[str, Any]
+
+_PLAIN_WIDTH = 160  # columns for a pipe or a file, which have no width of their own
+
+
+def console(stderr: bool = False) -> Console:
+    """A Rich console that does not squeeze tables when the output goes to a pipe."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else _PLAIN_WIDTH, highlight=False)
+
+
+class Watch:
+    """Shows the phases of a run on standard error: live on a terminal, one line each elsewhere."""
+
+    @contextmanager
+    def phase(self, name: str, steps: int | None = None) -> Iterator[Callable[[], None]]:
+        """Show a phase; yields a function to call after each step."""
+        screen = console(stderr=True)
+        if not screen.is_terminal:
+            screen.print(f"{name} ...")
+            yield lambda: None
+            return
+        columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), *([MofNCompleteColumn()] if steps else []), TimeElapsedColumn()]
+        with Progress(*columns, console=screen, transient=True) as progress:
+            task = progress.add_task(name, total=steps)
+            yield lambda: progress.advance(task)
+
+
+def show(record: Record, dense: Record | None, path: Path, found: bool) -> None:
+    """Print the summary of a run: pruned beside dense, and where the record is."""
+    config = record["config"]
+    title = " · ".join(part for part in (config["model"]["name"], method_label(config), pattern_label(config), scope_label(config)) if part)
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    columns = [record] if dense is None else [dense, record]
+    for column in columns:
+        table.add_column(column["config"]["method"]["name"], justify="right")
+    for label, render in _rows(record):
+        table.add_row(label, *(render(column) for column in columns))
+    screen = console()
+    screen.print(table)
+    screen.print(caption(record))
+    screen.print(f"{'found' if found else 'wrote'} {path}", soft_wrap=True)
+
+
+def _rows(record: Record) -> Iterator[tuple[str, Callable[[Record], str]]]:
+    metrics = record["metrics"]
+    for name in metrics.get("perplexity", {}):
+        yield f"perplexity {name}", lambda column, name=name: f"{column['metrics']['perplexity'][name]:.2f}"
+    for task in metrics.get("tasks", {}):
+        yield f"{task} acc %", lambda column, task=task: with_error(column["metrics"]["tasks"][task], "acc")
+        if "acc_norm" in metrics["tasks"][task]:
+            yield f"{task} acc_norm %", lambda column, task=task: with_error(column["metrics"]["tasks"][task], "acc_norm")
+    for name in ("mean_acc", "mean_acc_norm"):
+        if name in metrics:
+            yield f"{name.replace('_', ' ', 1)} %", lambda column, name=name: f"{100 * column['metrics'][name]:.1f}"
+    for name, label in (("scope", "sparsity of the scope %"), ("decoder", "of the decoder's linears %"), ("model", "of the whole model %")):
+        yield label, lambda column, name=name: f"{100 * column['sparsity'][name]:.1f}"
+    for name, label in (("load_s", "seconds to load"), ("prune_s", "to prune"), ("eval_s", "to evaluate")):
+        yield label, lambda column, name=name: f"{column['cost'][name]:.1f}"
+    yield "peak memory GB", lambda column: f"{column['cost']['peak_rss_bytes'] / 1e9:.2f}"
+    if record["cost"].get("peak_gpu_bytes") is not None:
+        yield "peak GPU memory GB", lambda column: f"{(column['cost']['peak_gpu_bytes'] or 0) / 1e9:.2f}"
+
+
+def with_error(scores: dict[str, Any], name: str) -> str:
+    """A score in percent with its standard error."""
+    return f"{100 * scores[name]:.1f} ± {100 * scores[f'{name}_stderr']:.1f}"
+
+
+def method_label(config: dict[str, Any]) -> str:
+    """The method with its hyper-parameters: ``dass alpha=0.5 granularity=input``."""
+    return " ".join([config["method"]["name"], *(f"{key}={value}" for key, value in config["method"].items() if key != "name")])
+
+
+def pattern_label(config: dict[str, Any]) -> str:
+    """``2:4``, ``50%``, or nothing for dense."""
+    return config["pattern"]["name"] if config["pattern"] else ""
+
+
+def scope_label(config: dict[str, Any]) -> str:
+    """``scope mlp``, or nothing for dense."""
+    return f"scope {config['scope']}" if config["scope"] else ""
+
+
+def caption(record: Record) -> str:
+    """How the numbers of a record were made, in one sentence a part."""
+    protocol, calibration = record["protocol"], record["calibration"]
+    parts = [f"Model {record['identity']['model']}" + (f", {protocol['model_note']}" if protocol["model_note"] else "") + f", {protocol['dtype']}"]
+    if calibration:
+        parts.append(f"calibration {calibration['num_samples']} x {calibration['seq_len']} tokens of {calibration['name']}, seed {record['config']['seed']}")
+    if "dataset" in protocol:
+        parts.append(f"perplexity over {protocol['windows']} windows of {protocol['context']} tokens of {protocol['dataset']} ({protocol['split']})")
+    if "lm_eval" in protocol:
+        limit = f"the first {protocol['limit']} documents of each task" if protocol["limit"] else "all documents"
+        parts.append(f"zero-shot by lm-eval {protocol['lm_eval']} on {limit}")
+    parts.append(f"beginning-of-sequence token: {protocol['bos']}")
+    return "; ".join(parts) + "."
