@@ -5,7 +5,18 @@ The functions here are what the command ``dass-exp`` runs, usable from a noteboo
 
 from __future__ import annotations
 
-from dass_exp.api import Pruned, load, perplexity, prune
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dass_exp.api import Pruned, load, perplexity, prune
 
 __version__ = "0.1.0"
 __all__ = ["Pruned", "load", "perplexity", "prune"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch and transformers only when one of the functions is used: the command sets its environment before that."""
+    if name in __all__:
+        return getattr(importlib.import_module("dass_exp.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

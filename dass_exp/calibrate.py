@@ -99,7 +99,7 @@ def prune_model(model: nn.Module, tokens: Tensor | None, method: Pruner, pattern
     if tokens is None:
         raise UserError(f"method {method.name} needs calibration tokens")
     with _evaluating(model):
-        batches = capture(model, decoder.blocks, tokens, options.batch_size)
+        batches = capture(model, list(decoder.blocks), tokens, options.batch_size)
         for index in range(len(decoder.blocks)):
             options.on_block(_prune_block(decoder, index, batches, method, pattern, options.scope))
     return [batch.hidden for batch in batches]

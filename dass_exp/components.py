@@ -59,7 +59,7 @@ def build(node: Any, kind: type[Part], setting: str) -> Part:
     if not issubclass(locate(f"{setting}._target_", node["_target_"]), kind):
         raise UserError(f"{setting}._target_={node['_target_']}: expected a {kind.__name__}")
     try:
-        return instantiate(node, _convert_="all")  # type: ignore[no-any-return]
+        return instantiate(node, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
         raise UserError(str(cause) if isinstance(cause, UserError) else f"{setting}: {cause or error}") from error

@@ -98,9 +98,7 @@ class HubText(Text):
             found = datasets.load_dataset(self.path, self.name, data_files=files, split=self.split, revision=self.revision)
         except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"data set {self.path} cannot be loaded: check the network, or take protocol=demo, which needs no hub ({reason})"
-            ) from error
+            raise UserError(f"data set {self.path} cannot be loaded: check the network, or take protocol=demo, which needs no hub ({reason})") from error
         return list(found["text"])
 
 
@@ -160,7 +158,8 @@ def calibration_tokens(text: Text, cut: Cut, tokenizer: Any, bos: str, seed: int
     """
     length = cut.seq_len - (bos == "window")
     take = _joined_windows if cut.sampling == "joined" else _document_windows
-    windows = take(text, cut, functools.partial(encode, tokenizer, bos=bos), random.Random(seed), length)
+    draw = random.Random(seed)  # noqa: S311 - reproducible, not secret
+    windows = take(text, cut, functools.partial(encode, tokenizer, bos=bos), draw, length)
     return Tokens.of(torch.stack([_framed(window, tokenizer, bos) for window in windows]))
 
 

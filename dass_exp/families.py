@@ -112,6 +112,11 @@ class Decoder:
     blocks: nn.ModuleList
     names: list[str] = field(repr=False)
 
+    @property
+    def size(self) -> int:
+        """Weights of all linears in the blocks, whatever their role."""
+        return sum(module.weight.numel() for module in self.blocks.modules() if isinstance(module, nn.Linear))
+
     def linears(self, index: int, scope: str) -> Iterator[tuple[str, Role, nn.Linear]]:
         """Full name, role and module of the linears of block ``index`` that lie in ``scope``, in the order of the roles.
 

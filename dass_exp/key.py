@@ -12,7 +12,6 @@ from dass_exp.calibrate import ENGINE_VERSION
 from dass_exp.config import Settings
 from dass_exp.evaluate import EVALUATION_VERSION
 from dass_exp.evaluate.zeroshot import lm_eval_version
-from dass_exp.masks import Pattern
 from dass_exp.models import ModelSpec
 
 
@@ -40,7 +39,7 @@ def identity_of(settings: Settings, spec: ModelSpec, bos: str) -> dict[str, Any]
     if method.uses:
         identity["engine"] = ENGINE_VERSION
     if "pattern" in method.uses:
-        identity["pattern"] = pattern_settings(settings.pattern)
+        identity["pattern"] = settings.pattern.settings()
     if "scope" in method.uses:
         identity["scope"] = config.scope
     if "calibration" in method.uses:
@@ -50,12 +49,6 @@ def identity_of(settings: Settings, spec: ModelSpec, bos: str) -> dict[str, Any]
     if "seed" in method.uses:
         identity["seed"] = config.seed
     return identity
-
-
-def pattern_settings(pattern: Pattern) -> dict[str, Any]:
-    """The pattern's own settings and its name: ``2of4`` and ``nm`` with n=2, m=4 are one."""
-    fields = dataclasses.asdict(pattern) if dataclasses.is_dataclass(pattern) and not isinstance(pattern, type) else {}
-    return {"name": pattern.name, **fields}
 
 
 def _evaluation(settings: Settings) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,10 @@ class Pattern(ABC):
     @abstractmethod
     def name(self) -> str:
         """The field's short name of the pattern, as tables print it: ``2:4``, ``50%``."""
+
+    def settings(self) -> dict[str, Any]:
+        """What defines the pattern, in canonical form: ``2of4`` and ``nm`` with n=2, m=4 are one."""
+        return {"name": self.name, **vars(self)}
 
     @abstractmethod
     def keep(self, scores: Tensor, dim: int | None) -> Tensor:
@@ -141,8 +146,7 @@ class NM(Pattern):
         if shape[axis] % self.m:
             side = ("output", "input")[axis]
             raise UserError(
-                f"pattern {self.name}: m={self.m} does not divide the {side} axis of a [{shape[0]}, {shape[1]}] matrix; "
-                f"choose an m that divides {shape[axis]}"
+                f"pattern {self.name}: m={self.m} does not divide the {side} axis of a [{shape[0]}, {shape[1]}] matrix; choose an m that divides {shape[axis]}"
             )
 
     def violations(self, mask: Tensor, dim: int | None) -> int:

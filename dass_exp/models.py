@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,11 +16,12 @@ from torch import nn
 
 from dass_exp import assets
 from dass_exp.errors import UserError, one_of
-from dass_exp.families import BOS_POLICIES, Family, decoder_of, family_of
+from dass_exp.families import BOS_POLICIES, Family, family_of
 
 OFFLINE = "offline:"  # a path that starts so names one of the models of assets.py
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_IDENTIFYING = {"config.json", "tokenizer.json", "tokenizer.model"}  # beside the weights
 _NEEDS_LICENCE = {"gemma3_270m": "the Gemma Terms of Use (https://ai.google.dev/gemma/terms)"}
 _NOTES = {"smollm2_135m": "dequantised from 4-bit weights (GGUF Q4_1)", "gemma3_270m": "dequantised from 4-bit weights (GGUF Q4_K_M)"}
 
@@ -84,10 +84,10 @@ def identify(settings: Any) -> ModelSpec:
         source, identity, note = _offline(path.removeprefix(OFFLINE), bool(settings.accept_license))
         revision = None
         config = _config(source, None, trust=False)
-    elif os.path.isdir(path):
+    elif Path(path).is_dir():
         source, revision = path, None
         config = _config(source, None, settings.trust_remote_code)
-        identity = f"local:{_folder_digest(path)}"
+        identity = f"local:{_folder_digest(Path(path))}"
     else:
         source = path
         config = _config(path, revision, settings.trust_remote_code)
@@ -118,10 +118,11 @@ def load_model(spec: ModelSpec) -> nn.Module:
         UserError: it cannot be loaded.
     """
     with _quiet(), _explained(spec.source):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             spec.source, revision=spec.revision, trust_remote_code=spec.trust_remote_code, dtype=spec.dtype, use_safetensors=True
         )
-    return model.to(spec.device).eval()
+    loaded: nn.Module = model.to(spec.device).eval()
+    return loaded
 
 
 def skeleton(spec: ModelSpec) -> nn.Module:
@@ -149,12 +150,6 @@ def bos_policy(setting: str, spec: ModelSpec, tokenizer: Any) -> str:
     return setting
 
 
-def decoder_size(model: nn.Module, roles: Mapping[str, str] | None = None) -> int:
-    """Weights of all linears in the decoder blocks."""
-    decoder = decoder_of(model, roles)
-    return sum(module.weight.numel() for block in decoder.blocks for module in block.modules() if isinstance(module, nn.Linear))
-
-
 def _offline(name: str, accepted: bool) -> tuple[str, str, str]:
     if name not in assets.MODELS:
         raise UserError(f"model.path={OFFLINE}{name}: the offline models are {', '.join(assets.MODELS)}")
@@ -166,7 +161,7 @@ def _offline(name: str, accepted: bool) -> tuple[str, str, str]:
 def convert_gguf(source: Path, folder: Path) -> None:
     """Turn a GGUF file into safetensors and tokenizer files, dequantised to float32, each weight as the file holds it."""
     with _quiet():
-        model = transformers.AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         # transformers refuses to save a model that it believes to be quantised
         model.hf_quantizer = None
@@ -204,20 +199,19 @@ def _dtype(setting: str, config: Any, device: torch.device) -> torch.dtype:
     return stored if isinstance(stored, torch.dtype) and stored.is_floating_point else torch.float16
 
 
-def _folder_digest(path: str) -> str:
-    names = sorted(file for file in os.listdir(path) if file.endswith(".safetensors") or file in {"config.json", "tokenizer.json", "tokenizer.model"})
-    if not any(name.endswith(".safetensors") for name in names):
-        raise UserError(f"model.path={path}: the folder holds no .safetensors file; other formats are not read")
-    stamps = tuple((name, os.stat(os.path.join(path, name)).st_mtime_ns, os.path.getsize(os.path.join(path, name))) for name in names)
-    return _digest(os.path.abspath(path), stamps)
+def _folder_digest(folder: Path) -> str:
+    files = sorted(file for file in folder.iterdir() if file.suffix == ".safetensors" or file.name in _IDENTIFYING)
+    if not any(file.suffix == ".safetensors" for file in files):
+        raise UserError(f"model.path={folder}: the folder holds no .safetensors file; other formats are not read")
+    return _digest(tuple((file.resolve(), file.stat().st_mtime_ns, file.stat().st_size) for file in files))
 
 
 @functools.lru_cache(maxsize=64)
-def _digest(path: str, stamps: tuple[tuple[str, int, int], ...]) -> str:
-    """One digest over the files of a folder; the stamps make a sweep in one process hash an unchanged folder once."""
+def _digest(stamped: tuple[tuple[Path, int, int], ...]) -> str:
+    """One digest over the files of a folder; the time stamps make a sweep in one process hash an unchanged folder once."""
     whole = hashlib.sha256()
-    for name, _, _ in stamps:
-        whole.update(f"{name}:{assets.file_sha256(Path(path, name))};".encode())
+    for file, _, _ in stamped:
+        whole.update(f"{file.name}:{assets.file_sha256(file)};".encode())
     return whole.hexdigest()[:16]
 
 

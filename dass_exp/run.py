@@ -174,7 +174,7 @@ def _make(settings: Settings, bench: Bench) -> tuple[Made, dict[str, Tensor] | N
         perplexity=scored,
         zeroshot=tasks,
         model_size=size,
-        decoder_size=models.decoder_size(model, bench.spec.roles),
+        decoder_size=decoder_of(model, bench.spec.roles).size,
         cost={name: round(value, 3) if isinstance(value, float) else value for name, value in cost.items()},
     )
     return made, masks

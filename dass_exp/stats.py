@@ -62,8 +62,7 @@ class InputNorm(Stat):
 
 
 class Gram(Stat):
-    """The Gram matrix X^T X of the inputs: half the Hessian of the layer-wise squared error, up to a factor
-    (SparseGPT, arXiv 2301.00774, section 3)."""
+    """The Gram matrix X^T X of the inputs: the Hessian of the layer-wise squared error up to a factor (SparseGPT, arXiv 2301.00774)."""
 
     def __init__(self, features: int, device: torch.device) -> None:
         super().__init__(features, device)
@@ -76,7 +75,7 @@ class Gram(Stat):
 
     @property
     def dead(self) -> Tensor:
-        """bool [in_features]: features that were zero at every token."""
+        """Bool [in_features]: features that were zero at every token."""
         return self.matrix.diagonal() == 0
 
     def inverse_factor(self, damping: float, tries: int = 6) -> tuple[Tensor, int]:

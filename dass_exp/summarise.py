@@ -10,7 +10,7 @@ from dass_exp.config import Settings
 from dass_exp.data import Tokens
 from dass_exp.evaluate.perplexity import Perplexity
 from dass_exp.evaluate.zeroshot import ZeroShot, lm_eval_version
-from dass_exp.key import identity_of, pattern_settings
+from dass_exp.key import identity_of
 from dass_exp.models import ModelSpec
 from dass_exp.record import SCHEMA, Record, environment, now
 from dass_exp.verify import Layer
@@ -56,15 +56,14 @@ def described(settings: Settings, spec: ModelSpec) -> dict[str, Any]:
     """The resolved settings; those that the method ignores are null, so that no reader takes them for meant."""
     config, method = settings.config, settings.method
     uses = {
-        "pattern": pattern_settings(settings.pattern),
+        "pattern": settings.pattern.settings(),
         "scope": config.scope,
         "calibration": dataclasses.asdict(config.calibration),
         "seed": config.seed,
     }
-    fields = dataclasses.asdict(method) if dataclasses.is_dataclass(method) and not isinstance(method, type) else {}
     return {
         "model": {**dataclasses.asdict(config.model), "revision": spec.revision, "dtype": spec.dtype_name, "device": spec.device.type},
-        "method": {"name": method.name, **fields},
+        "method": {"name": method.name, **method.settings()},
         **{name: value if name in method.uses else None for name, value in uses.items()},
         "eval": dataclasses.asdict(config.eval),
         "protocol": config.protocol.get("name") if isinstance(config.protocol, dict) else None,

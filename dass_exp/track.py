@@ -26,7 +26,7 @@ class Tracker(ABC):
         """
         try:
             self.send(record, results)
-        except Exception as error:  # a tracker is a third party: nothing that it does may cost a result
+        except Exception as error:  # noqa: BLE001 - a tracker is a third party: nothing that it does may cost a result
             log.warning("the tracker failed, the record is safe: %s: %s", type(error).__name__, " ".join(str(error).split())[:300])
 
     @abstractmethod

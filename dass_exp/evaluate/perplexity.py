@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class Perplexity:
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, tokens: Tensor, batch_size: int = 4) -> Perplexity:
+def perplexity(model: Any, tokens: Tensor, batch_size: int = 4) -> Perplexity:
     """Score windows of equal length, each on its own.
 
     The head runs on a few positions at a time, with the log-softmax in float32: the logits of a batch are never held together.
@@ -49,8 +50,8 @@ def perplexity(model: nn.Module, tokens: Tensor, batch_size: int = 4) -> Perplex
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise UserError(f"tokens of shape {list(tokens.shape)}: expected [windows, tokens] with at least two tokens")
     device = next(model.parameters()).device
-    trunk, config = getattr(model, "base_model", model), model.config.get_text_config()  # type: ignore[union-attr, operator]
-    head, cap = model.get_output_embeddings(), getattr(config, "final_logit_softcapping", None)  # type: ignore[operator]
+    trunk, config = getattr(model, "base_model", model), model.config.get_text_config()
+    head, cap = model.get_output_embeddings(), getattr(config, "final_logit_softcapping", None)
     training = model.training
     model.eval()
     try:
@@ -67,7 +68,7 @@ def perplexity(model: nn.Module, tokens: Tensor, batch_size: int = 4) -> Perplex
     return Perplexity(window_nll, tokens.shape[1] - 1)
 
 
-def _losses(head: nn.Module, hidden: Tensor, targets: Tensor, cap: float | None) -> Tensor:
+def _losses(head: Any, hidden: Tensor, targets: Tensor, cap: float | None) -> Tensor:
     """float32 [positions]: negative log-likelihood of each target.
 
     Args:

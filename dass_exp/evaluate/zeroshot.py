@@ -8,9 +8,8 @@ from __future__ import annotations
 import functools
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -71,7 +70,7 @@ def check_tasks(tasks: Sequence[str], data: str) -> None:
     """
     if not tasks or len(set(tasks)) != len(tasks):
         raise UserError(f"eval.zeroshot.tasks={list(tasks)}: name at least one task, and none twice")
-    known: Sequence[str] = list(_INSTALLED) if data == "offline" else _all_tasks()
+    known: Collection[str] = list(_INSTALLED) if data == "offline" else _all_tasks()
     for task in tasks:
         if task not in known:
             choice = f"one of {', '.join(known)}" if data == "offline" else "a task of lm-eval (`lm-eval ls tasks` lists them)"
@@ -96,6 +95,12 @@ def zero_shot(model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    class Quiet(HFLM):
+        """HFLM without its progress bar."""
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
     with tempfile.TemporaryDirectory() as folder, _quiet():
         if data == "offline":
             for task in tasks:
@@ -103,7 +108,7 @@ def zero_shot(model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int
             manager = TaskManager(include_path=folder, include_defaults=False)
         else:
             manager = TaskManager()
-        wrapped = HFLM(
+        wrapped = Quiet(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=options.batch_size, add_bos_token=options.bos, softmax_dtype="float32"
         )
         try:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -122,7 +121,7 @@ class Pruner(ABC):
 
     def settings(self) -> dict[str, Any]:
         """The hyper-parameters that can change the outcome, in canonical form."""
-        return dataclasses.asdict(self) if dataclasses.is_dataclass(self) and not isinstance(self, type) else {}
+        return _plain(vars(self))
 
     def group(self, role: Role, pattern: Pattern) -> int | None:
         """The axis along which the weights of a linear of this role compete: 0, 1, or None for the whole matrix."""
@@ -164,6 +163,11 @@ class ScorePruner(Pruner):
         keep = pattern.keep(scores, dim)
         linear.zero(keep)
         return Cut(keep, dim, low, high)
+
+
+def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields as a record can hold them; a method inside a method brings its own."""
+    return {key: {"name": value.name, **value.settings()} if isinstance(value, Pruner) else value for key, value in fields.items()}
 
 
 def finite_range(scores: Tensor, name: str) -> tuple[float, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,10 +41,7 @@ class Dass(ScorePruner):
         one_of("method.granularity", self.granularity, ("input", "output"))
 
     def settings(self) -> dict[str, Any]:
-        fields = dataclasses.asdict(self)
-        if self.granularity == "output":
-            del fields["alpha"]
-        return fields
+        return {"granularity": self.granularity} if self.granularity == "output" else super().settings()
 
     def score(self, linear: LinearView, block: Block) -> Tensor:
         if linear.role not in (GATE, UP):

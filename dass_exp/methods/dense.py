@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dass_exp.methods.base import Block, Cut, LinearView, Pruner
 from dass_exp.masks import Pattern
+from dass_exp.methods.base import Block, Cut, LinearView, Pruner
 
 
 @dataclass

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dass_exp.errors import UserError, finite_number, whole_number
-from dass_exp.masks import NM, Pattern
 from dass_exp.families import Role
+from dass_exp.masks import NM, Pattern
 from dass_exp.methods.base import Block, Cut, LinearView, Pruner, finite_range
 from dass_exp.stats import Gram
 

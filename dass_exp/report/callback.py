@@ -11,7 +11,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from dass_exp.record import write_json
-from dass_exp.report.compare import as_markdown, as_rich, comparison, footnotes
+from dass_exp.report.compare import as_markdown, as_rich, comparison, footnotes, settings_line
 from dass_exp.report.console import caption, console
 
 log = logging.getLogger(__name__)
@@ -51,11 +51,12 @@ def _show(records: list[dict[str, Any]], folder: Path, title: str | None) -> Non
     frame, notes = comparison(records), footnotes(records)
     heading = title or f"{len(records)} runs"
     described = next((record for record in records if record["calibration"]), records[0])
-    lines = [f"# {heading}", "", as_markdown(frame), "", caption(described), "", *(f"- {note}" for note in notes), ""]
+    described_as = f"{caption(described)} {settings_line(records)}"
+    lines = [f"# {heading}", "", as_markdown(frame), "", described_as, "", *(f"- {note}" for note in notes), ""]
     (folder / "comparison.md").write_text("\n".join(lines), encoding="utf-8")
     screen = console()
     screen.print(as_rich(frame, heading))
-    screen.print(caption(described))
+    screen.print(described_as)
     if notes:
         screen.print("What differs from the paper's protocol:")
         for note in notes:

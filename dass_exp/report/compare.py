@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import pandas as pd
 from rich.table import Table
 
 from dass_exp.components import choice
-from dass_exp.report.console import Record, method_label, pattern_label, with_error
+from dass_exp.report.console import Record, method_label, pattern_label, scope_label, with_error
 
 PAPER_MODELS = ("llama2_7b", "llama2_13b", "llama2_70b", "mistral_7b", "gemma_7b", "llama31_8b")
 _LABELS = ("model", "method", "pattern", "scope", "seed")
@@ -20,9 +20,20 @@ def comparison(records: list[Record]) -> pd.DataFrame:
     Labels that are the same in all records are left out, the method excepted.
     """
     rows = sorted(records, key=_rank)
-    frame = pd.DataFrame([_row(record) for record in rows])
+    varying = _varying(records)
+    frame = pd.DataFrame([_row(record, varying.get(record["config"]["method"]["name"], ())) for record in rows])
     same = [name for name in _LABELS if name != "method" and name in frame and len(set(frame[name]) - {""}) < 2]
     return frame.drop(columns=same).fillna("")
+
+
+def _varying(records: list[Record]) -> dict[str, list[str]]:
+    """By method: the hyper-parameters that are not the same in all its records."""
+    seen: dict[str, dict[str, set[str]]] = {}
+    for record in records:
+        method = record["config"]["method"]
+        for key, value in method.items():
+            seen.setdefault(method["name"], {}).setdefault(key, set()).add(str(value))
+    return {name: [key for key, values in fields.items() if len(values) > 1] for name, fields in seen.items()}
 
 
 def _rank(record: Record) -> tuple[float, float]:
@@ -30,16 +41,26 @@ def _rank(record: Record) -> tuple[float, float]:
     return sum(metrics.get("perplexity", {}).values()), -metrics.get("mean_acc", 0.0)
 
 
-def _row(record: Record) -> dict[str, str]:
+def _row(record: Record, shown: Sequence[str]) -> dict[str, str]:
     config, metrics = record["config"], record["metrics"]
+    method = " ".join([config["method"]["name"], *(f"{key}={config['method'][key]}" for key in shown)])
     seed = "" if config["seed"] is None else str(config["seed"])
     row = {
-        "model": config["model"]["name"], "method": method_label(config), "pattern": pattern_label(config), "scope": config["scope"] or "", "seed": seed,
+        "model": config["model"]["name"], "method": method, "pattern": pattern_label(config), "scope": config["scope"] or "", "seed": seed,
     }  # fmt: skip
-    row |= {"perplexity": f"{value:.2f}" for value in metrics.get("perplexity", {}).values()}
+    if scored := metrics.get("perplexity"):
+        row["perplexity"] = " ".join(f"{value:.2f}" for value in scored.values())
     row |= {task: with_error(scores, "acc") for task, scores in metrics.get("tasks", {}).items()}
     row |= {label: f"{100 * metrics[name]:.1f}" for name, label in (("mean_acc", "mean acc"), ("mean_acc_norm", "mean acc_norm")) if name in metrics}
-    return row | {"prune s": f"{record['cost']['prune_s']:.1f}", "peak GB": f"{record['cost']['peak_rss_bytes'] / 1e9:.1f}", "record": record["key"]}
+    return row | {"prune s": f"{record['cost']['prune_s']:.1f}", "peak GB": f"{record['cost']['peak_rss_bytes'] / 1e9:.1f}", "record": record["key"][:8]}
+
+
+def settings_line(records: list[Record]) -> str:
+    """What the rows leave out because it is the same in all: pattern, scope, and the methods' hyper-parameters."""
+    labels = [{pattern_label(record["config"]) for record in records} - {""}, {scope_label(record["config"]) for record in records} - {""}]
+    shared = [label.pop() for label in labels if len(label) == 1]
+    methods = dict.fromkeys(method_label(record["config"]) for record in records)
+    return "Settings: " + "; ".join([*shared, *(label for label in methods if "=" in label)]) + "."
 
 
 def footnotes(records: list[Record]) -> list[str]:

@@ -49,32 +49,28 @@ def show(record: Record, dense: Record | None, path: Path, found: bool) -> None:
     columns = [record] if dense is None else [dense, record]
     for column in columns:
         table.add_column(column["config"]["method"]["name"], justify="right")
-    for label, render in _rows(record):
-        table.add_row(label, *(render(column) for column in columns))
+    cells = [_rows(column) for column in columns]
+    for label in cells[-1]:
+        table.add_row(label, *(column.get(label, "") for column in cells))
     screen = console()
     screen.print(table)
     screen.print(caption(record))
     screen.print(f"{'found' if found else 'wrote'} {path}", soft_wrap=True)
 
 
-def _rows(record: Record) -> Iterator[tuple[str, Callable[[Record], str]]]:
-    metrics = record["metrics"]
-    for name in metrics.get("perplexity", {}):
-        yield f"perplexity {name}", lambda column, name=name: f"{column['metrics']['perplexity'][name]:.2f}"
-    for task in metrics.get("tasks", {}):
-        yield f"{task} acc %", lambda column, task=task: with_error(column["metrics"]["tasks"][task], "acc")
-        if "acc_norm" in metrics["tasks"][task]:
-            yield f"{task} acc_norm %", lambda column, task=task: with_error(column["metrics"]["tasks"][task], "acc_norm")
-    for name in ("mean_acc", "mean_acc_norm"):
-        if name in metrics:
-            yield f"{name.replace('_', ' ', 1)} %", lambda column, name=name: f"{100 * column['metrics'][name]:.1f}"
+def _rows(record: Record) -> dict[str, str]:
+    metrics, cost = record["metrics"], record["cost"]
+    rows = {f"perplexity {name}": f"{value:.2f}" for name, value in metrics.get("perplexity", {}).items()}
+    for task, scores in metrics.get("tasks", {}).items():
+        rows |= {f"{task} {name} %": with_error(scores, name) for name in ("acc", "acc_norm") if name in scores}
+    rows |= {f"{name.replace('_', ' ', 1)} %": f"{100 * metrics[name]:.1f}" for name in ("mean_acc", "mean_acc_norm") if name in metrics}
     for name, label in (("scope", "sparsity of the scope %"), ("decoder", "of the decoder's linears %"), ("model", "of the whole model %")):
-        yield label, lambda column, name=name: f"{100 * column['sparsity'][name]:.1f}"
-    for name, label in (("load_s", "seconds to load"), ("prune_s", "to prune"), ("eval_s", "to evaluate")):
-        yield label, lambda column, name=name: f"{column['cost'][name]:.1f}"
-    yield "peak memory GB", lambda column: f"{column['cost']['peak_rss_bytes'] / 1e9:.2f}"
-    if record["cost"].get("peak_gpu_bytes") is not None:
-        yield "peak GPU memory GB", lambda column: f"{(column['cost']['peak_gpu_bytes'] or 0) / 1e9:.2f}"
+        rows[label] = f"{100 * record['sparsity'][name]:.1f}"
+    rows |= {label: f"{cost[name]:.1f}" for name, label in (("load_s", "seconds to load"), ("prune_s", "to prune"), ("eval_s", "to evaluate"))}
+    rows["peak memory GB"] = f"{cost['peak_rss_bytes'] / 1e9:.2f}"
+    if cost.get("peak_gpu_bytes") is not None:
+        rows["peak GPU memory GB"] = f"{cost['peak_gpu_bytes'] / 1e9:.2f}"
+    return rows
 
 
 def with_error(scores: dict[str, Any], name: str) -> str:

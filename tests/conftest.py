@@ -1,0 +1,72 @@
+"""What the tests share: they run offline, on two threads, on random two-layer models of every family."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402 - the environment must be set before libraries read it
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+
+torch.set_num_threads(2)
+settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
+settings.load_profile("fixed")
+
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+WINDOW = 4  # of sliding attention: shorter than the sequences of the tests, so that it shows
+OWN: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 16},
+    "mistral": {"head_dim": 16, "sliding_window": WINDOW},
+    "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    "qwen3": {"head_dim": 16},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": WINDOW, "final_logit_softcapping": 2.0},
+    "gemma3_text": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., nn.Module]:
+    """A factory: ``tiny_model(family, **settings)`` is a random model of the family, the same at each call.
+
+    A family that is missing in ``OWN`` raises, so a test that runs over ``FAMILIES`` fails until it has a tiny model.
+    """
+
+    def make(family: str, **changes: Any) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SHAPE, **OWN[family], **changes}))
+            for parameter in model.parameters():
+                if parameter.ndim == 1:  # norms and biases start out as ones and zeros, which would hide that they were skipped
+                    nn.init.normal_(parameter, mean=0.5, std=0.2)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    """int64 [5, 12]: five sequences, so that batches of 2 and 3 leave a smaller one at the end."""
+    return torch.randint(SHAPE["vocab_size"], (5, 12), generator=torch.Generator().manual_seed(1))

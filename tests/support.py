@@ -1,0 +1,152 @@
+"""What the tests of the command share: a tiny model folder, composing and running in this process, the command in its own."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before a library reads it: no test here may touch a network
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+import transformers
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import DictConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from dass_exp.config import Settings, register, validate
+from dass_exp.data import OfflineText
+from dass_exp.paths import project_root
+from dass_exp.run import Outcome, run
+
+ROOT = project_root()
+CONF = ROOT / "conf"
+torch.set_num_threads(2)
+
+# One decoder block of the tiny model by hand: 4 query heads and 2 key-value heads of 8 features, MLP of 64.
+HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 32, 64, 2, 512
+MLP_SIZE = LAYERS * 3 * HIDDEN * INTERMEDIATE
+DECODER_SIZE = MLP_SIZE + LAYERS * (2 * HIDDEN * HIDDEN + 2 * 16 * HIDDEN)
+MODEL_SIZE = DECODER_SIZE + 2 * VOCABULARY * HIDDEN + LAYERS * 2 * HIDDEN + HIDDEN  # embedding, head, norms
+
+_CORPUS = [
+    "The cat sat on the mat and looked at the other cat, which sat on another mat.",
+    "One-shot pruning removes weights of a language model without training it again.",
+    "A river runs from the mountains to the sea; a road follows the river.",
+    "In 1903 two brothers flew for the first time. It took 12 seconds.",
+    "What is the answer to the question? The answer is not in the text.",
+] * 4
+
+
+def compose(*overrides: str) -> DictConfig:
+    """What Hydra composes from conf/ and these overrides, in this process."""
+    os.environ.setdefault("DASS_EXP_ROOT", str(ROOT))
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra_compose("config", list(overrides))
+
+
+def settings_of(*overrides: str) -> Settings:
+    """The validated settings of a run that was typed with these overrides."""
+    return validate(compose(*overrides), overrides)
+
+
+def run_with(*overrides: str) -> Outcome:
+    """Do a run, or find its record, in this process."""
+    return run(settings_of(*overrides))
+
+
+def tiny_overrides(folder: Path, results: Path) -> list[str]:
+    """A run of the tiny model that takes a fraction of a second: DaSS 2:4, four short sequences, four short windows."""
+    return [
+        f"model.path={folder}", "model.name=tiny", "tracker=none", f"results_dir={results}", "eval=ppl_mini",
+        "eval.perplexity.context=32", "eval.perplexity.max_windows=4", "calibration.num_samples=4", "calibration.seq_len=32",
+    ]  # fmt: skip
+
+
+def command(*arguments: str, folder: Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command in ``folder``, in its own process; it sees this checkout."""
+    inherited = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "2"}
+    whole = [sys.executable, "-m", "dass_exp", *arguments]
+    return subprocess.run(whole, cwd=folder, env={**inherited, **(environment or {})}, capture_output=True, text=True, timeout=300, check=False)
+
+
+def tiny_tokenizer(bos: str | None = "<s>") -> Any:
+    """A byte-level BPE tokenizer, trained on the spot; it knows a beginning-of-sequence token and does not add it by itself."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "<pad>"]
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token="</s>", pad_token="<pad>")
+
+
+def tiny_config(**changes: Any) -> transformers.LlamaConfig:
+    """Two LLaMA blocks."""
+    settings = {
+        "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+    }  # fmt: skip
+    return transformers.LlamaConfig(**{**settings, **changes})
+
+
+def save_tiny(folder: Path, config: Any = None, bos: str | None = "<s>") -> Path:
+    """A model with random weights (always the same) and its tokenizer, as ``from_pretrained`` loads them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config or tiny_config(), dtype=torch.float32)
+        for parameter in model.parameters():  # wide enough that pruning shows in the perplexity
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    tiny_tokenizer(bos).save_pretrained(folder)
+    return folder
+
+
+_made: list[Path] = []
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's folder, made once for all files; not to be changed."""
+    if not _made:  # a fixture that two files import counts as two
+        _made.append(save_tiny(tmp_path_factory.mktemp("tiny") / "model"))
+    return _made[0]
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A results folder of the test's own."""
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def cell(tiny: Path, results: Path) -> list[str]:
+    """The overrides of a quick run of the tiny model into a folder of the test's own."""
+    return tiny_overrides(tiny, results)
+
+
+@pytest.fixture
+def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first documents of the real texts only: the tiny tokenizer is slow on megabytes."""
+    whole = functools.cache(OfflineText.documents)
+    monkeypatch.setattr(OfflineText, "documents", lambda text: whole(text)[:20])
+
+
+def files_under(folder: Path) -> list[str]:
+    """Relative paths of all files below ``folder``, sorted."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def contains(message: str, words: Sequence[str]) -> bool:
+    """Every word stands in the message, which is one line."""
+    return "\n" not in message and all(word in message for word in words)

@@ -1,0 +1,227 @@
+"""Masks on both axes by hand, and against a slow loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dass_exp import masks
+from dass_exp.errors import UserError
+from dass_exp.masks import NM, Pattern, Unstructured
+
+ROW = [[1.0, 4.0, 2.0, 3.0, 8.0, 5.0, 6.0, 7.0]]
+ROW_2OF4 = [[0, 1, 0, 1, 1, 0, 0, 1]]
+
+
+def mask(rows: list[list[int]]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.bool)
+
+
+def slow_keep(pattern: Pattern, scores: Tensor, dim: int | None) -> Tensor:
+    """One group after the other, in plain Python: the highest stay, of equal scores the lower index."""
+    if dim is None and isinstance(pattern, Unstructured):
+        return slow_keep(pattern, scores.reshape(1, -1), 1).view(scores.shape)
+    rows = scores.T if dim == 0 else scores
+    kept = torch.zeros(rows.shape, dtype=torch.bool)
+    width = pattern.m if isinstance(pattern, NM) else rows.shape[1]
+    room = pattern.n if isinstance(pattern, NM) else width - int(pattern.sparsity * width)
+    for row in range(rows.shape[0]):
+        for start in range(0, rows.shape[1], width):
+            ranked = sorted(range(start, start + width), key=lambda column: (-rows[row, column].item(), column))
+            kept[row, ranked[:room]] = True
+    return kept.T if dim == 0 else kept
+
+
+# --- N:M
+
+
+@pytest.mark.parametrize("dim", [1, None])
+def test_nm_keeps_the_highest_of_each_group_of_a_row(dim):
+    assert torch.equal(NM(2, 4).keep(torch.tensor(ROW), dim), mask(ROW_2OF4))
+
+
+def test_nm_along_the_output_axis_groups_the_rows():
+    assert torch.equal(NM(2, 4).keep(torch.tensor(ROW).T, 0), mask(ROW_2OF4).T)
+
+
+def test_the_two_axes_of_one_matrix_differ():
+    scores = torch.tensor([[9.0, 8.0, 7.0, 6.0], [1.0, 2.0, 3.0, 4.0], [5.0, 5.0, 0.0, 0.0], [0.0, 9.0, 1.0, 7.0]])
+    assert torch.equal(NM(2, 4).keep(scores, 1), mask([[1, 1, 0, 0], [0, 0, 1, 1], [1, 1, 0, 0], [0, 1, 0, 1]]))
+    assert torch.equal(NM(2, 4).keep(scores, 0), mask([[1, 1, 1, 1], [0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 1]]))
+
+
+@pytest.mark.parametrize(
+    ("row", "kept"),
+    [
+        ([5, 5, 5, 5], [1, 1, 0, 0]),
+        ([3, 1, 3, 3], [1, 0, 1, 0]),
+        ([1, 3, 3, 3], [0, 1, 1, 0]),
+        ([0, 2, 0, 0], [1, 1, 0, 0]),
+        ([0, 0, 2, 2], [0, 0, 1, 1]),
+    ],
+)
+@pytest.mark.parametrize("limit", [0, 16])
+def test_of_equal_scores_nm_keeps_the_lower_index(row, kept, limit, monkeypatch):
+    monkeypatch.setattr(masks, "_PAIRWISE_LIMIT", limit)
+    scores = torch.tensor([row], dtype=torch.float32)
+    assert torch.equal(NM(2, 4).keep(scores, 1), mask([kept]))
+    assert torch.equal(NM(2, 4).keep(scores.T, 0), mask([kept]).T)
+
+
+def test_small_groups_are_compared_in_pairs_and_large_ones_sorted(monkeypatch):
+    taken = []
+    for way in ("_by_pairs", "_by_sort"):
+        inner: Callable[[NM, Tensor], Tensor] = getattr(NM, way)
+        monkeypatch.setattr(NM, way, lambda self, tiles, way=way, inner=inner: taken.append(way) or inner(self, tiles))
+    NM(8, 16).keep(torch.rand(2, 32), 1)
+    NM(8, 17).keep(torch.rand(2, 34), 1)
+    assert taken == ["_by_pairs", "_by_sort"]
+
+
+@pytest.mark.parametrize(("dim", "side", "size"), [(1, "input", 6), (None, "input", 6), (0, "output", 10)])
+def test_an_axis_that_m_does_not_divide_is_refused(dim, side, size):
+    with pytest.raises(UserError, match=rf"pattern 2:4: m=4 does not divide the {side} axis of a \[10, 6\].* divides {size}"):
+        NM(2, 4).keep(torch.rand(10, 6), dim)
+    with pytest.raises(UserError, match=side):
+        NM(2, 4).check((10, 6), dim)
+
+
+def test_only_the_axis_of_the_groups_must_be_divisible():
+    assert NM(2, 4).keep(torch.rand(3, 8), 1).sum() == 12
+    assert NM(2, 4).keep(torch.rand(8, 3), 0).sum() == 12
+
+
+def test_n_equal_to_m_keeps_everything():
+    assert bool(NM(4, 4).keep(torch.zeros(4, 8), 0).all())
+
+
+# --- unstructured
+
+@pytest.mark.parametrize(
+    ("dim", "kept"),
+    [
+        (1, [[1, 0, 1, 0], [1, 1, 0, 0]]),
+        (0, [[1, 1, 1, 1], [0, 0, 0, 0]]),
+        (None, [[1, 1, 1, 0], [1, 0, 0, 0]]),
+    ],
+)
+def test_unstructured_by_hand(dim, kept):
+    scores = torch.tensor([[9.0, 5.0, 8.0, 2.0], [7.0, 3.0, 1.0, 0.5]])
+    assert torch.equal(Unstructured(0.5).keep(scores, dim), mask(kept))
+
+
+@pytest.mark.parametrize(
+    ("row", "kept"),
+    [([4, 4, 4, 4], [1, 1, 0, 0]), ([1, 4, 4, 4], [0, 1, 1, 0]), ([4, 1, 1, 1], [1, 1, 0, 0]), ([1, 1, 4, 4], [0, 0, 1, 1])],
+)
+def test_of_equal_scores_unstructured_keeps_the_lower_index(row, kept):
+    scores = torch.tensor([row], dtype=torch.float32)
+    assert torch.equal(Unstructured(0.5).keep(scores, 1), mask([kept]))
+    assert torch.equal(Unstructured(0.5).keep(scores.T, 0), mask([kept]).T)
+    assert torch.equal(Unstructured(0.5).keep(scores.view(2, 2), None), mask([kept]).view(2, 2))
+
+
+@pytest.mark.parametrize(("sparsity", "size", "zeros"), [(0.5, 5, 2), (0.5, 1, 0), (0.1, 7, 0), (0.3, 10, 3), (0.99, 8, 7), (0.29, 100, 28), (0.0, 6, 0)])
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_unstructured_cuts_the_integer_part(sparsity, size, zeros, dim):
+    pattern = Unstructured(sparsity)
+    scores = torch.arange(float(size)).view((1, size) if dim != 0 else (size, 1))
+    kept = pattern.keep(scores, dim)
+    assert kept.flatten().tolist() == [False] * zeros + [True] * (size - zeros)
+    assert pattern.violations(kept, dim) == 0
+
+
+def test_any_shape_will_do_for_unstructured():
+    Unstructured(0.5).check((3, 7), 0)
+
+
+# --- both
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Pattern, Tensor, int | None]:
+    """A pattern, a matrix that can hold it with many ties, an axis."""
+    dim = draw(st.sampled_from([0, 1, None]))
+    m = draw(st.sampled_from([1, 2, 3, 4, 8, 16, 17, 20]))
+    if draw(st.booleans()):
+        pattern: Pattern = NM(draw(st.integers(1, m)), m)
+        along, across = m * draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    else:
+        pattern = Unstructured(draw(st.sampled_from([0.0, 0.1, 0.25, 1 / 3, 0.5, 0.7, 0.95])))
+        along, across = draw(st.integers(1, 12)), draw(st.integers(1, 5))
+    rows, columns = (along, across) if dim == 0 else (across, along)
+    values = draw(st.lists(st.integers(0, 3), min_size=rows * columns, max_size=rows * columns))
+    return pattern, torch.tensor(values, dtype=torch.float32).view(rows, columns), dim
+
+
+@given(cases())
+def test_masks_agree_with_a_slow_loop(case):
+    pattern, scores, dim = case
+    before = scores.clone()
+    kept = pattern.keep(scores, dim)
+    assert kept.dtype == torch.bool
+    assert torch.equal(kept, slow_keep(pattern, scores, dim))
+    assert pattern.violations(kept, dim) == 0
+    assert torch.equal(scores, before)
+
+
+@given(cases())
+def test_transposing_the_scores_transposes_the_mask(case):
+    pattern, scores, dim = case
+    if dim is not None:
+        assert torch.equal(pattern.keep(scores.T, 1 - dim).T, pattern.keep(scores, dim))
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(10, 20), Unstructured(0.5)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_scores_in_half_precision_are_ranked_alike(pattern, dtype, dim):
+    scores = torch.randint(0, 9, (20, 20), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(pattern.keep(scores.to(dtype), dim), pattern.keep(scores, dim))
+
+
+# --- counting
+
+
+def test_violations_counts_the_groups_with_another_number_of_weights():
+    found = mask([[1, 1, 0, 0, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0, 0, 0]])
+    assert NM(2, 4).violations(found, 1) == 3
+    assert NM(2, 4).violations(found, None) == 3
+    assert NM(2, 4).violations(found.T, 0) == 3
+    assert NM(1, 2).violations(found, 0) == 4
+    assert Unstructured(0.5).violations(found, 1) == 2
+    assert Unstructured(0.5).violations(found, 0) == 4
+    assert Unstructured(0.5).violations(found, None) == 1
+    assert Unstructured(0.625).violations(found, None) == 0
+
+
+def test_overfull_and_underfull_count_nonzeros():
+    weight = torch.tensor([[1.0, -2.0, 3.0, 0.0, 0.0, 0.0, 0.0, 5.0], [1.0, 1.0, 0.0, 0.0, -1.0, -1.0, -1.0, -1.0]])
+    assert (NM(2, 4).overfull(weight, 1), NM(2, 4).underfull(weight, 1)) == (2, 1)
+    assert (NM(2, 4).overfull(weight.T, 0), NM(2, 4).underfull(weight.T, 0)) == (2, 1)
+    assert (NM(2, 4).overfull(weight, None), NM(2, 4).underfull(weight, None)) == (2, 1)
+    assert (NM(1, 2).overfull(weight, 0), NM(1, 2).underfull(weight, 0)) == (3, 1)
+
+
+# --- settings
+
+
+def test_names():
+    assert [NM(2, 4).name, NM(4, 8).name, Unstructured(0.5).name, Unstructured(0.625).name] == ["2:4", "4:8", "50%", "62.5%"]
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 4), (5, 4), (-1, 4), (2.0, 4), (2, 0), (True, 4), ("2", 4), (2, None)])
+def test_impossible_nm_is_refused(n, m):
+    with pytest.raises(UserError, match=r"pattern\.[nm]="):
+        NM(n, m)
+
+
+@pytest.mark.parametrize("sparsity", [1, 1.0, -0.1, float("nan"), float("inf"), "0.5", True, None])
+def test_impossible_sparsity_is_refused(sparsity):
+    with pytest.raises(UserError, match=r"pattern\.sparsity="):
+        Unstructured(sparsity)

@@ -1,0 +1,139 @@
+"""Statistics by hand, and that the batch size adds nothing to them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dass_exp.errors import NumericalError
+from dass_exp.stats import Gram, InputNorm, Stat
+
+CPU = torch.device("cpu")
+
+
+def observed(kind: type[Stat], *batches: Tensor) -> Stat:
+    stat = kind(batches[0].shape[-1], CPU)
+    for batch in batches:
+        stat.update(batch)
+    return stat
+
+
+@pytest.fixture
+def inputs() -> Tensor:
+    """Five sequences of seven tokens."""
+    return torch.randn(5, 7, 6, generator=torch.Generator().manual_seed(0))
+
+
+# --- the input norm
+
+
+def test_the_norm_runs_over_all_tokens_of_all_sequences():
+    first = torch.tensor([[[3.0, 0.0, 1.0], [4.0, 0.0, -1.0]]])
+    second = torch.tensor([[[12.0, 0.0, 1.0], [0.0, 0.0, 1.0]]])
+    stat = observed(InputNorm, first, second)
+    assert stat.norm.tolist() == [13.0, 0.0, 2.0]
+    assert stat.norm.dtype == torch.float32
+    assert stat.sequences == 2
+
+
+def test_an_input_without_a_batch_axis_is_one_sequence():
+    flat = torch.tensor([[3.0, 1.0], [4.0, 1.0]])
+    stat = observed(InputNorm, flat)
+    assert torch.equal(stat.norm, observed(InputNorm, flat[None]).norm)
+    assert stat.sequences == 1
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float16, 300.0), (torch.bfloat16, 1.0)])
+def test_half_precision_inputs_are_summed_in_float32(dtype, value):
+    """300 squared overflows float16; in bfloat16 a sum of ones stops growing at 256."""
+    stat = observed(InputNorm, torch.full((4, 256, 1), value, dtype=dtype))
+    assert stat.norm.item() == 32 * value
+    assert observed(Gram, torch.full((4, 256, 1), value, dtype=dtype)).matrix.item() == 1024 * value**2
+
+
+@pytest.mark.parametrize(("kind", "total"), [(InputNorm, "squares"), (Gram, "matrix")])
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_the_batch_size_changes_no_bit(kind, total, batch_size, inputs):
+    whole, parts = observed(kind, inputs), observed(kind, *inputs.split(batch_size))
+    assert torch.equal(getattr(whole, total), getattr(parts, total))
+    assert whole.sequences == parts.sequences == 5
+
+
+@pytest.mark.parametrize("kind", [InputNorm, Gram])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_reported_with_the_layer(kind, bad, inputs):
+    stat = observed(kind, inputs)
+    stat.check("fine")
+    inputs[3, 2, 1] = bad
+    stat.update(inputs)
+    with pytest.raises(NumericalError, match=r"^model\.layers\.3\.gate: its inputs hold numbers that are not finite"):
+        stat.check("model.layers.3.gate")
+
+
+# --- the Gram matrix
+
+
+def test_gram_by_hand():
+    stat = observed(Gram, torch.tensor([[[1.0, 2.0, 0.0], [3.0, -1.0, 0.0]]]), torch.tensor([[[1.0, 1.0, 0.0]]]))
+    assert stat.matrix.tolist() == [[11.0, 0.0, 0.0], [0.0, 6.0, 0.0], [0.0, 0.0, 0.0]]
+    assert stat.dead.tolist() == [False, False, True]
+
+
+def hessian(inputs: Tensor, damping: float) -> Tensor:
+    """float64: twice the mean over the sequences of X^T X, ones beside dead features, damped."""
+    rows = inputs.double().flatten(0, 1)
+    matrix = 2 / len(inputs) * rows.T @ rows
+    matrix[range(len(matrix)), range(len(matrix))] += (matrix.diagonal() == 0).double()
+    return matrix + damping * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.01, 0.5])
+def test_the_factor_is_the_upper_cholesky_factor_of_the_inverse_hessian(damping, inputs):
+    inputs[:, :, 2] = 0
+    upper, retries = observed(Gram, inputs).inverse_factor(damping)
+    upper = upper.double()
+    assert retries == 0
+    assert torch.equal(upper, upper.triu())
+    assert bool((upper.diagonal() > 0).all())
+    torch.testing.assert_close(upper.T @ upper @ hessian(inputs, damping), torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-4)
+
+
+def test_the_factor_is_made_once_for_each_damping_and_anew_after_more_inputs(inputs):
+    stat = observed(Gram, inputs)
+    before = stat.matrix.clone()
+    first = stat.inverse_factor(0.01)[0]
+    assert stat.inverse_factor(0.01)[0] is first
+    assert not torch.equal(stat.inverse_factor(0.1)[0], first)
+    assert torch.equal(stat.matrix, before)
+    stat.update(3 * inputs)
+    assert not torch.equal(stat.inverse_factor(0.01)[0], first)
+
+
+def twins() -> Tensor:
+    """Two sequences whose two features are always equal; the Gram matrix holds squares of two, so its second pivot is exactly zero."""
+    return torch.full((2, 1, 2), 2.0)
+
+
+def test_damping_starts_at_a_millionth_when_an_undamped_matrix_is_singular():
+    upper, retries = observed(Gram, twins()).inverse_factor(0.0)
+    assert retries == 1
+    expected = hessian(twins(), 1e-6)
+    assert upper[1, 1].item() == pytest.approx(expected[1, 1].item() ** -0.5, rel=1e-3)
+    assert bool(torch.isfinite(upper).all())
+
+
+def test_damping_rises_tenfold_until_the_matrix_is_positive_definite():
+    stat = observed(Gram, twins())
+    stat.matrix = torch.tensor([[4.0, 4.3], [4.3, 4.0]])  # times 2/2, its lowest eigenvalue is -0.3: it needs more than 0.075 of the mean
+    upper, retries = stat.inverse_factor(0.01)
+    assert retries == 1
+    torch.testing.assert_close(upper.T @ upper, torch.tensor([[4.4, 4.3], [4.3, 4.4]]).inverse(), rtol=1e-3, atol=1e-3)
+    assert stat.inverse_factor(0.0)[1] == 6 + 1 - 1
+
+
+def test_giving_up_on_a_singular_matrix_says_how_often_it_was_damped():
+    stat = observed(Gram, twins())
+    stat.matrix = -torch.eye(2)
+    with pytest.raises(NumericalError, match="stayed singular after its damping was raised 2 times"):
+        stat.inverse_factor(0.01, tries=2)
