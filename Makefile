@@ -21,11 +21,9 @@ demo: $(STAMP)  ## prune SmolLM2-135M 2:4 with every method and print the compar
 	@$(RUN)dass-exp sweeps=demo
 
 test: $(STAMP)  ## the tests: CPU, offline once the assets are there, some minutes
-	@$(RUN)python -m dass_exp.assets
 	@HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false $(RUN)python -m pytest -m 'not slow'
 
 test-all: $(STAMP)  ## the tests and the slow ones
-	@$(RUN)python -m dass_exp.assets --all
 	@HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false $(RUN)python -m pytest
 
 check: $(STAMP)  ## lint, formatting, types

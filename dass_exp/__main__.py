@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from dass_exp.components import admitted_packages
 from dass_exp.config import register, validate
 from dass_exp.errors import NumericalError, UserError
 from dass_exp.report.callback import Sweep, note_cell
@@ -24,6 +25,8 @@ from dass_exp.report.console import Watch, show
 from dass_exp.run import Outcome, run
 
 log = logging.getLogger("dass_exp")
+
+_ADMITTED = admitted_packages(sys.argv[1:])  # before any config file has had its say
 
 
 class _Progress:
@@ -38,7 +41,7 @@ def _cell(composed: DictConfig) -> None:
     context = HydraConfig.get()
     overrides = list(context.overrides.task)
     try:
-        outcome = run(validate(composed, overrides), Watch())
+        outcome = run(validate(composed, _ADMITTED), Watch())
     except Exception as error:
         note_cell(context.runtime.output_dir, {"status": "failed", "overrides": overrides, "error": _line(error)})
         if context.mode == RunMode.MULTIRUN:  # the other cells go on; the exit code at the end tells
@@ -68,15 +71,28 @@ def _line(error: Exception) -> str:
     return kind + " ".join(str(error).split())
 
 
+def _refusal(error: Exception) -> str:
+    """What Hydra says of a setting that it refuses, and what is behind it."""
+    for override in sys.argv[1:]:
+        group, _, choice = override.partition("=")
+        if choice.replace("_", "").isdigit() and (project_root() / "conf" / group).is_dir():
+            return f"{override}: Hydra reads {choice} as a number; the choices of {group} are the files in {project_root() / 'conf' / group}"
+    return "\n".join(str(part).strip() for part in (error, error.__cause__) if part is not None)
+
+
 def main() -> None:
     """Entry point. Exit code 2: a setting is wrong; 1: a run failed, or cells of a sweep did."""
     register()
+    os.environ["DASS_EXP_PLUGINS"] = " ".join(_ADMITTED)  # a worker of a launcher has another command line
+    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us instead of printing a traceback
     try:
         _cell()
-    except SystemExit as ended:
-        if ended.code == 1 and not _Progress.started:
-            raise SystemExit(2) from None
-        raise
+    except Exception as error:
+        if _Progress.started or full:
+            raise
+        log.error("%s", _refusal(error))
+        raise SystemExit(2) from None
     if Sweep.failed:
         sys.exit(1)
 

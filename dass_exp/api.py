@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,7 @@ def prune(
     pattern: Pattern | str = "2:4",
     scope: str = "mlp",
     batch_size: int = 4,
+    roles: Mapping[str, str] | None = None,
 ) -> Pruned:
     """Prune a causal language model in place, and verify the result.
 
@@ -69,6 +71,7 @@ def prune(
         pattern: ``2:4``, ``4:8``, any ``n:m`` (n kept), ``50%``, or an instance.
         scope: mlp, attention or all.
         batch_size: sequences that pass through a block together; it changes no number.
+        roles: for a family that the table does not know: ``blocks``, and the path of each role's linear inside a block.
 
     Raises:
         UserError: a setting does not fit the model.
@@ -83,7 +86,7 @@ def prune(
         masks.update({name: cut.keep for name, cut in report.cuts.items()})
 
     if chosen.uses:
-        prune_model(model, tokens, chosen, shape, Options(scope, batch_size, on_block=on_block))
+        prune_model(model, tokens, chosen, shape, Options(scope, batch_size, roles, on_block))
     return Pruned(masks, layers)
 
 
@@ -127,14 +130,15 @@ def pattern_of(pattern: Pattern | str) -> Pattern:
     """
     if isinstance(pattern, Pattern):
         return pattern
+    text = str(pattern).replace("of", ":")
     try:
-        if pattern.endswith("%"):
-            return Unstructured(float(pattern[:-1]) / 100)
-        if pattern == "unstructured":
+        if text == "unstructured":
             return Unstructured()
-        kept, _, group = pattern.replace("of", ":").partition(":")
-        return NM(int(kept), int(group))
+        if text.endswith("%"):
+            return Unstructured(float(text[:-1]) / 100)
+        kept, group = map(int, text.split(":"))
     except ValueError as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"pattern={pattern!r}: expected 2:4, 4:8, any n:m, 50%, or an instance of a Pattern") from error
+    return NM(kept, group)

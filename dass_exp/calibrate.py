@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dass_exp.capture import Batch, capture
+from dass_exp.capture import Batch, capture, evaluating
 from dass_exp.errors import NumericalError, UserError, one_of, whole_number
 from dass_exp.families import INPUT_OF, SCOPES, Decoder, decoder_of
 from dass_exp.masks import Pattern
@@ -84,7 +84,7 @@ def prune_model(model: nn.Module, tokens: Tensor | None, method: Pruner, pattern
         the hidden states behind the last block, one tensor [sequences, tokens, features] per batch; none without calibration.
 
     Raises:
-        UserError: the family is unknown, the scope is empty, or the pattern does not divide an axis.
+        UserError: the family is unknown, the scope is empty, the pattern does not divide an axis, or the tokens are no sequences.
         NumericalError: a number is not finite; the message names the layer.
     """
     decoder = decoder_of(model, options.roles)
@@ -98,7 +98,9 @@ def prune_model(model: nn.Module, tokens: Tensor | None, method: Pruner, pattern
         return []
     if tokens is None:
         raise UserError(f"method {method.name} needs calibration tokens")
-    with _evaluating(model):
+    if tokens.ndim != 2 or not tokens.numel():
+        raise UserError(f"calibration tokens of shape {list(tokens.shape)}: expected [sequences, tokens] with at least one of each")
+    with evaluating(model):
         batches = capture(model, list(decoder.blocks), tokens, options.batch_size)
         for index in range(len(decoder.blocks)):
             options.on_block(_prune_block(decoder, index, batches, method, pattern, options.scope))
@@ -171,14 +173,3 @@ def _observer(stat: Stat) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any
         stat.update(args[0] if args else kwargs["input"])
 
     return observe
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off while it is open."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -40,6 +40,18 @@ class Batch:
         return output[0] if isinstance(output, tuple) else output
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off while it is open; afterwards each module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def capture(model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor, batch_size: int) -> list[Batch]:
     """The first block's inputs and every block's arguments, one entry per batch.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import yaml
@@ -17,19 +17,23 @@ from dass_exp.paths import project_root
 
 Part = TypeVar("Part")
 
+OURS = frozenset({"dass_exp"})
 
-def admitted_packages(command_line: Sequence[str]) -> frozenset[str]:
-    """Packages whose classes may be built: this one, and those that the user has named.
+
+def admitted_packages(command_line: Iterable[str]) -> frozenset[str]:
+    """Packages whose classes may be built: this one, and those that the user has named in the environment or on the command line.
+
+    To be called before Hydra composes: a config file can set variables and overrides too, and must not admit anything.
 
     Args:
-        command_line: the overrides that were typed. A config file cannot admit anything.
+        command_line: what was typed.
     """
     named = os.environ.get("DASS_EXP_PLUGINS", "").replace(",", " ").split()
     for override in command_line:
         key, _, value = override.partition("=")
         if key.lstrip("+") == "plugins":
             named += "".join(" " if mark in "[],'\"" else mark for mark in value).split()
-    return frozenset({"dass_exp", *named})
+    return OURS | frozenset(named)
 
 
 def check_targets(composed: DictConfig, packages: frozenset[str]) -> None:
@@ -59,10 +63,13 @@ def build(node: Any, kind: type[Part], setting: str) -> Part:
     if not issubclass(locate(f"{setting}._target_", node["_target_"]), kind):
         raise UserError(f"{setting}._target_={node['_target_']}: expected a {kind.__name__}")
     try:
-        return instantiate(node, _convert_="all")
+        made = instantiate(node, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
         raise UserError(str(cause) if isinstance(cause, UserError) else f"{setting}: {cause or error}") from error
+    if not isinstance(made, kind):
+        raise UserError(f"{setting}: Hydra made a {type(made).__name__} of it; expected a {kind.__name__} (leave _partial_ out)")
+    return made
 
 
 def choice(group: str, name: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from dass_exp import data
 from dass_exp.calibrate import Options
-from dass_exp.components import admitted_packages, build, check_targets, choice
+from dass_exp.components import OURS, build, check_targets, choice
 from dass_exp.errors import UserError, one_of, whole_number
 from dass_exp.masks import Pattern
 from dass_exp.methods.base import Pruner
@@ -30,7 +29,7 @@ class ModelConfig:
     dtype: str = "auto"
     device: str = "auto"
     bos: str = "auto"
-    roles: dict[str, str] | None = None
+    roles: Any = None  # a mapping; typed so, Hydra could not set it from the command line
     accept_license: bool = False
     trust_remote_code: bool = False
 
@@ -116,18 +115,18 @@ class Settings:
     evaluation_text: data.Text | None
 
 
-def validate(composed: DictConfig, command_line: Sequence[str] = ()) -> Settings:
+def validate(composed: DictConfig, packages: frozenset[str] = OURS) -> Settings:
     """Check every setting that can be checked without the model, and build the parts.
 
     Args:
         composed: what Hydra composed.
-        command_line: the overrides that the user typed; only these, and the environment, may admit plugins.
+        packages: whose classes may be built (:func:`dass_exp.components.admitted_packages`).
 
     Raises:
         UserError: names the setting, its value and what is allowed.
     """
-    check_targets(composed, admitted_packages(command_line))
     try:
+        check_targets(composed, packages)
         config = OmegaConf.to_object(composed)
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key or error.key} has no value; set it on the command line") from error

@@ -89,7 +89,9 @@ def family_of(model_type: str, roles: Mapping[str, str] | None = None) -> Family
     Raises:
         UserError: the family is unknown and no roles were given, or the roles are incomplete.
     """
-    if roles:
+    if roles is not None:
+        if not isinstance(roles, Mapping) or not all(isinstance(path, str) for path in roles.values()):
+            raise UserError(f"model.roles={roles!r}: expected a path for each of blocks, {', '.join(Role)}")
         given = {one_of("model.roles", key, ("blocks", *Role)): path for key, path in roles.items()}
         missing = [role.value for role in Role if role not in given]
         if missing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from dass_exp.families import BOS_POLICIES, Family, family_of
 OFFLINE = "offline:"  # a path that starts so names one of the models of assets.py
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_IDENTIFYING = {"config.json", "tokenizer.json", "tokenizer.model"}  # beside the weights
+_IDENTIFYING = {"config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"}  # beside the weights
 _NEEDS_LICENCE = {"gemma3_270m": "the Gemma Terms of Use (https://ai.google.dev/gemma/terms)"}
 _NOTES = {"smollm2_135m": "dequantised from 4-bit weights (GGUF Q4_1)", "gemma3_270m": "dequantised from 4-bit weights (GGUF Q4_K_M)"}
 
@@ -203,7 +204,7 @@ def _folder_digest(folder: Path) -> str:
     files = sorted(file for file in folder.iterdir() if file.suffix == ".safetensors" or file.name in _IDENTIFYING)
     if not any(file.suffix == ".safetensors" for file in files):
         raise UserError(f"model.path={folder}: the folder holds no .safetensors file; other formats are not read")
-    return _digest(tuple((file.resolve(), file.stat().st_mtime_ns, file.stat().st_size) for file in files))
+    return _digest(tuple((file.absolute(), file.stat().st_mtime_ns, file.stat().st_size) for file in files))
 
 
 @functools.lru_cache(maxsize=64)
@@ -217,15 +218,17 @@ def _digest(stamped: tuple[tuple[Path, int, int], ...]) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and advice off the screen while it is open."""
-    log = transformers.utils.logging
-    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    """Keep the progress bars, advice and retries of transformers and the hub off the screen while it is open."""
+    log, hub = transformers.utils.logging, logging.getLogger("huggingface_hub")
+    verbosity, hub_level, bars = log.get_verbosity(), hub.level, log.is_progress_bar_enabled()
     log.set_verbosity_error()
+    hub.setLevel(logging.ERROR)
     log.disable_progress_bar()
     try:
         yield
     finally:
         log.set_verbosity(verbosity)
+        hub.setLevel(hub_level)
         if bars:
             log.enable_progress_bar()
 

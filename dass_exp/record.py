@@ -71,6 +71,7 @@ class Store:
             masks: bool [out, in] by layer, True where the weight stays.
         """
         folder = self.runs / record["key"]
+        folder.mkdir(parents=True, exist_ok=True)
         if masks is not None:
             scratch = folder / "masks.safetensors.partial"
             save_file({name: mask.contiguous().cpu() for name, mask in masks.items()}, scratch)

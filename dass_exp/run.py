@@ -65,8 +65,9 @@ class Bench:
     def __init__(self, settings: Settings, observer: Observer) -> None:
         self.settings = settings
         self.observer = observer
-        self.spec = models.identify(settings.config.model)
-        self.tokenizer = models.load_tokenizer(self.spec)
+        with observer.phase(f"finding {settings.config.model.path}"):
+            self.spec = models.identify(settings.config.model)
+            self.tokenizer = models.load_tokenizer(self.spec)
         self.bos = models.bos_policy(settings.config.model.bos, self.spec, self.tokenizer)
         self.load_s = 0.0
 

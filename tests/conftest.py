@@ -1,22 +1,23 @@
-"""What the tests share: they run offline, on two threads, on random two-layer models of every family."""
+"""What the tests share: they run offline, on one thread, on random two-layer models of every family."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+# Libraries read these when they are imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest  # noqa: E402 - the environment must be set before libraries read it
-import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
-torch.set_num_threads(2)
 settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
 settings.load_profile("fixed")
 
@@ -47,6 +48,12 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Threads that wait for each other over tiny matrices make the tests ten times slower on a busy machine."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def tiny_model() -> Callable[..., nn.Module]:
     """A factory: ``tiny_model(family, **settings)`` is a random model of the family, the same at each call.
@@ -70,3 +77,17 @@ def tiny_model() -> Callable[..., nn.Module]:
 def tokens() -> Tensor:
     """int64 [5, 12]: five sequences, so that batches of 2 and 3 leave a smaller one at the end."""
     return torch.randint(SHAPE["vocab_size"], (5, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def attached() -> Callable[[nn.Module], Counter[str]]:
+    """A function that counts what is attached to a model: forward hooks, and forwards set on an instance."""
+
+    def count(model: nn.Module) -> Counter[str]:
+        found: Counter[str] = Counter()
+        for module in model.modules():
+            found["hooks"] += len(module._forward_pre_hooks) + len(module._forward_hooks)
+            found["forwards"] += "forward" in vars(module)
+        return found
+
+    return count

@@ -22,6 +22,7 @@ from hydra import initialize_config_dir
 from omegaconf import DictConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from dass_exp.components import admitted_packages
 from dass_exp.config import Settings, register, validate
 from dass_exp.data import OfflineText
 from dass_exp.paths import project_root
@@ -29,7 +30,7 @@ from dass_exp.run import Outcome, run
 
 ROOT = project_root()
 CONF = ROOT / "conf"
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 
 # One decoder block of the tiny model by hand: 4 query heads and 2 key-value heads of 8 features, MLP of 64.
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 32, 64, 2, 512
@@ -56,7 +57,7 @@ def compose(*overrides: str) -> DictConfig:
 
 def settings_of(*overrides: str) -> Settings:
     """The validated settings of a run that was typed with these overrides."""
-    return validate(compose(*overrides), overrides)
+    return validate(compose(*overrides), admitted_packages(overrides))
 
 
 def run_with(*overrides: str) -> Outcome:
@@ -72,11 +73,12 @@ def tiny_overrides(folder: Path, results: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def command(*arguments: str, folder: Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command in ``folder``, in its own process; it sees this checkout."""
-    inherited = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "2"}
-    whole = [sys.executable, "-m", "dass_exp", *arguments]
-    return subprocess.run(whole, cwd=folder, env={**inherited, **(environment or {})}, capture_output=True, text=True, timeout=300, check=False)
+def command(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in ``folder``, in its own process; it sees this checkout, and the environment with these changes."""
+    modules = os.pathsep.join(filter(None, [str(ROOT), environment.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]))
+    whole = {**os.environ, "DASS_EXP_ROOT": str(ROOT), "OMP_NUM_THREADS": "2", **environment, "PYTHONPATH": modules}
+    call = [sys.executable, "-m", "dass_exp", *arguments]
+    return subprocess.run(call, cwd=folder, env=whole, capture_output=True, text=True, timeout=300, check=False)
 
 
 def tiny_tokenizer(bos: str | None = "<s>") -> Any:
@@ -115,28 +117,28 @@ def save_tiny(folder: Path, config: Any = None, bos: str | None = "<s>") -> Path
 _made: list[Path] = []
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session", name="tiny")
+def tiny_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model's folder, made once for all files; not to be changed."""
     if not _made:  # a fixture that two files import counts as two
         _made.append(save_tiny(tmp_path_factory.mktemp("tiny") / "model"))
     return _made[0]
 
 
-@pytest.fixture
-def results(tmp_path: Path) -> Path:
+@pytest.fixture(name="results")
+def results_fixture(tmp_path: Path) -> Path:
     """A results folder of the test's own."""
     return tmp_path / "results"
 
 
-@pytest.fixture
-def cell(tiny: Path, results: Path) -> list[str]:
+@pytest.fixture(name="cell")
+def cell_fixture(tiny: Path, results: Path) -> list[str]:
     """The overrides of a quick run of the tiny model into a folder of the test's own."""
     return tiny_overrides(tiny, results)
 
 
-@pytest.fixture
-def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(name="short_texts")
+def short_texts_fixture(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first documents of the real texts only: the tiny tokenizer is slow on megabytes."""
     whole = functools.cache(OfflineText.documents)
     monkeypatch.setattr(OfflineText, "documents", lambda text: whole(text)[:20])

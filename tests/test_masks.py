@@ -102,6 +102,7 @@ def test_n_equal_to_m_keeps_everything():
 
 # --- unstructured
 
+
 @pytest.mark.parametrize(
     ("dim", "kept"),
     [

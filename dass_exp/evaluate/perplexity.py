@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dass_exp.capture import evaluating
 from dass_exp.errors import NumericalError, UserError
 
 _LOGITS = 1 << 25  # numbers of logits held at once: 128 MiB in float32, whatever the vocabulary
+
+_HIGHEST = 700.0  # nats per token: exp of more is no float
 
 
 @dataclass(frozen=True)
@@ -45,25 +48,21 @@ def perplexity(model: Any, tokens: Tensor, batch_size: int = 4) -> Perplexity:
 
     Raises:
         UserError: a window has fewer than two tokens.
-        NumericalError: a likelihood is not finite.
+        NumericalError: a likelihood, or the perplexity, is not finite.
     """
-    if tokens.ndim != 2 or tokens.shape[1] < 2:
-        raise UserError(f"tokens of shape {list(tokens.shape)}: expected [windows, tokens] with at least two tokens")
+    if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < 2:
+        raise UserError(f"tokens of shape {list(tokens.shape)}: expected [windows, tokens], each window with at least two tokens")
     device = next(model.parameters()).device
     trunk, config = getattr(model, "base_model", model), model.config.get_text_config()
     head, cap = model.get_output_embeddings(), getattr(config, "final_logit_softcapping", None)
-    training = model.training
-    model.eval()
-    try:
-        window_nll: list[float] = []
+    window_nll: list[float] = []
+    with evaluating(model):
         for part in tokens.split(batch_size):
             ids = part.to(device)
             hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
             losses = _losses(head, hidden.reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1), cap)
             window_nll += losses.view(len(ids), -1).double().mean(1).tolist()
-    finally:
-        model.train(training)
-    if not all(map(math.isfinite, window_nll)):
+    if not sum(window_nll) / len(window_nll) < _HIGHEST:
         raise NumericalError("perplexity: the model's logits hold numbers that are not finite")
     return Perplexity(window_nll, tokens.shape[1] - 1)
 

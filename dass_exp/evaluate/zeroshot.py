@@ -96,7 +96,12 @@ def zero_shot(model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int
     from lm_eval.tasks import TaskManager
 
     class Quiet(HFLM):
-        """HFLM without its progress bar."""
+        """HFLM without its progress bar, and with the beginning-of-sequence token where it is asked for, whatever the tokenizer adds by itself."""
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **settings: Any) -> list[int]:
+            ids = super().tok_encode(string, add_special_tokens=False, **settings)
+            start = [tokenizer.bos_token_id] if options.bos and add_special_tokens is not False else []
+            return ids if ids[:1] == start else [*start, *ids]
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
@@ -108,9 +113,7 @@ def zero_shot(model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int
             manager = TaskManager(include_path=folder, include_defaults=False)
         else:
             manager = TaskManager()
-        wrapped = Quiet(
-            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=options.batch_size, add_bos_token=options.bos, softmax_dtype="float32"
-        )
+        wrapped = Quiet(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=options.batch_size, softmax_dtype="float32")
         try:
             loaded = manager.load(list(tasks))
             for task in loaded["tasks"].values():

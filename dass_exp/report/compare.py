@@ -83,7 +83,8 @@ def _differences(record: Record) -> list[str]:
     if ours and ours != theirs:
         found.append(f"calibration: {ours[1]} x {ours[2]} tokens of {ours[0]}; the paper: {theirs[1]} x {theirs[2]} of {theirs[0]}")
     scored = paper_eval["perplexity"]
-    if "dataset" in protocol and (protocol["dataset"], protocol["context"]) != (scored["name"], scored["context"]):
+    asked = config["eval"].get("perplexity") or {}
+    if "dataset" in protocol and (protocol["dataset"], protocol["context"], asked.get("max_windows")) != (scored["name"], scored["context"], None):
         found.append(
             f"perplexity: {protocol['windows']} windows of {protocol['context']} tokens of {protocol['dataset']}; "
             f"the paper: all windows of {scored['context']} of {scored['name']}, test split"
