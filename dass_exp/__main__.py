@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sys
@@ -17,15 +18,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from dass_exp.bench import Shelf
 from dass_exp.components import admitted_packages
 from dass_exp.config import register, validate
 from dass_exp.errors import NumericalError, UserError
+from dass_exp.plan import Plan, plan
 from dass_exp.report.callback import Sweep, note_cell
-from dass_exp.report.console import Watch, show
+from dass_exp.report.console import Watch, show, show_plan
 from dass_exp.run import Outcome, run
 
 log = logging.getLogger("dass_exp")
 
+_SHELF = Shelf()  # for the cells of a sweep that run in this process
 _ADMITTED = admitted_packages(sys.argv[1:])  # before any config file has had its say
 
 
@@ -41,7 +45,12 @@ def _cell(composed: DictConfig) -> None:
     context = HydraConfig.get()
     overrides = list(context.overrides.task)
     try:
-        outcome = run(validate(composed, _ADMITTED), Watch())
+        settings = validate(composed, _ADMITTED)
+        shelf = _SHELF if context.mode == RunMode.MULTIRUN else None
+        if settings.config.plan:
+            _planned(plan(settings, shelf or Shelf()), context.runtime.output_dir, overrides, alone=shelf is None)
+            return
+        outcome = run(settings, Watch(), shelf)
     except Exception as error:
         note_cell(context.runtime.output_dir, {"status": "failed", "overrides": overrides, "error": _line(error)})
         if context.mode == RunMode.MULTIRUN:  # the other cells go on; the exit code at the end tells
@@ -52,6 +61,12 @@ def _cell(composed: DictConfig) -> None:
             raise SystemExit(2 if isinstance(error, UserError) else 1) from None
         raise
     _done(outcome, context.runtime.output_dir, overrides, alone=context.mode != RunMode.MULTIRUN)
+
+
+def _planned(planned: Plan, folder: str, overrides: list[str], alone: bool) -> None:
+    note_cell(folder, {"status": "planned", "overrides": overrides, **dataclasses.asdict(planned)})
+    if alone:
+        show_plan([{"overrides": overrides, **dataclasses.asdict(planned)}])
 
 
 def _done(outcome: Outcome, folder: str, overrides: list[str], alone: bool) -> None:

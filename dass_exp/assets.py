@@ -73,6 +73,8 @@ MODELS: dict[str, Asset] = {
 TEXTS: dict[str, Asset] = {
     "c4": _text("c4.utf8", "2daf1ef16e02dbd337f86296acd4c3f2eb703800ad21fd1f48b40280c699cd41"),
     "wikipedia": _text("wiki.utf8", "d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7"),
+    "code": _text("code.utf8", "12a80d96af7e16b3ecbf2e6899a9c70aee2f4e0003b581979fe6876944e2d891"),
+    "technical": _text("technical.utf8", "7cac2a0ddd7bc4db19e52e3b12ced3812514059f1f11bfc427b7849e0077a2ee"),
 }
 
 TASKS: dict[str, Asset] = {

@@ -78,7 +78,7 @@ class EvalConfig:
 
 @dataclass
 class RunConfig:
-    """Everything that defines one run."""
+    """Everything that defines one run. ``repeat`` numbers the runs of one cell whose cost is measured more than once."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     method: Any = MISSING
@@ -92,6 +92,8 @@ class RunConfig:
     sweep: Any = None
     threads: int | None = None
     rerun: bool = False
+    plan: bool = False
+    repeat: int = 0
     save_masks: bool = False
     results_dir: str = "results"
     plugins: list[str] = field(default_factory=list)
@@ -138,6 +140,7 @@ def validate(composed: DictConfig, packages: frozenset[str] = OURS) -> Settings:
     Options(config.scope, config.calibration.batch_size)
     cut = data.Cut(config.calibration.sampling, config.calibration.num_samples, config.calibration.seq_len, config.calibration.separator)
     whole_number("seed", config.seed, least=0)
+    whole_number("repeat", config.repeat, least=0)
     if config.threads is not None:
         whole_number("threads", config.threads, least=1)
     whole_number("eval.batch_size", config.eval.batch_size, least=1)

@@ -43,7 +43,7 @@ class OfflineText(Text):
     """A text of assets.py.
 
     Args:
-        asset: ``c4`` or ``wikipedia``.
+        asset: ``c4``, ``wikipedia``, or ``code`` and ``technical``, which are one document each.
         part: ``all``, or ``even`` or ``odd``: every other document, so that calibration and scoring can take disjoint ones.
     """
 
@@ -52,7 +52,7 @@ class OfflineText(Text):
 
     def __post_init__(self) -> None:
         one_of("text.asset", self.asset, tuple(assets.TEXTS))
-        one_of("text.part", self.part, ("all", "even", "odd"))
+        one_of("text.part", self.part, ("all", "even", "odd") if self.asset in ("c4", "wikipedia") else ("all",))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class OfflineText(Text):
             found = [text.strip() for text in re.findall(r"<doc [^>]*>\n(.*?)</doc>", raw, re.DOTALL)]
             found = [text for text in found if "\n" in text]  # an article of one line is a title without text
         else:
-            found = raw.splitlines()
+            found = raw.splitlines() if self.asset == "c4" else [raw]
         return found[{"odd": 1}.get(self.part, 0) :: 1 if self.part == "all" else 2]
 
 

@@ -46,6 +46,8 @@ def identity_of(settings: Settings, spec: ModelSpec, bos: str) -> dict[str, Any]
         identity["calibration"] = {"text": settings.calibration_text.identity, **dataclasses.asdict(settings.cut)}
         if settings.cut.sampling != "joined":
             del identity["calibration"]["separator"]
+    if config.repeat:
+        identity["repeat"] = config.repeat
     if "seed" in method.uses:
         identity["seed"] = config.seed
     return identity

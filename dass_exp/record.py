@@ -54,6 +54,11 @@ class Store:
             return None
         return found if isinstance(found, dict) and found.get("key") == key else None
 
+    def records(self) -> list[Record]:
+        """All finished records; what is no record is passed over (:mod:`dass_exp.report.load` names it)."""
+        found = (self.find(path.parent.name) for path in sorted(self.runs.glob("*/result.json")))
+        return [record for record in found if record is not None]
+
     @contextmanager
     def lock(self, key: str) -> Iterator[None]:
         """Hold the key against other processes; the kernel frees it if its owner dies."""

@@ -4,44 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dass_exp import data, models
-from dass_exp.calibrate import BlockReport, Options, check_shapes, prune_model
+from dass_exp.bench import Bench, Observer, Shelf, Silent
+from dass_exp.calibrate import BlockReport, Options, prune_model
 from dass_exp.config import Settings
-from dass_exp.errors import UserError
 from dass_exp.evaluate.perplexity import Perplexity, perplexity
 from dass_exp.evaluate.zeroshot import Options as ZeroShotOptions
 from dass_exp.evaluate.zeroshot import ZeroShot, zero_shot
-from dass_exp.families import decoder_of
 from dass_exp.key import key_of
 from dass_exp.methods.dense import Dense
 from dass_exp.record import PeakMemory, Record, Store
 from dass_exp.summarise import Made, compose, described
 from dass_exp.verify import Layer, verify
-
-
-class Observer(Protocol):
-    """Shown what a run is doing."""
-
-    def phase(self, name: str, steps: int | None = None) -> AbstractContextManager[Any]:
-        """A phase of the run begins; it yields a function to call after each of its ``steps``."""
-
-
-class Silent:
-    """Shows nothing."""
-
-    def phase(self, name: str, steps: int | None = None) -> AbstractContextManager[Any]:
-        """Nothing to show."""
-        del name, steps
-        return nullcontext(lambda: None)
 
 
 @dataclass(frozen=True)
@@ -54,66 +33,13 @@ class Outcome:
     found: bool
 
 
-class Bench:
-    """What a run and its dense counterpart share: the model, its tokenizer, the tokens. Each is made when it is first asked for.
+def run(settings: Settings, observer: Observer | None = None, shelf: Shelf | None = None) -> Outcome:
+    """Do a run, or find its record if it was done before.
 
     Args:
         settings: a validated run.
         observer: shown the phases.
-    """
-
-    def __init__(self, settings: Settings, observer: Observer) -> None:
-        self.settings = settings
-        self.observer = observer
-        with observer.phase(f"finding {settings.config.model.path}"):
-            self.spec = models.identify(settings.config.model)
-            self.tokenizer = models.load_tokenizer(self.spec)
-        self.bos = models.bos_policy(settings.config.model.bos, self.spec, self.tokenizer)
-        self.load_s = 0.0
-
-    @cached_property
-    def model(self) -> nn.Module:
-        """The model in memory; dense until it is pruned."""
-        start = time.perf_counter()
-        with self.observer.phase("loading the model"):
-            model = models.load_model(self.spec)
-        self.load_s = time.perf_counter() - start
-        return model
-
-    @cached_property
-    def calibration(self) -> data.Tokens:
-        """The calibration tokens."""
-        settings = self.settings
-        return data.calibration_tokens(settings.calibration_text, settings.cut, self.tokenizer, self.bos, settings.config.seed)
-
-    @cached_property
-    def windows(self) -> data.Tokens | None:
-        """The windows to score, None where no perplexity is asked for."""
-        scored, text = self.settings.config.eval.perplexity, self.settings.evaluation_text
-        if scored is None or text is None:
-            return None
-        return data.evaluation_windows(text, scored.context, scored.max_windows, self.tokenizer, self.bos)
-
-    def check(self, settings: Settings) -> None:
-        """See that the model can do what the settings ask, before its weights are loaded.
-
-        Raises:
-            UserError: a sequence is too long for the model or its text, the scope is empty, or an axis is not divisible.
-        """
-        scored, limit = settings.config.eval.perplexity, self.spec.positions
-        lengths = {"calibration.seq_len": settings.cut.seq_len if settings.method.stat else 0, "eval.perplexity.context": scored.context if scored else 0}
-        for setting, length in lengths.items():
-            if limit is not None and length > limit:
-                raise UserError(f"{setting}={length}: model {self.spec.name} has {limit} positions; choose at most that")
-        if settings.method.uses:
-            check_shapes(decoder_of(models.skeleton(self.spec), self.spec.roles), settings.method, settings.pattern, settings.config.scope)
-        _ = self.windows
-        if settings.method.stat:
-            _ = self.calibration
-
-
-def run(settings: Settings, observer: Observer | None = None) -> Outcome:
-    """Do a run, or find its record if it was done before.
+        shelf: what the runs of this process share; a run alone needs none.
 
     Raises:
         UserError: a setting does not fit the model or the data; nothing was loaded or written.
@@ -121,7 +47,7 @@ def run(settings: Settings, observer: Observer | None = None) -> Outcome:
     """
     if settings.config.threads:
         torch.set_num_threads(settings.config.threads)
-    return _run(settings, Bench(settings, observer or Silent()))
+    return _run(settings, Bench(settings, observer or Silent(), shelf))
 
 
 def _run(settings: Settings, bench: Bench) -> Outcome:
@@ -154,18 +80,19 @@ def _dense(settings: Settings, bench: Bench) -> Record | None:
     evaluation = settings.config.eval
     if not settings.method.uses or (evaluation.perplexity is None and evaluation.zeroshot is None):
         return None
-    config = dataclasses.replace(settings.config, rerun=False)
+    config = dataclasses.replace(settings.config, rerun=False, repeat=0)
     return _run(dataclasses.replace(settings, config=config, method=Dense()), bench).record
 
 
 def _make(settings: Settings, bench: Bench) -> tuple[Made, dict[str, Tensor] | None]:
-    memory, model = PeakMemory(), bench.model
-    size = sum(parameter.numel() for parameter in model.parameters())
-    start = time.perf_counter()
-    layers, masks = _prune(settings, bench) if settings.method.uses else ([], None)
-    prune_s = time.perf_counter() - start
-    start = time.perf_counter()
-    scored, tasks = _evaluate(settings, bench)
+    memory = PeakMemory()
+    with bench.borrowed(settings.config.scope if settings.method.uses else None) as model:
+        size = sum(parameter.numel() for parameter in model.parameters())
+        start = time.perf_counter()
+        layers, masks = _prune(settings, bench) if settings.method.uses else ([], None)
+        prune_s = time.perf_counter() - start
+        start = time.perf_counter()
+        scored, tasks = _evaluate(settings, bench)
     cost = {"load_s": bench.load_s, "prune_s": prune_s, "eval_s": time.perf_counter() - start, **memory.read()}
     made = Made(
         bos=bench.bos,
@@ -175,7 +102,7 @@ def _make(settings: Settings, bench: Bench) -> tuple[Made, dict[str, Tensor] | N
         perplexity=scored,
         zeroshot=tasks,
         model_size=size,
-        decoder_size=decoder_of(model, bench.spec.roles).size,
+        decoder_size=bench.decoder.size,
         cost={name: round(value, 3) if isinstance(value, float) else value for name, value in cost.items()},
     )
     return made, masks
@@ -184,7 +111,7 @@ def _make(settings: Settings, bench: Bench) -> tuple[Made, dict[str, Tensor] | N
 def _prune(settings: Settings, bench: Bench) -> tuple[list[Layer], dict[str, Tensor] | None]:
     layers: list[Layer] = []
     masks: dict[str, Tensor] | None = {} if settings.config.save_masks else None
-    blocks = len(decoder_of(bench.model, bench.spec.roles).blocks)
+    blocks = len(bench.decoder.blocks)
     with bench.observer.phase(f"pruning with {settings.method.name}", blocks) as step:
 
         def on_block(report: BlockReport) -> None:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dass_exp.record import write_json
 from dass_exp.report.compare import as_markdown, as_rich, comparison, footnotes, settings_line
-from dass_exp.report.console import caption, console
+from dass_exp.report.console import caption, console, show_plan
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,8 @@ class Comparison(Callback):
         folder = Path(config.hydra.sweep.dir)
         cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"*/{CELL}"), key=lambda path: int(path.parent.name))]
         records = {cell["record"]: json.loads(Path(cell["record"]).read_text(encoding="utf-8")) for cell in cells if cell["status"] == "done"}
+        if planned := [cell for cell in cells if cell["status"] == "planned"]:
+            show_plan(planned)
         failed = [cell for cell in cells if cell["status"] == "failed"]
         Sweep.failed = len(failed)
         if records:

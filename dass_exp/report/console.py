@@ -58,6 +58,29 @@ def show(record: Record, dense: Record | None, path: Path, found: bool) -> None:
     screen.print(f"{'found' if found else 'wrote'} {path}", soft_wrap=True)
 
 
+def show_plan(cells: list[dict[str, Any]]) -> None:
+    """Print the cells of a sweep: which are done, which would run, and how long that would take."""
+    table = Table(title="Plan: nothing was run", title_justify="left")
+    for column in ("cell", "record", "", "seconds", "estimated from"):
+        table.add_column(column, justify="right" if column == "seconds" else "left")
+    common = set.intersection(*(set(cell["overrides"]) for cell in cells)) if len(cells) > 1 else set()
+    seen: set[str] = set()
+    total, unknown = 0.0, 0
+    for cell in cells:
+        again = cell["key"] in seen
+        seen.add(cell["key"])
+        seconds = 0.0 if again else cell["seconds"]
+        total, unknown = total + (seconds or 0.0), unknown + (seconds is None)
+        state = "done" if cell["done"] else "same record as above" if again else "would run"
+        basis = "" if cell["done"] or again else cell["basis"]
+        name = " ".join(override for override in cell["overrides"] if override not in common)
+        table.add_row(name, cell["key"], state, "?" if seconds is None else f"{seconds:.0f}", basis)
+    screen = console()
+    screen.print(table)
+    more = f", and {unknown} cells of unknown cost" if unknown else ""
+    screen.print(f"about {total / 60:.0f} min in one process{more}; loading the model is not counted")
+
+
 def _rows(record: Record) -> dict[str, str]:
     metrics, cost = record["metrics"], record["cost"]
     rows = {f"perplexity {name}": f"{value:.2f}" for name, value in metrics.get("perplexity", {}).items()}

@@ -1,0 +1,71 @@
+"""What a run would do: whether its record is there, and how long it would take, from the costs of earlier records."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dass_exp.bench import Bench, Shelf, Silent
+from dass_exp.config import Settings
+from dass_exp.key import key_of
+from dass_exp.record import Record, Store
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One cell of a sweep, not run.
+
+    Args:
+        key: of its record.
+        done: whether the record is there.
+        seconds: what it would take, from the costs of like records; None where there are none. What is done takes none.
+        basis: the records that the estimate comes from, in words.
+    """
+
+    key: str
+    done: bool
+    seconds: float | None
+    basis: str
+
+
+def plan(settings: Settings, shelf: Shelf | None = None) -> Plan:
+    """Look a run up and estimate its time. No weight is loaded.
+
+    Raises:
+        UserError: the run could not start; the message says why.
+    """
+    bench = Bench(settings, Silent(), shelf)
+    bench.check(settings)
+    store = Store(settings.config.results_dir)
+    key = key_of(settings, bench.spec, bench.bos)
+    if not settings.config.rerun and store.find(key) is not None:
+        return Plan(key, done=True, seconds=0.0, basis="done")
+    same_model = [record for record in store.records() if record["identity"]["model"] == bench.spec.identity]
+    prune_s, basis = _median(same_model, settings, "prune_s") if settings.method.uses else (0.0, "nothing to prune")
+    eval_s, _ = _median(same_model, settings, "eval_s")
+    known = prune_s is not None and eval_s is not None
+    return Plan(key, done=False, seconds=(prune_s or 0.0) + (eval_s or 0.0) if known else None, basis=basis)
+
+
+def _median(records: list[Record], settings: Settings, cost: str) -> tuple[float | None, str]:
+    for alike, basis in _narrowing(records, settings, cost):
+        if alike:
+            return statistics.median(record["cost"][cost] for record in alike), f"median of {len(alike)} {basis}"
+    return None, "no like record"
+
+
+def _narrowing(records: list[Record], settings: Settings, cost: str) -> Iterator[tuple[list[Record], str]]:
+    """Like records, the most alike first."""
+    if cost == "eval_s":
+        wanted = settings.config.eval.name
+        yield [record for record in records if record["config"]["eval"]["name"] == wanted], f"records with eval={wanted}"
+        return
+    same = [record for record in records if record["config"]["method"]["name"] == settings.method.name]
+    size = (settings.cut.num_samples, settings.cut.seq_len)
+    yield [record for record in same if record["calibration"] and _size(record) == size], "records of this method and calibration size"
+    yield same, "records of this method"
+
+
+def _size(record: Record) -> tuple[int, int]:
+    return record["calibration"]["num_samples"], record["calibration"]["seq_len"]
