@@ -84,6 +84,34 @@ class WandbTracker(Tracker):
             run.finish()
 
 
+def track_sheet(title: str, rows: list[list[Any]], pictures: list[Path], results: str) -> None:
+    """Log a table and its pictures to W&B as one summary run; a failure costs one warning.
+
+    Args:
+        title: of the table, the name of the run.
+        rows: its header and its rows, as text.
+        pictures: files; those that W&B can show (PNG) are logged.
+        results: the results folder, for W&B's own files.
+    """
+    import wandb
+
+    try:
+        run = wandb.init(
+            project="dass_exp",
+            name=title,
+            job_type="report",
+            mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
+            dir=str(Path(results).resolve()),
+            settings=wandb.Settings(silent=True, console="off"),
+            reinit="finish_previous",
+        )
+        run.log({"table": wandb.Table(columns=[column or "row" for column in rows[0]], data=rows[1:])})
+        run.log({path.stem: wandb.Image(str(path)) for path in pictures if path.suffix == ".png"})
+        run.finish()
+    except Exception as error:  # noqa: BLE001 - as above
+        log.warning("the tracker failed, the files are safe: %s: %s", type(error).__name__, " ".join(str(error).split())[:300])
+
+
 def flat_metrics(record: dict[str, Any]) -> dict[str, float]:
     """The numbers of a record by a flat name: ``perplexity/wikipedia_mini``, ``piqa/acc``, ``sparsity/scope``, ``cost/prune_s``."""
     metrics, found = record["metrics"], {}

@@ -36,10 +36,13 @@ LAYERS = [
     ["config"],
     ["key", "record"],
     ["summarise"],
-    ["run"],
-    ["report/console"],
-    ["report/compare"],
-    ["report/callback"],
+    ["bench"],
+    ["run", "plan"],
+    ["report/console", "report/load", "report/noise"],
+    ["report/compare", "report/sheet", "report/published", "report/pair"],
+    ["report/callback", "report/write"],
+    ["report/figures", "report/page"],
+    ["report/cli"],
     ["api", "__main__"],
     ["__init__"],
 ]
@@ -191,7 +194,7 @@ def test_imports_run_downward(name):
 
 
 def test_the_search_for_imports_finds_them():
-    assert uses("run") >= {"models", "data", "key", "summarise", "evaluate/perplexity", "methods/dense"}
+    assert uses("run") >= {"bench", "key", "summarise", "evaluate/perplexity", "methods/dense"}
     assert uses("config") >= {"evaluate/zeroshot"}  # it stands inside a function
     assert uses("key") >= {"evaluate/__init__"}
 
@@ -203,7 +206,7 @@ def test_reports_run_no_model():
         if name not in reached:
             reached.add(name)
             waiting += uses(name)
-    assert {name for name in reached if not name.startswith("report/")} <= {"errors", "paths", "components", "record"}
+    assert {name for name in reached if not name.startswith("report/")} <= {"errors", "paths", "components", "record", "track"}
 
 
 def test_methods_are_named_by_configs_and_not_by_code():

@@ -272,7 +272,7 @@ DATA = {name: asset for name, asset in REAL.items() if not name.startswith("MODE
 
 def test_the_offline_assets():
     assert set(assets.MODELS) == {"smollm2_135m", "gemma3_270m"}
-    assert set(assets.TEXTS) == {"c4", "wikipedia"}
+    assert set(assets.TEXTS) == {"c4", "wikipedia", "code", "technical"}
     assert set(assets.TASKS) == {"hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "boolq", "openbookqa"}
     assert len({asset.file for asset in REAL.values()}) == len({asset.sha256 for asset in REAL.values()}) == len(REAL)
 

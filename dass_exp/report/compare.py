@@ -73,7 +73,7 @@ def footnotes(records: list[Record]) -> list[str]:
 
 def _differences(record: Record) -> list[str]:
     config, protocol, calibration = record["config"], record["protocol"], record["calibration"]
-    paper_calibration, paper_eval = choice("calibration", "c4"), choice("eval", "paper")
+    paper_calibration, paper_eval = choice("calibration", "c4"), choice("eval", "ppl_paper")
     found = []
     if config["model"]["name"] not in PAPER_MODELS:
         note = f" ({protocol['model_note']})" if protocol["model_note"] else ""

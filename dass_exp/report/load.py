@@ -1,0 +1,86 @@
+"""Read records and the cells of a sweep from a results folder. What cannot be read is named and passed over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+_NEEDED = ("config", "identity", "protocol", "sparsity", "metrics", "cost", "environment")
+_NOT_THE_CELL = ("results_dir", "tracker", "threads", "rerun", "sweeps", "hydra", "plugins")  # settings that do not tell one cell from another
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Records by key, and a line for each file that is no record."""
+
+    records: dict[str, Record]
+    problems: list[str]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """How a cell of a sweep last ended: ``done`` with the key of its record, or ``failed`` with its error."""
+
+    overrides: tuple[str, ...]
+    status: str
+    key: str | None
+    error: str | None
+
+
+def load(results: Path) -> Loaded:
+    """All records of a results folder."""
+    records: dict[str, Record] = {}
+    problems: list[str] = []
+    for path in sorted(results.glob("runs/*/result.json")):
+        try:
+            found = _object(path)
+        except (OSError, ValueError) as error:
+            problems.append(f"{path}: not read ({error})")
+            continue
+        missing = [name for name in _NEEDED if not isinstance(found.get(name), dict)]
+        if found.get("schema") != 1 or found.get("key") != path.parent.name or missing:
+            problems.append(f"{path}: not a record of this project (schema {found.get('schema')!r}, missing {', '.join(missing) or 'nothing'})")
+            continue
+        records[path.parent.name] = found
+    return Loaded(records, problems)
+
+
+def cells_of(results: Path, sweep: str) -> list[Cell]:
+    """The cells of every launch of a sweep, each as it last ended, in the order in which they first came."""
+    found: dict[tuple[str, ...], Cell] = {}
+    for path in _notes(results):
+        try:
+            note = _object(path)
+        except (OSError, ValueError):
+            continue  # a cell that was killed while it wrote; its next launch writes another
+        overrides = [str(override) for override in note.get("overrides", [])]
+        if f"sweeps={sweep}" in overrides and note.get("status") in ("done", "failed"):
+            named = tuple(override for override in overrides if not override.lstrip("+").startswith(_NOT_THE_CELL) or "/cells=" in override)
+            key = Path(note["record"]).parent.name if note["status"] == "done" else None
+            found[named] = Cell(named, note["status"], key, note.get("error"))
+    return list(found.values())
+
+
+def documents(results: Path, key: str) -> dict[str, dict[str, list[float]]]:
+    """Outcomes by task, metric and document; empty where the run scored no tasks."""
+    try:
+        return _object(results / "runs" / key / "documents.json")
+    except (OSError, ValueError):
+        return {}
+
+
+def _notes(results: Path) -> Iterator[Path]:
+    """The cell notes of all sweeps, oldest launch first."""
+    yield from sorted(results.glob("hydra/*/*/*/cell.json"), key=lambda path: (path.parts[-4], path.parts[-3], int(path.parts[-2])))
+
+
+def _object(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("it holds no JSON object")
+    return found

@@ -1,0 +1,202 @@
+"""A table of a sweep before it is written: rows, columns, values with their noise, and how they were made."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dass_exp.errors import UserError
+from dass_exp.report.load import Cell, Record, documents
+from dass_exp.report.noise import pairs_differ, seeds_differ
+
+HIGHER_IS_BETTER = {"acc": True, "acc_norm": True, "perplexity": False, "cost": False}
+_COSTS = {"prune_s": "seconds to prune", "peak_rss_bytes": "peak memory GB", "peak_gpu_bytes": "peak GPU memory GB"}
+_FIXED = ("scope", "calibration.name", "calibration.num_samples", "calibration.seq_len", "context", "dataset", "windows", "limit", "tasks", "lm_eval", "device")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One value of a table.
+
+    Args:
+        values: one number per seed or repeat.
+        stderr: standard error of a single accuracy, in the unit of the values.
+        keys: of the records it came from.
+        outcomes: per window or document, for a paired test; empty where there are several seeds.
+        mark: ``best``, ``second`` or nothing; set only outside the noise.
+    """
+
+    values: tuple[float, ...]
+    stderr: float | None = None
+    keys: tuple[str, ...] = ()
+    outcomes: tuple[float, ...] = field(default=(), repr=False)
+    mark: str = ""
+
+    @property
+    def mean(self) -> float:
+        """Mean over seeds or repeats."""
+        return statistics.fmean(self.values)
+
+    @property
+    def sd(self) -> float | None:
+        """Sample standard deviation over seeds or repeats, None for one."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table: ``cells`` by row and column label hold an :class:`Entry`, or a word such as ``failed``."""
+
+    name: str
+    title: str
+    metric: str
+    rows: list[str]
+    columns: list[str]
+    cells: dict[tuple[str, str], Entry | str]
+    records: list[Record]
+    failed: list[Cell]
+    figure: Mapping[str, Any] | None
+
+
+def build(name: str, layout: Mapping[str, Any], records: list[Record], failed: list[Cell], results: Path, mix: bool = False) -> Sheet:
+    """Lay records out as a table.
+
+    Args:
+        name: of the sweep.
+        layout: its ``sweep`` block: title, rows, columns, metric, figure.
+        records: of its cells, dense ones included.
+        failed: its failed cells.
+        results: the folder that holds the records, for the outcomes of documents.
+        mix: put records of different protocols into one table, with what differs in the row's name.
+
+    Raises:
+        UserError: the records differ in their protocol, scope or calibration, and ``mix`` was not asked for.
+    """
+    metric, by_row = str(layout["metric"]), layout["rows"] if isinstance(layout["rows"], list) else [layout["rows"]]
+    axes = {*by_row, str(layout["columns"])}
+    differing = _differing(records, axes)
+    if differing and not mix:
+        told = "; ".join(f"{field}: {', '.join(sorted(map(str, values)))}" for field, values in differing.items())
+        raise UserError(f"{name}: its records were not made alike ({told}); narrow the results, or ask for --mix to show what differs")
+    varying = _varying_settings(records)
+    gathered: dict[tuple[str, str], list[tuple[Record, float, float | None, tuple[float, ...]]]] = {}
+    groups: dict[str, str] = {}
+    models = len({record["config"]["model"]["name"] for record in records}) > 1
+    pruned_columns = _columns(layout, records)
+    for record in records:
+        row = " ".join(filter(None, (_label(record, axis, varying) for axis in by_row)))
+        if record["config"]["method"]["name"] == "dense":
+            row = "dense"
+        if models:
+            row = f"{record['config']['model']['name']} {row}"
+        if differing and row != "dense":
+            row += "".join(f", {field}={_fixed(record)[field]}" for field in differing if field in _fixed(record))
+        groups[row] = _label(record, by_row[0], varying) if len(by_row) > 1 else ""
+        for column, value, stderr, outcomes in _values(record, metric, str(layout["columns"]), pruned_columns, varying, results):
+            gathered.setdefault((row, column), []).append((record, value, stderr, outcomes))
+    cells: dict[tuple[str, str], Entry | str] = {place: _entry(found) for place, found in gathered.items()}
+    rows = sorted(dict.fromkeys(row for row, _ in gathered), key=lambda row: not row.endswith("dense"))
+    columns = [column for column in dict.fromkeys((*pruned_columns, *(column for _, column in gathered))) if any((row, column) in cells for row in rows)]
+    marked = dict(cells)
+    for group in dict.fromkeys(groups.values()):
+        ranked = [row for row in rows if groups[row] == group and not row.endswith("dense")]
+        marked |= _marks(cells, ranked, columns, HIGHER_IS_BETTER[metric])
+    return Sheet(name, str(layout["title"]), metric, rows, columns, marked, records, failed, layout.get("figure"))
+
+
+def _entry(found: list[tuple[Record, float, float | None, tuple[float, ...]]]) -> Entry:
+    unique = {record["key"]: (value, stderr, outcomes) for record, value, stderr, outcomes in found}
+    alone = len(unique) == 1
+    _, (_, stderr, outcomes) = next(iter(unique.items()))
+    return Entry(tuple(value for value, _, _ in unique.values()), stderr if alone else None, tuple(unique), outcomes if alone else ())
+
+
+def _values(
+    record: Record, metric: str, axis: str, all_columns: Sequence[str], varying: Mapping[str, list[str]], results: Path
+) -> list[tuple[str, float, float | None, tuple[float, ...]]]:
+    """The values of a record as column, number, standard error and paired outcomes."""
+    metrics = record["metrics"]
+    if metric == "cost":
+        scale = {"prune_s": 1.0, "peak_rss_bytes": 1e-9, "peak_gpu_bytes": 1e-9}
+        return [(label, record["cost"][name] * scale[name], None, ()) for name, label in _COSTS.items() if record["cost"].get(name) is not None]
+    if metric == "perplexity":
+        column = _label(record, axis, varying)
+        columns = [column] if column else list(all_columns)  # dense has no pattern and no calibration: it stands in every column
+        return [(column, value, None, tuple(metrics["window_nll"][dataset])) for column in columns for dataset, value in metrics.get("perplexity", {}).items()]
+    outcomes, found = documents(results, record["key"]), []
+    for task, scores in metrics.get("tasks", {}).items():
+        name = metric if metric in scores else "acc"
+        paired = tuple(outcomes.get(task, {}).get(name, ()))
+        found.append((task, 100 * scores[name], 100 * scores[f"{name}_stderr"], paired))
+    if found:
+        spread = sum(stderr**2 for _, _, stderr, _ in found) ** 0.5 / len(found)  # the tasks are independent
+        found.append(("mean", 100 * metrics[f"mean_{metric}"], spread, ()))
+    return found
+
+
+def _columns(layout: Mapping[str, Any], records: list[Record]) -> list[str]:
+    """Column labels of the pruned records, in the order in which the sweep ran them."""
+    if layout["metric"] != "perplexity":
+        return []
+    labels = [_label(record, str(layout["columns"]), {}) for record in records if record["config"]["method"]["name"] != "dense"]
+    return list(dict.fromkeys(filter(None, labels)))
+
+
+def _label(record: Record, axis: str, varying: Mapping[str, list[str]]) -> str:
+    """What a record is called along an axis: ``method``, ``pattern``, or a dotted path into its config."""
+    config = record["config"]
+    if axis == "method":
+        method = config["method"]
+        return " ".join([method["name"], *(f"{key}={method[key]}" for key in varying.get(method["name"], ()) if key in method)])
+    if axis == "pattern":
+        return config["pattern"]["name"] if config["pattern"] else ""
+    found: Any = config
+    for part in axis.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return "" if found is None else f"{axis.rsplit('.', 1)[-1]}={found}" if isinstance(found, (int, float)) else str(found)
+
+
+def _varying_settings(records: list[Record]) -> dict[str, list[str]]:
+    """By method: the hyper-parameters that are not the same in all its records."""
+    seen: dict[str, dict[str, set[str]]] = {}
+    for record in records:
+        for key, value in record["config"]["method"].items():
+            seen.setdefault(record["config"]["method"]["name"], {}).setdefault(key, set()).add(str(value))
+    return {name: [key for key, values in fields.items() if len(values) > 1] for name, fields in seen.items()}
+
+
+def _fixed(record: Record) -> dict[str, Any]:
+    """What must be equal in all rows of one table, as far as the record has it."""
+    calibration, protocol = record["calibration"] or {}, record["protocol"]
+    known = {"scope": record["config"]["scope"], **{f"calibration.{key}": calibration.get(key) for key in ("name", "num_samples", "seq_len")}, **protocol}
+    return {name: known[name] for name in _FIXED if known.get(name) is not None}
+
+
+def _differing(records: list[Record], axes: set[str]) -> dict[str, set[str]]:
+    seen: dict[str, set[str]] = {}
+    for record in records:
+        for name, value in _fixed(record).items():
+            seen.setdefault(name, set()).add(str(value))
+    return {name: values for name, values in seen.items() if len(values) > 1 and name not in axes}
+
+
+def _marks(cells: Mapping[tuple[str, str], Entry | str], rows: list[str], columns: list[str], higher: bool) -> dict[tuple[str, str], Entry | str]:
+    """The best and the second of these rows in each column, each marked only if it stands apart from the next."""
+    marked: dict[tuple[str, str], Entry | str] = {}
+    for column in columns:
+        ranked = [(row, entry) for row in rows if isinstance(entry := cells.get((row, column)), Entry)]
+        ranked.sort(key=lambda pair: pair[1].mean, reverse=higher)
+        for (row, entry), (_, following), mark in zip(ranked, ranked[1:], ("best", "second"), strict=False):
+            if not _apart(entry, following):
+                break
+            marked[(row, column)] = replace(entry, mark=mark)
+    return marked
+
+
+def _apart(first: Entry, second: Entry) -> bool:
+    if len(first.values) > 1 and len(second.values) > 1:
+        return seeds_differ(first.values, second.values)
+    return pairs_differ(first.outcomes, second.outcomes)

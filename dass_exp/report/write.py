@@ -1,0 +1,124 @@
+"""Write a sheet as Markdown, CSV and LaTeX, with the caption that says how its numbers were made."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from pathlib import Path
+
+from dass_exp.report.sheet import Entry, Sheet
+
+_UNITS = {"perplexity": "perplexity, lower is better", "acc": "accuracy in %", "acc_norm": "length-normalised accuracy in %", "cost": "cost"}
+_TEX = {"\\": r"\textbackslash{}", **{mark: f"\\{mark}" for mark in "&%$#_{}"}, "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+
+
+def format_entry(entry: Entry | str, metric: str) -> str:
+    """A value as tables print it: the mean, with the standard deviation over seeds or the standard error where there is one."""
+    if isinstance(entry, str):
+        return entry
+    digits = 1 if metric in ("acc", "acc_norm", "cost") else 2
+    spread = entry.sd if entry.sd is not None else entry.stderr
+    return f"{entry.mean:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+
+
+def caption(sheet: Sheet) -> str:
+    """Model, weights, scope, calibration, context, BOS, dtype, lm-eval and metric of a sheet, and what its marks mean."""
+    pruned = [record for record in sheet.records if record["config"]["method"]["name"] != "dense"] or sheet.records
+    shown, parts = pruned[0]["protocol"], []
+    models = dict.fromkeys(f"{record['identity']['model']}{_note(record['protocol']['model_note'])}" for record in pruned)
+    parts.append(f"Model {', '.join(models)}, {shown['dtype']}")
+    parts.append("scope " + ", ".join(dict.fromkeys(record["config"]["scope"] or "none" for record in pruned)))
+    calibrations = dict.fromkeys(
+        f"{found['num_samples']} x {found['seq_len']} tokens of {found['name']}" for record in pruned if (found := record["calibration"]) is not None
+    )
+    if calibrations:
+        seeds = sorted({record["config"]["seed"] for record in pruned if record["config"]["seed"] is not None})
+        parts.append(f"calibration {', '.join(calibrations)}, seeds {', '.join(map(str, seeds))}")
+    if "dataset" in shown and sheet.metric == "perplexity":
+        parts.append(f"{shown['windows']} windows of {shown['context']} tokens of {shown['dataset']} ({shown['split']})")
+    if "lm_eval" in shown and sheet.metric.startswith("acc"):
+        limit = f"the first {shown['limit']} documents of each task" if shown["limit"] else "all documents"
+        parts.append(f"{sheet.metric} by lm-eval {shown['lm_eval']}, zero-shot, {limit}, ± standard error")
+    parts.append("beginning-of-sequence token: " + ", ".join(dict.fromkeys(record["protocol"]["bos"] for record in pruned)))
+    marks = " Bold is best and underlined second, only where a paired bootstrap (95 %) or the seeds set it apart from the next."
+    spread = " ± is the standard deviation over seeds." if any(isinstance(entry, Entry) and entry.sd is not None for entry in sheet.cells.values()) else ""
+    return f"{_UNITS[sheet.metric]}. " + "; ".join(parts) + "." + spread + marks
+
+
+def _note(note: str) -> str:
+    return f" ({note})" if note else ""
+
+
+def markdown(sheet: Sheet) -> str:
+    """The table in Markdown: best in bold, second underlined."""
+
+    def shown(entry: Entry | str) -> str:
+        text, mark = format_entry(entry, sheet.metric), entry.mark if isinstance(entry, Entry) else ""
+        return f"**{text}**" if mark == "best" else f"<u>{text}</u>" if mark == "second" else text
+
+    lines = ["| | " + " | ".join(map(_pipe, sheet.columns)) + " |", "|---|" + "---|" * len(sheet.columns)]
+    for row in sheet.rows:
+        lines.append(f"| {_pipe(row)} | " + " | ".join(shown(sheet.cells.get((row, column), "")) for column in sheet.columns) + " |")
+    return "\n".join(lines)
+
+
+def _pipe(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def comma_separated(sheet: Sheet) -> str:
+    """One line per value, full precision: row, column, mean, sd, stderr, n, mark, keys of the records."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["row", "column", "metric", "mean", "sd", "stderr", "n", "mark", "records"])
+    for (row, column), entry in sheet.cells.items():
+        if isinstance(entry, Entry):
+            numbers = (entry.mean, "" if entry.sd is None else entry.sd, "" if entry.stderr is None else entry.stderr, len(entry.values))
+            writer.writerow([row, column, sheet.metric, *numbers, entry.mark, " ".join(entry.keys)])
+    return out.getvalue()
+
+
+def latex(sheet: Sheet) -> str:
+    """A table environment; it needs the package booktabs."""
+
+    def shown(entry: Entry | str) -> str:
+        text, mark = tex(format_entry(entry, sheet.metric)), entry.mark if isinstance(entry, Entry) else ""
+        return rf"\textbf{{{text}}}" if mark == "best" else rf"\underline{{{text}}}" if mark == "second" else text
+
+    lines = [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{l{'r' * len(sheet.columns)}}}", r"\toprule"]
+    lines.append(" & ".join(["", *map(tex, sheet.columns)]) + r" \\")
+    lines.append(r"\midrule")
+    for number, row in enumerate(sheet.rows):
+        lines.append(" & ".join([tex(row), *(shown(sheet.cells.get((row, column), "")) for column in sheet.columns)]) + r" \\")
+        if number == 0 and row.endswith("dense") and len(sheet.rows) > 1:
+            lines.append(r"\midrule")
+    lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{tex(sheet.title)}. {tex(caption(sheet))}}}", rf"\label{{tab:{sheet.name}}}", r"\end{table}"]
+    return "\n".join(lines) + "\n"
+
+
+def tex(text: str) -> str:
+    """Text with LaTeX's special characters escaped."""
+    return "".join(_TEX.get(mark, mark) for mark in text)
+
+
+def write(sheet: Sheet, folder: Path, notes: str) -> list[Path]:
+    """Write the three forms of a sheet, each atomically.
+
+    Args:
+        sheet: what to write.
+        folder: where to.
+        notes: Markdown that follows the caption: published numbers, failures, footnotes.
+    """
+    lines = [f"# {sheet.title}", "", markdown(sheet), "", caption(sheet), "", f"Made by `dass-report {sheet.name}`.", "", notes]
+    contents = {"md": "\n".join(lines).rstrip() + "\n", "csv": comma_separated(sheet), "tex": latex(sheet)}
+    return [write_text(folder / f"{sheet.name}.{ending}", content) for ending, content in contents.items()]
+
+
+def write_text(path: Path, content: str) -> Path:
+    """Write a text file under a temporary name, then rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f"{path.name}.partial")
+    scratch.write_text(content, encoding="utf-8")
+    os.replace(scratch, path)
+    return path
