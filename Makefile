@@ -1,7 +1,7 @@
 # Thin on purpose: each target builds .venv by itself when it is missing or stale.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all check clean
+.PHONY: help demo report test test-all check clean
 
 PYTHON ?= python3
 STAMP := .venv/.stamp
@@ -19,6 +19,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## prune SmolLM2-135M 2:4 with every method and print the comparison (offline models and data are fetched once)
 	@$(RUN)dass-exp sweeps=demo
+
+report: $(STAMP)  ## write the tables, pictures and page of every sweep that was run
+	@$(RUN)dass-report
 
 test: $(STAMP)  ## the tests: CPU, offline once the assets are there, some minutes
 	@HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false $(RUN)python -m pytest -m 'not slow'

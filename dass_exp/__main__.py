@@ -11,6 +11,7 @@ from dass_exp.paths import project_root
 
 os.environ.setdefault("DASS_EXP_ROOT", str(project_root()))  # conf/config.yaml finds sweeps/ by it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin at each barrier make small products many times slower on busy cores
 os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the libraries below; ours say what a run is doing
 
 import hydra
@@ -78,10 +79,12 @@ def _done(outcome: Outcome, folder: str, overrides: list[str], alone: bool) -> N
 
 
 def _expected(error: Exception) -> bool:
-    return isinstance(error, (UserError, NumericalError))
+    return isinstance(error, (UserError, NumericalError, OSError))
 
 
 def _line(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"a file cannot be read or written: {error}; check results_dir, DASS_EXP_CACHE and the room on the disk"
     kind = "" if _expected(error) else f"{type(error).__name__}: "
     return kind + " ".join(str(error).split())
 

@@ -12,7 +12,7 @@ from dass_exp import assets, models
 from dass_exp.calibrate import BlockReport, Options, prune_model
 from dass_exp.components import build, choice
 from dass_exp.config import ModelConfig
-from dass_exp.errors import UserError
+from dass_exp.errors import UserError, whole_number
 from dass_exp.evaluate.perplexity import perplexity as score
 from dass_exp.masks import NM, Pattern, Unstructured
 from dass_exp.methods.base import Pruner
@@ -85,6 +85,9 @@ def prune(
         layers.extend(verify(report, shape))
         masks.update({name: cut.keep for name, cut in report.cuts.items()})
 
+    if tokens is not None:
+        _check_tokens(model, tokens)
+        _check_length(model, tokens)
     if chosen.uses:
         prune_model(model, tokens, chosen, shape, Options(scope, batch_size, roles, on_block))
     return Pruned(masks, layers)
@@ -102,13 +105,32 @@ def perplexity(model: nn.Module, tokens: Tensor, context: int | None = None, bat
     Raises:
         UserError: the stream is shorter than one window, or no context was given for it.
     """
+    _check_tokens(model, tokens)
+    whole_number("batch_size", batch_size, least=1)
     if context is not None:
+        whole_number("context", context, least=2)
         stream = tokens.reshape(-1)
-        count = len(stream) // context if context >= 2 else 0
+        count = len(stream) // context
         if not count:
             raise UserError(f"context={context}: expected at least 2 and at most the {len(stream)} tokens at hand")
         tokens = stream[: count * context].view(count, context)
+    _check_length(model, tokens)
     return score(model, tokens, batch_size).value
+
+
+def _check_tokens(model: Any, tokens: Any) -> None:
+    """Raise a UserError unless ``tokens`` holds ids of the model's vocabulary."""
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == bool:
+        raise UserError(f"tokens: expected a tensor of token ids, got {type(tokens).__name__} {getattr(tokens, 'dtype', '')}".rstrip())
+    size = model.get_input_embeddings().weight.shape[0]
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
+        raise UserError(f"tokens: ids from {int(tokens.min())} to {int(tokens.max())}; this model has {size} words")
+
+
+def _check_length(model: Any, tokens: Tensor) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and tokens.ndim and tokens.shape[-1] > limit:
+        raise UserError(f"tokens: sequences of {tokens.shape[-1]}; this model has {limit} positions")
 
 
 def method_of(method: Pruner | str) -> Pruner:

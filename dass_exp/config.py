@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, get_args, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -128,6 +128,7 @@ def validate(composed: DictConfig, packages: frozenset[str] = OURS) -> Settings:
         UserError: names the setting, its value and what is allowed.
     """
     try:
+        _check_keys(composed, RunConfig, "")
         check_targets(composed, packages)
         config = OmegaConf.to_object(composed)
     except MissingMandatoryValue as error:
@@ -155,6 +156,17 @@ def validate(composed: DictConfig, packages: frozenset[str] = OURS) -> Settings:
         cut=cut,
         evaluation_text=build(scored.text, data.Text, "eval.perplexity.text") if scored else None,
     )
+
+
+def _check_keys(node: Any, schema: type, path: str) -> None:
+    """Hydra adds whatever stands behind a ``+``: a misspelt setting would change nothing and tell nobody."""
+    types = get_type_hints(schema)
+    for key in node:
+        if key not in types:
+            raise UserError(f"{path}{key}: there is no such setting; {path.rstrip('.') or 'a run'} has {', '.join(types)}")
+        nested = next((kind for kind in (types[key], *get_args(types[key])) if is_dataclass(kind)), None)
+        if nested is not None and not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
+            _check_keys(node[key], nested, f"{path}{key}.")  # type: ignore[arg-type]
 
 
 def _check_evaluation(evaluation: EvalConfig) -> None:

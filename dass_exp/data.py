@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import random
 import re
 from abc import ABC, abstractmethod
@@ -18,7 +19,6 @@ from dass_exp import assets
 from dass_exp.errors import UserError, one_of, whole_number
 
 SAMPLINGS = ("joined", "document")
-_TRIES = 100_000  # documents drawn before giving up on finding one that is long enough
 
 
 class Text(ABC):
@@ -94,6 +94,7 @@ class HubText(Text):
         import datasets
 
         files = {self.split: self.data_file} if self.data_file else None
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the failure is told below
         try:
             found = datasets.load_dataset(self.path, self.name, data_files=files, split=self.split, revision=self.revision)
         except (OSError, ValueError, RuntimeError) as error:
@@ -176,15 +177,20 @@ def _document_windows(text: Text, cut: Cut, encoder: Callable[[str], Tensor], dr
     """A random window of a random document that is longer than ``length``, as often as asked; the order of the draws is the Wanda code's."""
     documents = text.documents()
     windows: list[Tensor] = []
-    for _ in range(_TRIES):
-        ids = encoder(documents[draw.randint(0, len(documents) - 1)])
+    short: set[int] = set()
+    while len(short) < len(documents):
+        picked = draw.randint(0, len(documents) - 1)
+        if picked in short:
+            continue
+        ids = encoder(documents[picked])
         if len(ids) <= length:
+            short.add(picked)
             continue
         start = draw.randint(0, len(ids) - length - 1)
         windows.append(ids[start : start + length])
         if len(windows) == cut.num_samples:
             return windows
-    raise UserError(f"calibration.seq_len={cut.seq_len}: in {_TRIES} draws too few documents were longer; choose a smaller one or sampling=joined")
+    raise UserError(f"calibration.seq_len={cut.seq_len}: none of the {len(documents)} documents is longer; choose a smaller one or sampling=joined")
 
 
 def evaluation_windows(text: Text, context: int, max_windows: int | None, tokenizer: Any, bos: str) -> Tokens:

@@ -89,6 +89,8 @@ def identify(settings: Any) -> ModelSpec:
         source, revision = path, None
         config = _config(source, None, settings.trust_remote_code)
         identity = f"local:{_folder_digest(Path(path))}"
+    elif path.startswith(("/", ".", "~")):
+        raise UserError(f"model.path={path}: there is no such folder; give a folder, a hub id such as meta-llama/Llama-2-7b-hf, or {OFFLINE}smollm2_135m")
     else:
         source = path
         config = _config(path, revision, settings.trust_remote_code)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,6 +27,8 @@ SCHEMA = 1
 _PACKAGES = ("dass_exp", "torch", "transformers", "datasets", "lm_eval", "tokenizers", "numpy")
 
 Record = dict[str, Any]
+
+FIELDS = frozenset({"config", "identity", "protocol", "calibration", "sparsity", "metrics", "cost", "solver", "environment"})
 
 
 class Store:
@@ -47,12 +50,13 @@ class Store:
         return self.runs / key / "masks.safetensors"
 
     def find(self, key: str) -> Record | None:
-        """The finished record of this key, or None. A file that is no record (a hand edit gone wrong) counts as none."""
+        """The finished record of this key, or None. A file that is no whole record (a hand edit gone wrong) counts as none."""
         try:
             found = json.loads(self.path(key).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return found if isinstance(found, dict) and found.get("key") == key else None
+        whole = isinstance(found, dict) and found.get("schema") == SCHEMA and found.get("key") == key and found.keys() >= FIELDS
+        return found if whole else None
 
     def records(self) -> list[Record]:
         """All finished records; what is no record is passed over (:mod:`dass_exp.report.load` names it)."""
@@ -79,7 +83,11 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         if masks is not None:
             scratch = folder / "masks.safetensors.partial"
-            save_file({name: mask.contiguous().cpu() for name, mask in masks.items()}, scratch)
+            try:
+                save_file({name: mask.contiguous().cpu() for name, mask in masks.items()}, scratch)
+            except SafetensorError as error:
+                scratch.unlink(missing_ok=True)
+                raise OSError(f"{scratch}: {error}") from error
             _settle(scratch, self.masks(record["key"]))
         for name, content in beside.items():
             write_json(folder / name, content)
@@ -138,7 +146,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "git_dirty": None if (changes := _git("status", "--porcelain", "--untracked-files=no")) is None else bool(changes),
     }
 
 

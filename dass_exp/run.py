@@ -59,8 +59,8 @@ def _run(settings: Settings, bench: Bench) -> Outcome:
     with store.lock(key):
         if (outcome := _found(settings, bench, store, key)) is not None:  # another process may have done it while this one waited
             return outcome
-        dense = _dense(settings, bench)
         with store.noting_failure(key, described(settings, bench.spec)):
+            dense = _dense(settings, bench)
             made, masks = _make(settings, bench)
             record = compose(key, settings, bench.spec, made)
             path = store.write(record, {"documents.json": made.zeroshot.documents} if made.zeroshot else {}, masks)

@@ -201,8 +201,25 @@ def test_a_stream_is_cut_into_windows_and_the_rest_is_dropped(tiny_model, tokens
 
 @pytest.mark.parametrize("context", [61, 1, 0, -5])
 def test_a_context_that_does_not_fit_is_refused(context, tiny_model, tokens):
-    with pytest.raises(UserError, match=f"context={context}: expected at least 2 and at most the 60 tokens"):
+    with pytest.raises(UserError, match=f"context={context}: expected (at least 2 and at most the 60 tokens|a whole number of at least 2)"):
         perplexity(tiny_model("llama"), tokens, context=context)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ([1, 2, 3], "expected a tensor of token ids, got list"),
+        (torch.rand(2, 8), "expected a tensor of token ids, got Tensor torch.float32"),
+        (torch.full((2, 8), 10**6), "tokens: ids from 1000000 to 1000000"),
+        (torch.full((2, 8), -1), "tokens: ids from -1 to -1"),
+        (torch.zeros(1, 10**5, dtype=torch.int64), "tokens: sequences of 100000; this model has"),
+    ],
+    ids=["a list", "floats", "too high", "negative", "too long"],
+)
+def test_tokens_that_are_none_are_refused(wrong, words, tiny_model):
+    for use in (perplexity, prune):
+        with pytest.raises(UserError, match=words):
+            use(tiny_model("llama"), wrong)
 
 
 def test_a_stream_without_a_context_is_refused(tiny_model, tokens):

@@ -37,7 +37,7 @@ def test_a_setting_that_hydra_refuses_ends_with_2_and_no_traceback(folder, overr
     ("override", "line"),
     [
         ("method.alpha=-1", "method.alpha=-1: expected a number of at least 0 (the paper: 0.5)"),
-        ("model.path=/no/such/folder", "model.path=/no/such/folder: it cannot be loaded."),
+        ("model.path=/no/such/folder", "model.path=/no/such/folder: there is no such folder"),
         ("method._target_=os.system", "method._target_=os.system: a _target_ is code that runs"),
     ],
 )

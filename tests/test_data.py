@@ -144,8 +144,7 @@ def test_the_joined_text_is_too_short():
     assert contains(str(caught.value), ["calibration.seq_len=100000:", "tokens"])
 
 
-def test_no_document_is_long_enough(monkeypatch):
-    monkeypatch.setattr("dass_exp.data._TRIES", 200)
+def test_no_document_is_long_enough():
     with pytest.raises(UserError) as caught:
         calibrated(Cut("document", 1, 61))
     assert contains(str(caught.value), ["calibration.seq_len=61:", "sampling=joined"])

@@ -1,10 +1,14 @@
 """The README's Python example runs as printed, and its demo table is the committed one."""
 
+import itertools
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from support import settings_of
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,6 +30,21 @@ def test_the_demo_table_is_the_committed_one() -> None:
     rows = [line for line in committed.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + 5
     assert [line for line in shown.splitlines() if line.startswith("|")] == rows
+
+
+COMMANDS = re.findall(r"^dass-exp *(.*?) *(?:#.*)?$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_composes_and_validates(command: str) -> None:
+    overrides = [override for override in command.split() if override != "-m" and not override.startswith("sweeps=")]
+    axes = [[f"{key}={value}" for value in values.split(",")] for key, _, values in (override.partition("=") for override in overrides)]
+    for cell in itertools.product(*axes):
+        settings_of(*(override for override in cell if not override.startswith("model.device=")))
+
+
+def test_there_are_commands_to_try() -> None:
+    assert len(COMMANDS) >= 8
 
 
 def test_every_choice_of_every_group_is_named() -> None:

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from support import files_under
 
 from dass_exp import record as record_module
-from dass_exp.record import PeakMemory, Store, environment, now, write_json
+from dass_exp.record import FIELDS, PeakMemory, Store, environment, now, write_json
 
 KEY = "0123456789abcdef"
-OLD = {"key": KEY, "metrics": {"perplexity": 1.0}}
-NEW = {"key": KEY, "metrics": {"perplexity": 2.0}}
+WHOLE = {"schema": 1, **{name: {} for name in sorted(FIELDS)}, "key": KEY}
+OLD = {**WHOLE, "metrics": {"perplexity": 1.0}}
+NEW = {**WHOLE, "metrics": {"perplexity": 2.0}}
 
 
 @pytest.fixture
@@ -39,6 +40,13 @@ def test_a_record_is_found_as_it_was_written(store, tmp_path):
     path = store.write(NEW, {})
     assert path == tmp_path / "runs" / KEY / "result.json"
     assert store.find(KEY) == json.loads(path.read_text()) == NEW
+
+
+@pytest.mark.parametrize("missing", sorted(WHOLE))
+def test_a_record_that_is_not_whole_counts_as_none(store, missing):
+    path = store.write(NEW, {})
+    path.write_text(json.dumps({name: value for name, value in NEW.items() if name != missing}))
+    assert store.find(KEY) is None
 
 
 def test_the_other_files_lie_beside_the_record(store, tmp_path):

@@ -38,7 +38,8 @@ def _varying(records: list[Record]) -> dict[str, list[str]]:
 
 def _rank(record: Record) -> tuple[float, float]:
     metrics = record["metrics"]
-    return sum(metrics.get("perplexity", {}).values()), -metrics.get("mean_acc", 0.0)
+    scored = metrics.get("perplexity") or {"": float("inf")}
+    return sum(scored.values()), -metrics.get("mean_acc", 0.0)
 
 
 def _row(record: Record, shown: Sequence[str]) -> dict[str, str]:
