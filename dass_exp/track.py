@@ -78,8 +78,8 @@ class WandbTracker(Tracker):
             rows = [[name, value] for name, value in flat_metrics(record).items()]
             run.log({"results": wandb.Table(columns=["metric", "value"], data=rows)})
             if layers := record["sparsity"]["layers"]:
-                columns = list(layers[0])
-                run.log({"layers": wandb.Table(columns=columns, data=[[layer[column] for column in columns] for layer in layers])})
+                data = [[*layer.values(), layer["zeros"] / layer["size"]] for layer in layers]
+                run.log({"layers": wandb.Table(columns=[*layers[0], "sparsity"], data=data)})
         finally:
             run.finish()
 
