@@ -8,7 +8,8 @@ import pandas as pd
 from rich.table import Table
 
 from dass_exp.components import choice
-from dass_exp.report.console import Record, method_label, pattern_label, scope_label, with_error
+from dass_exp.report.console import method_label, pattern_label, scope_label, with_error
+from dass_exp.report.load import Record, varying_settings
 
 PAPER_MODELS = ("llama2_7b", "llama2_13b", "llama2_70b", "mistral_7b", "gemma_7b", "llama31_8b")
 _LABELS = ("model", "method", "pattern", "scope", "seed")
@@ -20,20 +21,10 @@ def comparison(records: list[Record]) -> pd.DataFrame:
     Labels that are the same in all records are left out, the method excepted.
     """
     rows = sorted(records, key=_rank)
-    varying = _varying(records)
+    varying = varying_settings(records)
     frame = pd.DataFrame([_row(record, varying.get(record["config"]["method"]["name"], ())) for record in rows])
     same = [name for name in _LABELS if name != "method" and name in frame and len(set(frame[name]) - {""}) < 2]
     return frame.drop(columns=same).fillna("")
-
-
-def _varying(records: list[Record]) -> dict[str, list[str]]:
-    """By method: the hyper-parameters that are not the same in all its records."""
-    seen: dict[str, dict[str, set[str]]] = {}
-    for record in records:
-        method = record["config"]["method"]
-        for key, value in method.items():
-            seen.setdefault(method["name"], {}).setdefault(key, set()).add(str(value))
-    return {name: [key for key, values in fields.items() if len(values) > 1] for name, fields in seen.items()}
 
 
 def _rank(record: Record) -> tuple[float, float]:

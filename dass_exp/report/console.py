@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-Record = dict[str, Any]
+from dass_exp.report.load import Record
 
 _PLAIN_WIDTH = 160  # columns for a pipe or a file, which have no width of their own
 

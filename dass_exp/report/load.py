@@ -74,6 +74,15 @@ def documents(results: Path, key: str) -> dict[str, dict[str, list[float]]]:
         return {}
 
 
+def varying_settings(records: list[Record]) -> dict[str, list[str]]:
+    """By method: the hyper-parameters that are not the same in all its records."""
+    seen: dict[str, dict[str, set[str]]] = {}
+    for record in records:
+        for key, value in record["config"]["method"].items():
+            seen.setdefault(record["config"]["method"]["name"], {}).setdefault(key, set()).add(str(value))
+    return {name: [key for key, values in fields.items() if len(values) > 1] for name, fields in seen.items()}
+
+
 def _notes(results: Path) -> Iterator[Path]:
     """The cell notes of all sweeps, oldest launch first."""
     yield from sorted(results.glob("hydra/*/*/*/cell.json"), key=lambda path: (path.parts[-4], path.parts[-3], int(path.parts[-2])))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dass_exp.errors import UserError
-from dass_exp.report.load import Cell, Record, documents
+from dass_exp.report.load import Cell, Record, documents, varying_settings
 from dass_exp.report.noise import pairs_differ, seeds_differ
 
 HIGHER_IS_BETTER = {"acc": True, "acc_norm": True, "perplexity": False, "cost": False}
@@ -81,7 +81,7 @@ def build(name: str, layout: Mapping[str, Any], records: list[Record], failed: l
     if differing and not mix:
         told = "; ".join(f"{field}: {', '.join(sorted(map(str, values)))}" for field, values in differing.items())
         raise UserError(f"{name}: its records were not made alike ({told}); narrow the results, or ask for --mix to show what differs")
-    varying = _varying_settings(records)
+    varying = varying_settings(records)
     gathered: dict[tuple[str, str], list[tuple[Record, float, float | None, tuple[float, ...]]]] = {}
     groups: dict[str, str] = {}
     models = len({record["config"]["model"]["name"] for record in records}) > 1
@@ -157,15 +157,6 @@ def _label(record: Record, axis: str, varying: Mapping[str, list[str]]) -> str:
     for part in axis.split("."):
         found = found.get(part) if isinstance(found, dict) else None
     return "" if found is None else f"{axis.rsplit('.', 1)[-1]}={found}" if isinstance(found, (int, float)) else str(found)
-
-
-def _varying_settings(records: list[Record]) -> dict[str, list[str]]:
-    """By method: the hyper-parameters that are not the same in all its records."""
-    seen: dict[str, dict[str, set[str]]] = {}
-    for record in records:
-        for key, value in record["config"]["method"].items():
-            seen.setdefault(record["config"]["method"]["name"], {}).setdefault(key, set()).add(str(value))
-    return {name: [key for key, values in fields.items() if len(values) > 1] for name, fields in seen.items()}
 
 
 def _fixed(record: Record) -> dict[str, Any]:
