@@ -80,22 +80,22 @@ def identify(settings: Any) -> ModelSpec:
     device = _device(settings.device)
     one_of("model.dtype", settings.dtype, ("auto", *_DTYPES))
     one_of("model.bos", settings.bos, ("auto", *BOS_POLICIES))
-    path, revision, note = str(settings.path), settings.revision, ""
+    path, revision, note = str(settings.path), None, ""
     if path.startswith(OFFLINE):
         source, identity, note = _offline(path.removeprefix(OFFLINE), bool(settings.accept_license))
-        revision = None
         config = _config(source, None, trust=False)
     elif Path(path).is_dir():
-        source, revision = path, None
+        source = path
         config = _config(source, None, settings.trust_remote_code)
         identity = f"local:{_folder_digest(Path(path))}"
     elif path.startswith(("/", ".", "~")):
         raise UserError(f"model.path={path}: there is no such folder; give a folder, a hub id such as meta-llama/Llama-2-7b-hf, or {OFFLINE}smollm2_135m")
     else:
         source = path
-        config = _config(path, revision, settings.trust_remote_code)
-        revision = getattr(config, "_commit_hash", None) or revision
-        identity = f"{path}@{revision or 'unknown'}"
+        config = _config(path, settings.revision, settings.trust_remote_code)
+        if (revision := getattr(config, "_commit_hash", None)) is None:
+            raise UserError(f"model.path={path}: its commit cannot be told, so its results could not be told apart; download it and give the folder")
+        identity = f"{path}@{revision}"
     spec = ModelSpec(
         name=settings.name, source=source, revision=revision, identity=identity, config=config, dtype=_dtype(settings.dtype, config, device),
         device=device, roles=settings.roles, trust_remote_code=bool(settings.trust_remote_code), note=note,
@@ -124,8 +124,7 @@ def load_model(spec: ModelSpec) -> nn.Module:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             spec.source, revision=spec.revision, trust_remote_code=spec.trust_remote_code, dtype=spec.dtype, use_safetensors=True
         )
-    loaded: nn.Module = model.to(spec.device).eval()
-    return loaded
+    return model.to(spec.device).eval()
 
 
 def skeleton(spec: ModelSpec) -> nn.Module:

@@ -240,10 +240,9 @@ def _save(figure: Figure, title: str, path: Path) -> list[Path]:
     """Write the SVG, the same byte for byte each time, and the PNG; each under a temporary name first."""
     figure.suptitle(textwrap.fill(title, int(10 * figure.get_figwidth())))
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = []
+    written: list[Path] = []
     for ending, metadata in (("svg", {"Date": None, "Creator": None, "Format": None, "Type": None}), ("png", {"Software": None})):
-        target = path.with_name(f"{path.name}.{ending}")
-        scratch = target.with_name(f"{target.name}.partial")
+        target, scratch = path.with_name(f"{path.name}.{ending}"), path.with_name(f"{path.name}.{ending}.partial")
         figure.savefig(scratch, format=ending, dpi=150, metadata=metadata)
         os.replace(scratch, target)
         written.append(target)
