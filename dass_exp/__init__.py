@@ -9,10 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dass_exp.api import Pruned, load, perplexity, prune
+    from dass_exp.api import Pruned, load, load_masks, perplexity, prune
 
 __version__ = "0.1.0"
-__all__ = ["Pruned", "load", "perplexity", "prune"]
+__all__ = ["Pruned", "load", "load_masks", "perplexity", "prune"]
 
 
 def __getattr__(name: str) -> Any:

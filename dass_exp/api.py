@@ -14,9 +14,12 @@ from dass_exp.components import build, choice
 from dass_exp.config import ModelConfig
 from dass_exp.errors import UserError, whole_number
 from dass_exp.evaluate.perplexity import perplexity as score
+from dass_exp.maskfile import load_masks
 from dass_exp.masks import NM, Pattern, Unstructured
 from dass_exp.methods.base import Pruner
 from dass_exp.verify import Layer, verify
+
+__all__ = ["Pruned", "load", "load_masks", "perplexity", "prune"]
 
 
 @dataclass(frozen=True)

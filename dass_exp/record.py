@@ -17,10 +17,8 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
+from dass_exp.maskfile import PackedMask, write_masks
 from dass_exp.paths import project_root
 
 SCHEMA = 1
@@ -71,24 +69,23 @@ class Store:
         with FileLock(folder / ".lock"):
             yield
 
-    def write(self, record: Record, beside: Mapping[str, Any], masks: Mapping[str, Tensor] | None = None) -> Path:
+    def write(self, record: Record, beside: Mapping[str, Any], masks: Mapping[str, PackedMask] | None = None) -> Path:
         """Write a finished record, last of all its files and atomically.
 
         Args:
             record: with its ``key``.
             beside: long content by file name, written as JSON beside the record.
-            masks: bool [out, in] by layer, True where the weight stays.
+            masks: by linear.
         """
         folder = self.runs / record["key"]
         folder.mkdir(parents=True, exist_ok=True)
         if masks is not None:
             scratch = folder / "masks.safetensors.partial"
             try:
-                save_file({name: mask.contiguous().cpu() for name, mask in masks.items()}, scratch)
-            except SafetensorError as error:
+                write_masks(masks, scratch)
+                _settle(scratch, self.masks(record["key"]))
+            finally:
                 scratch.unlink(missing_ok=True)
-                raise OSError(f"{scratch}: {error}") from error
-            _settle(scratch, self.masks(record["key"]))
         for name, content in beside.items():
             write_json(folder / name, content)
         write_json(self.path(record["key"]), record)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from dass_exp.bench import Bench, Observer, Shelf, Silent
 from dass_exp.calibrate import BlockReport, Options, prune_model
@@ -17,6 +16,7 @@ from dass_exp.evaluate.perplexity import Perplexity, perplexity
 from dass_exp.evaluate.zeroshot import Options as ZeroShotOptions
 from dass_exp.evaluate.zeroshot import ZeroShot, zero_shot
 from dass_exp.key import key_of
+from dass_exp.maskfile import PackedMask
 from dass_exp.methods.dense import Dense
 from dass_exp.record import PeakMemory, Record, Store
 from dass_exp.summarise import Made, compose, described
@@ -84,7 +84,7 @@ def _dense(settings: Settings, bench: Bench) -> Record | None:
     return _run(dataclasses.replace(settings, config=config, method=Dense()), bench).record
 
 
-def _make(settings: Settings, bench: Bench) -> tuple[Made, dict[str, Tensor] | None]:
+def _make(settings: Settings, bench: Bench) -> tuple[Made, dict[str, PackedMask] | None]:
     memory = PeakMemory()
     with bench.borrowed(settings.config.scope if settings.method.uses else None) as model:
         size = sum(parameter.numel() for parameter in model.parameters())
@@ -108,16 +108,16 @@ def _make(settings: Settings, bench: Bench) -> tuple[Made, dict[str, Tensor] | N
     return made, masks
 
 
-def _prune(settings: Settings, bench: Bench) -> tuple[list[Layer], dict[str, Tensor] | None]:
+def _prune(settings: Settings, bench: Bench) -> tuple[list[Layer], dict[str, PackedMask] | None]:
     layers: list[Layer] = []
-    masks: dict[str, Tensor] | None = {} if settings.config.save_masks else None
+    masks: dict[str, PackedMask] | None = {} if settings.config.save_masks else None
     blocks = len(bench.decoder.blocks)
     with bench.observer.phase(f"pruning with {settings.method.name}", blocks) as step:
 
         def on_block(report: BlockReport) -> None:
             layers.extend(verify(report, settings.pattern))
             if masks is not None:
-                masks.update({name: cut.keep for name, cut in report.cuts.items()})
+                masks.update({name: PackedMask.of(cut.keep) for name, cut in report.cuts.items()})
             step()
 
         options = Options(settings.config.scope, settings.config.calibration.batch_size, bench.spec.roles, on_block)

@@ -16,7 +16,6 @@ import pytest
 import torch
 import transformers
 from hydra.errors import HydraException
-from safetensors.torch import load_file
 from support import (  # noqa: F401 - fixtures among them
     DECODER_SIZE,
     MLP_SIZE,
@@ -37,6 +36,7 @@ from support import (  # noqa: F401 - fixtures among them
 from dass_exp import models
 from dass_exp import run as run_module
 from dass_exp.errors import NumericalError, UserError
+from dass_exp.maskfile import load_masks
 from dass_exp.record import Store
 from dass_exp.run import run
 
@@ -288,7 +288,7 @@ def test_a_broken_record_is_made_again(cell, pruning):
 
 def test_masks_are_saved_where_they_are_asked_for(cell, pruning):
     outcome = run_with(*cell, "save_masks=true")
-    masks = load_file(folder_of(outcome) / "masks.safetensors")
+    masks = load_masks(folder_of(outcome) / "masks.safetensors")
     linears = {name: module.weight for name, module in pruning.first.named_modules() if isinstance(module, torch.nn.Linear)}
     assert set(masks) == {layer["name"] for layer in outcome.record["sparsity"]["layers"]}
     for name, mask in masks.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dass_exp.errors import one_of
 from dass_exp.report.console import method_label, pattern_label, scope_label
-from dass_exp.report.load import Record
+from dass_exp.report.load import Record, block_of
 from dass_exp.report.sheet import Entry, Sheet
 from dass_exp.report.write import format_entry
 
@@ -58,7 +57,7 @@ def draw_layers(record: Record, folder: Path) -> list[Path]:
     errors: dict[int, float] = {}
     sparsities: dict[str, dict[int, float]] = {}
     for layer in record["sparsity"]["layers"]:
-        block = int(next(iter(re.findall(r"\.(\d+)\.", layer["name"])), 0))
+        block = int(found) if (found := block_of(layer["name"])).isdigit() else 0
         sparsities.setdefault(layer["role"], {})[block] = 100 * layer["zeros"] / layer["size"]
         errors[block] = math.nan if layer.get("block_error") is None else layer["block_error"]
     alike: dict[tuple[tuple[int, float], ...], list[str]] = {}  # roles with the same sparsity everywhere share a line: they would hide each other

@@ -74,6 +74,11 @@ def documents(results: Path, key: str) -> dict[str, dict[str, list[float]]]:
         return {}
 
 
+def block_of(layer: str) -> str:
+    """The index of a layer's decoder block, read from its full name; ``other`` where it has none."""
+    return next((part for part in layer.split(".") if part.isdigit()), "other")
+
+
 def varying_settings(records: list[Record]) -> dict[str, list[str]]:
     """By method: the hyper-parameters that are not the same in all its records."""
     seen: dict[str, dict[str, set[str]]] = {}

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dass_exp.report.load import Record, documents
+from dass_exp.maskfile import each_mask, mask_names
+from dass_exp.report.load import Record, block_of, documents
 from dass_exp.report.noise import bootstrap
 
 
@@ -16,11 +17,7 @@ def pair(first: Record, second: Record, results: Path) -> str:
     lines += _table(("setting", first["key"], second["key"]), _differences(first["identity"], second["identity"]))
     lines += ["", "## Scores", ""]
     lines += _table(("score", first["key"], second["key"], "difference", "95 % interval (paired bootstrap)"), _scores(first, second, results))
-    overlap = _overlap(first, second, results)
-    lines += ["", "## Masks", ""]
-    lines += (
-        _table(("role", "weights that both keep / that either keeps (Jaccard)"), overlap) if overlap else ["Masks were not kept for both (`save_masks=true`)."]
-    )
+    lines += ["", "## Masks", "", *_overlap(first, second, results)]
     return "\n".join(lines) + "\n"
 
 
@@ -64,19 +61,29 @@ def _paired(first: Record, second: Record, results: Path) -> Iterator[tuple[str,
                 yield f"{task} {metric}", ours["tasks"][task][metric], theirs["tasks"][task][metric], paired
 
 
-def _overlap(first: Record, second: Record, results: Path) -> list[tuple[str, ...]]:
-    """Jaccard overlap of the kept weights per role, and over all."""
-    from safetensors.torch import load_file
-
+def _overlap(first: Record, second: Record, results: Path) -> list[str]:
+    """Jaccard overlap of the kept weights, a line a block and a column a role."""
     paths = [results / "runs" / record["key"] / "masks.safetensors" for record in (first, second)]
-    if not all(path.is_file() for path in paths):
-        return []
-    one, other = (load_file(path) for path in paths)
+    if missing := [record["key"] for record, path in zip((first, second), paths, strict=True) if not path.is_file()]:
+        return [f"No masks were kept for {' and '.join(missing)}: run it again with `save_masks=true`."]
+    common = sorted({*mask_names(paths[0])} & {*mask_names(paths[1])})
     roles = {layer["name"]: layer["role"] for layer in first["sparsity"]["layers"]}
-    both: dict[str, int] = {}
-    either: dict[str, int] = {}
-    for name in sorted(set(one) & set(other)):
-        for role in (roles.get(name, "other"), "all"):
-            both[role] = both.get(role, 0) + int((one[name] & other[name]).sum())
-            either[role] = either.get(role, 0) + int((one[name] | other[name]).sum())
-    return [(role, f"{both[role] / either[role]:.4f}") for role in both if either[role]]
+    counts: dict[tuple[str, str], tuple[int, int]] = {}
+    for (name, keep), (_, other) in zip(each_mask(paths[0], common), each_mask(paths[1], common), strict=True):
+        if keep.shape != other.shape:
+            return [f"{name} has another shape in {second['key']}: there is no overlap to speak of."]
+        both, either = int((keep & other).sum()), int((keep | other).sum())
+        role, block = roles.get(name, "other"), block_of(name)
+        for place in ((block, role), (block, "all"), ("all", role), ("all", "all")):
+            before = counts.get(place, (0, 0))
+            counts[place] = before[0] + both, before[1] + either
+    if not counts:
+        return ["The two records have no linear in common."]
+    blocks = sorted({block for block, _ in counts}, key=lambda block: (block != "all", int(block) if block.isdigit() else -1))
+    columns = [*dict.fromkeys(role for role in roles.values() if ("all", role) in counts), "all"]
+    lines = [(block, *(_jaccard(counts.get((block, column))) for column in columns)) for block in blocks]
+    return ["Jaccard overlap: weights that both keep / weights that either keeps.", "", *_table(("block", *columns), lines)]
+
+
+def _jaccard(counted: tuple[int, int] | None) -> str:
+    return "" if counted is None or not counted[1] else f"{counted[0] / counted[1]:.4f}"
