@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 STAMP := .venv/.stamp
+STAMP_ALL := .venv/.stamp-all
 RUN := .venv/bin/
 
 help:  ## list the targets
@@ -26,7 +27,11 @@ report: $(STAMP)  ## write the tables, pictures and page of every sweep that was
 test: $(STAMP)  ## the tests: CPU, offline once the assets are there, some minutes
 	@HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false $(RUN)python -m pytest -m 'not slow'
 
-test-all: $(STAMP)  ## the tests and the slow ones
+$(STAMP_ALL): $(STAMP)
+	@$(RUN)python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,ray]'
+	@touch $@
+
+test-all: $(STAMP_ALL)  ## the tests and the slow ones, a sweep through a local Ray among them
 	@HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false $(RUN)python -m pytest
 
 check: $(STAMP)  ## lint, formatting, types

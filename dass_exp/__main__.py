@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import logging
 import os
 import sys
+from pathlib import Path
 
 from dass_exp.paths import project_root
 
@@ -16,12 +18,15 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the libraries below; o
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
+from dass_exp import workers
 from dass_exp.bench import Shelf
 from dass_exp.components import admitted_packages
-from dass_exp.config import register, validate
+from dass_exp.config import register, sketch, validate
 from dass_exp.errors import NumericalError, UserError
 from dass_exp.plan import Plan, plan
 from dass_exp.report.callback import Sweep, note_cell
@@ -46,6 +51,8 @@ def _cell(composed: DictConfig) -> None:
     context = HydraConfig.get()
     overrides = list(context.overrides.task)
     try:
+        if context.mode == RunMode.MULTIRUN:
+            workers.join(context.launcher, Path(context.sweep.dir))
         settings = validate(composed, _ADMITTED)
         shelf = _SHELF if context.mode == RunMode.MULTIRUN else None
         if settings.config.plan:
@@ -53,7 +60,8 @@ def _cell(composed: DictConfig) -> None:
             return
         outcome = run(settings, Watch(), shelf)
     except Exception as error:
-        note_cell(context.runtime.output_dir, {"status": "failed", "overrides": overrides, "error": _line(error)})
+        meant = sketch(composed, context.runtime.choices)
+        note_cell(context.runtime.output_dir, {"status": "failed", "overrides": overrides, "error": _line(error), "config": meant})
         if context.mode == RunMode.MULTIRUN:  # the other cells go on; the exit code at the end tells
             log.error("%s: %s", " ".join(overrides), _line(error), exc_info=None if _expected(error) else error)
             return
@@ -89,18 +97,30 @@ def _line(error: Exception) -> str:
     return kind + " ".join(str(error).split())
 
 
-def _refusal(error: Exception) -> str:
-    """What Hydra says of a setting that it refuses, and what is behind it."""
+_LAUNCHERS = {"slurm": "submitit", "submitit_slurm": "submitit", "submitit_local": "submitit", "ray": "ray"}
+_EXTRAS = {"submitit": "slurm", "ray": "ray"}
+
+
+def _mistyped() -> str | None:
+    """What is wrong with the overrides that were typed, where Hydra's own words do not help."""
     for override in sys.argv[1:]:
         group, _, choice = override.partition("=")
         if choice.replace("_", "").isdigit() and (project_root() / "conf" / group).is_dir():
             return f"{override}: Hydra reads {choice} as a number; the choices of {group} are the files in {project_root() / 'conf' / group}"
-    return "\n".join(str(part).strip() for part in (error, error.__cause__) if part is not None)
+        plugin = _LAUNCHERS.get(choice) if group == "hydra/launcher" else None
+        if plugin and importlib.util.find_spec(f"hydra_plugins.hydra_{plugin}_launcher") is None:
+            return f"{override}: this launcher is an extra; pip install 'dass_exp[{_EXTRAS[plugin]}]' (in a checkout: pip install -e '.[{_EXTRAS[plugin]}]')"
+    return None
 
 
 def main() -> None:
     """Entry point. Exit code 2: a setting is wrong; 1: a run failed, or cells of a sweep did."""
     register()
+    try:
+        workers.announce()
+    except UserError as error:
+        log.error("%s", error)
+        raise SystemExit(2) from None
     os.environ["DASS_EXP_PLUGINS"] = " ".join(_ADMITTED)  # a worker of a launcher has another command line
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us instead of printing a traceback
@@ -109,8 +129,12 @@ def main() -> None:
     except Exception as error:
         if _Progress.started or full:
             raise
-        log.error("%s", _refusal(error))
-        raise SystemExit(2) from None
+        mistake = _mistyped()
+        log.error("%s", mistake or "\n".join(str(part).strip() for part in (error, error.__cause__) if part is not None))
+        if mistake or not Sweep.started or isinstance(error, (HydraException, OmegaConfBaseException)):
+            raise SystemExit(2) from None
+        log.error("the launcher ended before the sweep did; what its cells have written is kept: give the same command again")
+        raise SystemExit(1) from None
     if Sweep.failed:
         sys.exit(1)
 

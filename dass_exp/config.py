@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, get_args, get_type_hints
 
@@ -11,7 +12,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from dass_exp import data
 from dass_exp.calibrate import Options
-from dass_exp.components import OURS, build, check_targets, choice
+from dass_exp.components import OURS, build, check_targets, choice, locate
 from dass_exp.errors import UserError, one_of, whole_number
 from dass_exp.masks import Pattern
 from dass_exp.methods.base import Pruner
@@ -156,6 +157,32 @@ def validate(composed: DictConfig, packages: frozenset[str] = OURS) -> Settings:
         cut=cut,
         evaluation_text=build(scored.text, data.Text, "eval.perplexity.text") if scored else None,
     )
+
+
+def sketch(composed: DictConfig, choices: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run was meant to be, in the form of a record's ``config``, as far as settings that may be wrong can tell it.
+
+    Args:
+        composed: what Hydra composed.
+        choices: the file chosen of each config group.
+    """
+    found: dict[str, Any] = {}
+    for name in ("model", "method", "pattern", "scope", "seed", "calibration"):
+        try:
+            node = composed[name]
+            found[name] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        except OmegaConfBaseException:
+            found[name] = None
+    method = found["method"] if isinstance(found["method"], dict) else {}
+    found["method"] = {"name": str(choices.get("method")), **{name: value for name, value in method.items() if name != "_target_"}}
+    try:
+        check_targets(OmegaConf.create({"method": method, "pattern": found["pattern"]}), OURS)
+        uses = locate("method", method.get("_target_")).uses  # type: ignore[attr-defined]
+        found |= {name: None for name in ("pattern", "scope", "seed", "calibration") if name not in uses}
+        found["pattern"] = found["pattern"] and build(found["pattern"], Pattern, "pattern").settings()
+    except (UserError, OmegaConfBaseException):
+        found["pattern"] = {"name": str(choices.get("pattern"))}
+    return found
 
 
 def _check_keys(node: Any, schema: type, path: str) -> None:

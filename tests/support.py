@@ -73,12 +73,16 @@ def tiny_overrides(folder: Path, results: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def command(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in ``folder``, in its own process; it sees this checkout, and the environment with these changes."""
-    modules = os.pathsep.join(filter(None, [str(ROOT), environment.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]))
-    whole = {**os.environ, "DASS_EXP_ROOT": str(ROOT), "OMP_NUM_THREADS": "2", **environment, "PYTHONPATH": modules}
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a command in its own process: it sees this checkout, and has these changes."""
+    modules = os.pathsep.join(filter(None, [str(ROOT), changes.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]))
+    return {**os.environ, "DASS_EXP_ROOT": str(ROOT), "OMP_NUM_THREADS": "2", **changes, "PYTHONPATH": modules}
+
+
+def command(*arguments: str, folder: Path, **changes: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in ``folder``, in its own process, with these changes to the environment."""
     call = [sys.executable, "-m", "dass_exp", *arguments]
-    return subprocess.run(call, cwd=folder, env=whole, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(call, cwd=folder, env=environment(**changes), capture_output=True, text=True, timeout=300, check=False)
 
 
 def tiny_tokenizer(bos: str | None = "<s>") -> Any:

@@ -228,5 +228,5 @@ def test_a_stream_without_a_context_is_refused(tiny_model, tokens):
 
 
 def test_the_package_exports_its_interface():
-    assert set(dass_exp.__all__) == {"Pruned", "load", "perplexity", "prune"}
+    assert set(dass_exp.__all__) == {"Pruned", "load", "load_masks", "perplexity", "prune"}
     assert all(hasattr(dass_exp, name) for name in dass_exp.__all__)

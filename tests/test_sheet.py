@@ -230,7 +230,7 @@ def test_two_records_side_by_side(tmp_path):
     text = pair(record("wanda", [5.0, 6.0, 7.0]), record("dass", [4.0, 5.0, 6.0]), tmp_path)
     assert "| method.class | wanda | dass |" in text
     assert "| nats per token wikipedia_mini | 6.0000 | 5.0000 | +1.0000 | +1.0000 to +1.0000 |" in text
-    assert "Masks were not kept" in text
+    assert "No masks were kept for wanda-2:4-0-mlp-16 and dass-2:4-0-mlp-16" in text
 
 
 def test_failed_cells_and_entries_have_defaults():

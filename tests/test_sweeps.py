@@ -170,18 +170,6 @@ def test_an_empty_folder_says_what_to_do(tmp_path, caplog):
     assert "run a sweep first" in caplog.text
 
 
-def test_two_workers_give_the_numbers_of_one(tiny, tmp_path):
-    cells = ["method=wanda,dass", f"model.path={tiny}", "tracker=none", "eval=ppl_mini", "eval.perplexity.context=32", "eval.perplexity.max_windows=4"]
-    cells += ["calibration.num_samples=4", "calibration.seq_len=32"]
-    for folder, more in (("serial", []), ("parallel", ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"])):
-        (tmp_path / folder).mkdir()
-        done = command("-m", *cells, *more, folder=tmp_path / folder)
-        assert done.returncode == 0, done.stderr
-    serial, parallel = (load(tmp_path / folder / "results").records for folder in ("serial", "parallel"))
-    assert len(serial) == 3
-    assert {key: record["metrics"] for key, record in serial.items()} == {key: record["metrics"] for key, record in parallel.items()}
-
-
 def test_layouts_name_metrics_and_axes_that_exist():
     for path in SWEEPS:
         layout = yaml.safe_load(Path(path).read_text())["sweep"]

@@ -20,8 +20,9 @@ CELL = "cell.json"
 
 
 class Sweep:
-    """What the entry point must know of the sweep that just ended in this process."""
+    """What the entry point must know of the sweep that this process launches."""
 
+    started = False
     failed = 0
 
 
@@ -32,6 +33,11 @@ def note_cell(folder: str | Path, content: dict[str, Any]) -> None:
 
 class Comparison(Callback):
     """Prints the comparison of a sweep's cells and keeps it as Markdown in the sweep's folder."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra once the sweep itself is composed."""
+        del config, kwargs
+        Sweep.started = True
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra once all cells have ended, wherever they ran."""
@@ -53,7 +59,7 @@ def _show(records: list[dict[str, Any]], folder: Path, title: str | None) -> Non
     frame, notes = comparison(records), footnotes(records)
     heading = title or f"{len(records)} runs"
     described = next((record for record in records if record["calibration"]), records[0])
-    described_as = f"{caption(described)} {settings_line(records)}"
+    described_as = f"{caption(described, records)} {settings_line(records)}"
     lines = [f"# {heading}", "", as_markdown(frame), "", described_as, "", *(f"- {note}" for note in notes), ""]
     (folder / "comparison.md").write_text("\n".join(lines), encoding="utf-8")
     screen = console()

@@ -8,11 +8,11 @@ import pandas as pd
 from rich.table import Table
 
 from dass_exp.components import choice
-from dass_exp.report.console import method_label, pattern_label, scope_label, with_error
+from dass_exp.report.console import calibration_label, method_label, pattern_label, scope_label, with_error
 from dass_exp.report.load import Record, varying_settings
 
 PAPER_MODELS = ("llama2_7b", "llama2_13b", "llama2_70b", "mistral_7b", "gemma_7b", "llama31_8b")
-_LABELS = ("model", "method", "pattern", "scope", "seed")
+_LABELS = ("model", "method", "pattern", "scope", "calibration", "seed")
 
 
 def comparison(records: list[Record]) -> pd.DataFrame:
@@ -38,7 +38,8 @@ def _row(record: Record, shown: Sequence[str]) -> dict[str, str]:
     method = " ".join([config["method"]["name"], *(f"{key}={config['method'][key]}" for key in shown)])
     seed = "" if config["seed"] is None else str(config["seed"])
     row = {
-        "model": config["model"]["name"], "method": method, "pattern": pattern_label(config), "scope": config["scope"] or "", "seed": seed,
+        "model": config["model"]["name"], "method": method, "pattern": pattern_label(config), "scope": config["scope"] or "",
+        "calibration": calibration_label(record), "seed": seed,
     }  # fmt: skip
     if scored := metrics.get("perplexity"):
         row["perplexity"] = " ".join(f"{value:.2f}" for value in scored.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -116,12 +116,20 @@ def scope_label(config: dict[str, Any]) -> str:
     return f"scope {config['scope']}" if config["scope"] else ""
 
 
-def caption(record: Record) -> str:
-    """How the numbers of a record were made, in one sentence a part."""
-    protocol, calibration = record["protocol"], record["calibration"]
+def calibration_label(record: Record) -> str:
+    """``16 x 512 tokens of c4_mini``, or nothing for what uses no calibration."""
+    found = record["calibration"]
+    return f"{found['num_samples']} x {found['seq_len']} tokens of {found['name']}" if found else ""
+
+
+def caption(record: Record, others: Sequence[Record] = ()) -> str:
+    """How the numbers of a record, and of others that are shown with it, were made: calibration and seed only where they are the same in all."""
+    protocol = record["protocol"]
     parts = [f"Model {record['identity']['model']}" + (f", {protocol['model_note']}" if protocol["model_note"] else "") + f", {protocol['dtype']}"]
-    if calibration:
-        parts.append(f"calibration {calibration['num_samples']} x {calibration['seq_len']} tokens of {calibration['name']}, seed {record['config']['seed']}")
+    calibrations = {label for one in (record, *others) if (label := calibration_label(one))}
+    seeds = {one["config"]["seed"] for one in (record, *others)} - {None}
+    if len(calibrations) == 1:
+        parts.append(f"calibration {calibrations.pop()}" + (f", seed {seeds.pop()}" if len(seeds) == 1 else ""))
     if "dataset" in protocol:
         parts.append(f"perplexity over {protocol['windows']} windows of {protocol['context']} tokens of {protocol['dataset']} ({protocol['split']})")
     if "lm_eval" in protocol:

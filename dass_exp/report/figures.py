@@ -7,12 +7,12 @@ import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dass_exp.errors import one_of
 from dass_exp.report.console import method_label, pattern_label, scope_label
+from dass_exp.report.curves import curves_of
 from dass_exp.report.load import Record, block_of
 from dass_exp.report.sheet import Entry, Sheet
 from dass_exp.report.write import format_entry
@@ -26,7 +26,6 @@ _HATCHES = ("", "///", "\\\\\\", "xxx", "---", "|||", "+++", "/")  # straight li
 _DASHES: tuple[Any, ...] = ("-", "-.", ":", (0, (7, 1)), (0, (3, 1, 1, 1, 1, 1)))
 _UNITS = {"perplexity": "perplexity", "acc": "accuracy %", "acc_norm": "length-normalised accuracy %", "cost": "seconds or GB"}
 _AXES = {"num_samples": "calibration sequences", "seq_len": "tokens per calibration sequence", "sparsity": "sparsity %"}
-_TELLING = ("model.name", "method.name", "pattern.name", "scope", "calibration.name", "calibration.num_samples", "calibration.seq_len")
 
 
 def draw(sheet: Sheet, folder: Path) -> list[Path]:
@@ -128,7 +127,7 @@ def _name_columns(pane: Axes, columns: Sequence[str], inches: float) -> None:
 
 def _lines(sheet: Sheet, axis: str, figure: Figure) -> bool:
     """One line for what varies besides ``axis``; what has no such setting, dense first of all, is a level."""
-    curves, levels = _curves(sheet, axis)
+    curves, levels = curves_of(sheet, axis)
     if not curves:
         return False
     pane = figure.subplots()
@@ -147,38 +146,6 @@ def _lines(sheet: Sheet, axis: str, figure: Figure) -> bool:
     _scale(pane, sheet.metric, [*(entry for curve in curves.values() for entry in curve.values()), *levels.values()])
     _legend(figure, pane)
     return True
-
-
-def _curves(sheet: Sheet, axis: str) -> tuple[dict[str, dict[float, Entry]], dict[str, Entry]]:
-    """Values over seeds by label and x; and, for the records without the setting, by label."""
-    scored = {record["key"]: record for record in sheet.records if _score(record, sheet.metric) is not None}
-    pruned = [record for record in scored.values() if record["config"]["method"]["name"] != "dense"]
-    own = dict.fromkeys(f"method.{name}" for record in pruned for name in record["config"]["method"] if name != "name")
-    parts = [part for part in (*_TELLING[:2], *own, *_TELLING[2:]) if part != axis and len({str(_setting(record, part)) for record in pruned} - {"None"}) > 1]
-    curves: dict[str, dict[float, tuple[float, ...]]] = {}
-    levels: dict[str, tuple[float, ...]] = {}
-    for record in scored.values():
-        x, value = _setting(record, axis), _score(record, sheet.metric)
-        name, numeric = record["config"]["method"]["name"], isinstance(x, (int, float)) and not isinstance(x, bool)
-        shown = [part for part in parts if part != "pattern.name" or not (numeric and axis.startswith("pattern."))]  # there x is the pattern
-        told = [str(text) if part.endswith("name") else f"{part.rsplit('.', 1)[-1]}={text}" for part in shown if (text := _setting(record, part)) is not None]
-        label = " ".join(dict.fromkeys([*told, name] if name == "dense" or not told else told))
-        place: dict[Any, tuple[float, ...]] = curves.setdefault(label, {}) if numeric else levels
-        where = x * (100 if axis.endswith("sparsity") else 1) if numeric else label
-        place[where] = (*place.get(where, ()), value or 0.0)
-    in_order = {label: {x: Entry(curve[x]) for x in sorted(curve)} for label, curve in curves.items()}
-    return in_order, {label: Entry(values) for label, values in sorted(levels.items(), key=lambda level: not level[0].endswith("dense"))}
-
-
-def _setting(record: Record, path: str) -> Any:
-    return reduce(lambda found, part: found.get(part) if isinstance(found, dict) else None, path.split("."), record["config"])
-
-
-def _score(record: Record, metric: str) -> float | None:
-    """The one finite number of a record that a line shows: perplexity, or mean accuracy in percent."""
-    metrics = record["metrics"]
-    found = next(iter(metrics.get("perplexity", {}).values()), None) if metric == "perplexity" else metrics.get(f"mean_{metric}")
-    return None if found is None or not math.isfinite(found) else float(found) if metric == "perplexity" else 100 * found
 
 
 def _look(number: int) -> dict[str, Any]:

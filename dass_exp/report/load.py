@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,21 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Cell:
-    """How a cell of a sweep last ended: ``done`` with the key of its record, or ``failed`` with its error."""
+    """How a cell of a sweep last ended: ``done`` with the key of its record, or ``failed`` with its error and what it was meant to be.
+
+    Args:
+        overrides: that tell it from other cells.
+        status: ``done`` or ``failed``.
+        key: of its record.
+        error: in one line.
+        config: of a failed cell, in the form of a record's; empty where it is not known.
+    """
 
     overrides: tuple[str, ...]
     status: str
     key: str | None
     error: str | None
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 def load(results: Path) -> Loaded:
@@ -51,8 +60,12 @@ def load(results: Path) -> Loaded:
 
 
 def cells_of(results: Path, sweep: str) -> list[Cell]:
-    """The cells of every launch of a sweep, each as it last ended, in the order in which they first came."""
+    """The cells of every launch of a sweep, each as it last ended, in the order of the launch that ran most of them.
+
+    So the order does not tell whether a sweep was interrupted, or on how many workers it ran.
+    """
     found: dict[tuple[str, ...], Cell] = {}
+    launches: dict[Path, list[tuple[str, ...]]] = {}
     for path in _notes(results):
         try:
             note = _object(path)
@@ -62,8 +75,10 @@ def cells_of(results: Path, sweep: str) -> list[Cell]:
         if f"sweeps={sweep}" in overrides and note.get("status") in ("done", "failed"):
             named = tuple(override for override in overrides if not override.lstrip("+").startswith(_NOT_THE_CELL) or "/cells=" in override)
             key = Path(note["record"]).parent.name if note["status"] == "done" else None
-            found[named] = Cell(named, note["status"], key, note.get("error"))
-    return list(found.values())
+            found[named] = Cell(named, note["status"], key, note.get("error"), note.get("config") or {})
+            launches.setdefault(path.parent.parent, []).append(named)
+    largest_first = sorted(launches.values(), key=len, reverse=True)
+    return [found[named] for named in dict.fromkeys(named for launch in largest_first for named in launch)]
 
 
 def documents(results: Path, key: str) -> dict[str, dict[str, list[float]]]:

@@ -48,7 +48,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table: ``cells`` by row and column label hold an :class:`Entry`, or a word such as ``failed``."""
+    """A table: ``cells`` by row and column label hold an :class:`Entry`, or a word such as ``failed``; ``mixed`` names what its protocols differ in."""
 
     name: str
     title: str
@@ -59,6 +59,7 @@ class Sheet:
     records: list[Record]
     failed: list[Cell]
     figure: Mapping[str, Any] | None
+    mixed: tuple[str, ...] = ()
 
 
 def build(name: str, layout: Mapping[str, Any], records: list[Record], failed: list[Cell], results: Path, mix: bool = False) -> Sheet:
@@ -81,30 +82,38 @@ def build(name: str, layout: Mapping[str, Any], records: list[Record], failed: l
     if differing and not mix:
         told = "; ".join(f"{field}: {', '.join(sorted(map(str, values)))}" for field, values in differing.items())
         raise UserError(f"{name}: its records were not made alike ({told}); narrow the results, or ask for --mix to show what differs")
-    varying = varying_settings(records)
+    intended = [{"config": cell.config} for cell in failed if cell.config]
+    varying = varying_settings([*records, *intended])
     gathered: dict[tuple[str, str], list[tuple[Record, float, float | None, tuple[float, ...]]]] = {}
     groups: dict[str, str] = {}
-    models = len({record["config"]["model"]["name"] for record in records}) > 1
-    pruned_columns = _columns(layout, records)
+    several_models = len({record["config"]["model"]["name"] for record in records}) > 1
+    pruned_columns = _columns(layout, [*records, *intended])
     for record in records:
-        row = " ".join(filter(None, (_label(record, axis, varying) for axis in by_row)))
-        if record["config"]["method"]["name"] == "dense":
-            row = "dense"
-        if models:
-            row = f"{record['config']['model']['name']} {row}"
-        if differing and row != "dense":
-            row += "".join(f", {field}={_fixed(record)[field]}" for field in differing if field in _fixed(record))
+        row = _row(record, by_row, varying, several_models)
+        if told := ", ".join(f"{field}={made_by(record)[field]}" for field in differing if field in made_by(record)):
+            row = f"{told} {row}" if row.endswith("dense") else f"{row}, {told}"
         groups[row] = _label(record, by_row[0], varying) if len(by_row) > 1 else ""
         for column, value, stderr, outcomes in _values(record, metric, str(layout["columns"]), pruned_columns, varying, results):
             gathered.setdefault((row, column), []).append((record, value, stderr, outcomes))
     cells: dict[tuple[str, str], Entry | str] = {place: _entry(found) for place, found in gathered.items()}
-    rows = sorted(dict.fromkeys(row for row, _ in gathered), key=lambda row: not row.endswith("dense"))
-    columns = [column for column in dict.fromkeys((*pruned_columns, *(column for _, column in gathered))) if any((row, column) in cells for row in rows)]
+    columns = list(dict.fromkeys((*pruned_columns, *(column for _, column in gathered)))) or [""]
+    for cell in intended:
+        row, column = _row(cell, by_row, varying, several_models), _label(cell, str(layout["columns"]), varying) if metric == "perplexity" else ""
+        for place in [column] if column in columns else columns:
+            cells.setdefault((row, place), "failed")
+    rows = sorted(dict.fromkeys(row for row, _ in cells), key=lambda row: not row.endswith("dense"))
+    columns = [column for column in columns if any((row, column) in cells for row in rows)]
     marked = dict(cells)
     for group in dict.fromkeys(groups.values()):
-        ranked = [row for row in rows if groups[row] == group and not row.endswith("dense")]
+        ranked = [row for row in rows if groups.get(row) == group and not row.endswith("dense")]
         marked |= _marks(cells, ranked, columns, HIGHER_IS_BETTER[metric])
-    return Sheet(name, str(layout["title"]), metric, rows, columns, marked, records, failed, layout.get("figure"))
+    return Sheet(name, str(layout["title"]), metric, rows, columns, marked, records, failed, layout.get("figure"), tuple(differing))
+
+
+def _row(record: Mapping[str, Any], axes: Sequence[str], varying: Mapping[str, list[str]], several_models: bool) -> str:
+    dense = record["config"]["method"]["name"] == "dense"
+    row = "dense" if dense else " ".join(filter(None, (_label(record, axis, varying) for axis in axes)))
+    return f"{record['config']['model']['name']} {row}" if several_models else row
 
 
 def _entry(found: list[tuple[Record, float, float | None, tuple[float, ...]]]) -> Entry:
@@ -137,7 +146,7 @@ def _values(
     return found
 
 
-def _columns(layout: Mapping[str, Any], records: list[Record]) -> list[str]:
+def _columns(layout: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Column labels of the pruned records, in the order in which the sweep ran them."""
     if layout["metric"] != "perplexity":
         return []
@@ -145,7 +154,7 @@ def _columns(layout: Mapping[str, Any], records: list[Record]) -> list[str]:
     return list(dict.fromkeys(filter(None, labels)))
 
 
-def _label(record: Record, axis: str, varying: Mapping[str, list[str]]) -> str:
+def _label(record: Mapping[str, Any], axis: str, varying: Mapping[str, list[str]]) -> str:
     """What a record is called along an axis: ``method``, ``pattern``, or a dotted path into its config."""
     config = record["config"]
     if axis == "method":
@@ -159,7 +168,7 @@ def _label(record: Record, axis: str, varying: Mapping[str, list[str]]) -> str:
     return "" if found is None else f"{axis.rsplit('.', 1)[-1]}={found}" if isinstance(found, (int, float)) else str(found)
 
 
-def _fixed(record: Record) -> dict[str, Any]:
+def made_by(record: Record) -> dict[str, Any]:
     """What must be equal in all rows of one table, as far as the record has it."""
     calibration, protocol = record["calibration"] or {}, record["protocol"]
     known = {"scope": record["config"]["scope"], **{f"calibration.{key}": calibration.get(key) for key in ("name", "num_samples", "seq_len")}, **protocol}
@@ -169,7 +178,7 @@ def _fixed(record: Record) -> dict[str, Any]:
 def _differing(records: list[Record], axes: set[str]) -> dict[str, set[str]]:
     seen: dict[str, set[str]] = {}
     for record in records:
-        for name, value in _fixed(record).items():
+        for name, value in made_by(record).items():
             seen.setdefault(name, set()).add(str(value))
     return {name: values for name, values in seen.items() if len(values) > 1 and name not in axes}
 
