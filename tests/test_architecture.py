@@ -38,7 +38,7 @@ LAYERS = [
     ["summarise"],
     ["bench"],
     ["run", "plan"],
-    ["report/load", "report/noise"],
+    ["report/load", "report/noise", "report/template"],
     ["report/console"],
     ["report/compare", "report/sheet", "report/published", "report/pair"],
     ["report/callback", "report/write", "report/curves"],

@@ -155,6 +155,16 @@ def test_lines_over_sparsity_are_one_a_method(tmp_path):
     assert draw(sheet_of(PLAIN, figure, records=[record_of("dense", "dense", 20.0)]), tmp_path) == []
 
 
+def test_lines_of_mixed_protocols_are_not_averaged(tmp_path):
+    records = by_samples(1) + [one | {"key": f"{one['key']}-long"} for one in by_samples(1)]
+    for number, one in enumerate(records):
+        one["protocol"], one["calibration"] = {"context": 512 if number < 6 else 2048}, None
+    sheet = replace(sheet_of(PLAIN, {"kind": "line", "x": "calibration.num_samples"}, records=records), mixed=("context",))
+    svg, _ = draw(sheet, tmp_path)
+    assert {"wanda context=512", "wanda context=2048", "dass context=512", "dass context=2048"} <= set(texts(svg))
+    assert bars_of_errors(svg) == 0
+
+
 def test_the_same_sheet_gives_the_same_bytes(tmp_path):
     sheet = sheet_of(PLAIN | {("dass", "4:8"): one(60.0, 2.0)})
     first, second = (draw(replace(sheet), tmp_path / name) for name in ("first", "second"))

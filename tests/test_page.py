@@ -15,7 +15,8 @@ import pytest
 
 from dass_exp.report.figures import draw
 from dass_exp.report.load import Cell
-from dass_exp.report.page import page
+from dass_exp.report.page import Chapter, page
+from dass_exp.report.published import Published
 from dass_exp.report.sheet import Entry, Sheet
 
 HOSTILE = "<script>alert(1)</script>\"'&_$x$"
@@ -42,8 +43,9 @@ def sheet() -> Sheet:
 
 @pytest.fixture
 def report(sheet, tmp_path) -> Path:
-    pictures = {sheet.name: draw(sheet, tmp_path / "figures")}
-    return page([sheet], {sheet.name: f"A caption {HOSTILE}"}, pictures, [f"runs/x: {HOSTILE}"], tmp_path / "report.html")
+    published = [Published(f"llama wanda {HOSTILE}", 7.25, 7.5, "a paper", "outside 2%")]
+    chapter = Chapter(sheet, f"A caption {HOSTILE}", draw(sheet, tmp_path / "figures"), published)
+    return page([chapter], [f"runs/x: {HOSTILE}"], tmp_path / "report.html")
 
 
 class Tags(HTMLParser):
@@ -70,7 +72,20 @@ def parsed(report: Path) -> Tags:
 def test_values_marks_failures_environments_records_and_problems(report):
     source = report.read_text(encoding="utf-8")
     said = " ".join(parsed(report).said)
-    for text in ("20.50", "20.50 ± 0.71", "100.25", "failed", "method=magnitude pattern=2of4", "A caption", "H100", "2.13.0", "Files that are no records"):
+    for text in (
+        "20.50",
+        "20.50 ± 0.71",
+        "100.25",
+        "failed",
+        "method=magnitude pattern=2of4",
+        "A caption",
+        "H100",
+        "2.13.0",
+        "-0.25",
+        "a paper",
+        "outside 2%",
+        "Files that are no records",
+    ):
         assert text in said, text
     assert '<span class="best">9.75</span>' in source
     assert '<span class="second">61.00</span>' in source
@@ -80,6 +95,13 @@ def test_values_marks_failures_environments_records_and_problems(report):
     assert {link[1:] for link in links if link.startswith("#")} <= set(ids)
     assert len(ids) == len(set(ids))
     assert list(report.parent.glob("*.partial")) == []
+
+
+def test_a_page_elsewhere_links_to_the_records(sheet, tmp_path):
+    report = page([Chapter(sheet, "")], [], tmp_path / "shown" / "here" / "report.html", tmp_path / "results")
+    links = [attributes["href"] for tag, attributes in parsed(report).found if tag == "a"]
+    assert "../../results/runs/aa11/result.json" in links
+    assert "No published number on file" in " ".join(parsed(report).said)
 
 
 def test_a_hostile_name_stays_text(report):
@@ -107,7 +129,7 @@ def test_pictures_of_two_sheets_do_not_share_ids(sheet, tmp_path):
     first, _ = draw(sheet, tmp_path)
     second = first.with_name("other.svg")
     second.write_bytes(first.read_bytes())
-    report = page([sheet], {}, {sheet.name: [first, second, tmp_path / "perplexity.png"]}, [], tmp_path / "report.html")
+    report = page([Chapter(sheet, "", [first, second, tmp_path / "perplexity.png"])], [], tmp_path / "report.html")
     ids = [attributes["id"] for _, attributes in parsed(report).found if attributes.get("id")]
     assert len(ids) == len(set(ids))
     used = {value[1:] for _, attributes in parsed(report).found if (value := attributes.get("xlink:href"))}
@@ -115,7 +137,7 @@ def test_pictures_of_two_sheets_do_not_share_ids(sheet, tmp_path):
 
 
 def test_a_page_without_anything_is_still_a_page(tmp_path):
-    report = page([], {}, {}, [], tmp_path / "report.html")
+    report = page([], [], tmp_path / "report.html")
     assert "</html>" in report.read_text(encoding="utf-8")
 
 

@@ -305,3 +305,16 @@ def test_two_cells_with_one_record_are_one_row(sweep, tmp_path, demo):
     Comparison().on_multirun_end(sweep)
     lines = (tmp_path / "sweep" / "comparison.md").read_text().splitlines()
     assert len([line for line in lines if line.startswith("| dense")]) == 1
+
+
+def test_calibrations_and_seeds_that_differ_stand_in_the_rows_and_not_in_the_caption(demo):
+    demo[2]["calibration"] = demo[2]["calibration"] | {"num_samples": 64}
+    demo[4]["config"]["seed"] = 1
+    frame = comparison(demo)
+    assert {*frame["calibration"]} == {"", "16 x 512 tokens of c4_mini", "64 x 512 tokens of c4_mini"}
+    assert {*frame["seed"]} == {"", "0", "1"}
+    assert "calibration" not in caption(demo[3], demo)
+    demo[2]["calibration"] = demo[3]["calibration"]
+    assert "calibration" not in comparison(demo)
+    assert "calibration 16 x 512 tokens of c4_mini;" in caption(demo[3], demo)
+    assert "calibration 16 x 512 tokens of c4_mini, seed 0;" in caption(demo[3])

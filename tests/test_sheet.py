@@ -4,12 +4,15 @@ import csv
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from dass_exp.errors import UserError
 from dass_exp.report import published
+from dass_exp.report.figures import draw
 from dass_exp.report.load import Cell
+from dass_exp.report.page import Chapter, page
 from dass_exp.report.pair import pair
 from dass_exp.report.sheet import Entry, build
 from dass_exp.report.write import caption, format_entry, latex, markdown, tex, write
@@ -236,3 +239,82 @@ def test_two_records_side_by_side(tmp_path):
 def test_failed_cells_and_entries_have_defaults():
     assert Entry((1.0,)).sd is None
     assert Cell(("a=1",), "failed", None, "why").error == "why"
+
+
+def failed(method, pattern="2:4", **settings):
+    config = {"model": {"name": "smollm2_135m"}, "method": {"name": method, **settings}, "pattern": pattern and {"name": pattern}, "scope": "mlp", "seed": 0}
+    return Cell((f"method={method}",), "failed", None, "the method went wrong", config)
+
+
+def laid_out(records, cells, layout=LAYOUT):
+    return build("perplexity", layout, records, cells, Path("none"))
+
+
+def test_a_failed_cell_stands_in_its_place():
+    sheet = laid_out(
+        [*four(), record("wanda", [8.0, 9.0, 8.0, 9.0], pattern="4:8")], [failed("sparsegpt", "4:8", damping=0.0), failed("dass", "4:8", alpha=0.5)]
+    )
+    assert sheet.cells[("sparsegpt", "4:8")] == "failed"
+    assert sheet.cells[("dass", "4:8")] == "failed"
+    assert sheet.cells[("dass", "2:4")].mean > 0
+    assert ("sparsegpt", "2:4") not in sheet.cells
+    assert "| sparsegpt |  | failed |" in markdown(sheet)
+
+
+def test_a_failed_setting_is_told_from_those_that_went_well():
+    sheet = laid_out(four(), [failed("dass", alpha=-1)])
+    assert sheet.rows == ["dense", "magnitude", "wanda", "dass alpha=0.5", "dass alpha=-1"]
+    assert sheet.cells[("dass alpha=-1", "2:4")] == "failed"
+
+
+def test_a_seed_that_failed_does_not_hide_those_that_went_well():
+    sheet = laid_out([record("wanda", [1.0, 2.0], seed=seed) for seed in (0, 1)], [failed("wanda")])
+    assert len(sheet.cells[("wanda", "2:4")].values) == 2
+    assert len(sheet.failed) == 1
+
+
+def test_a_failed_cell_of_an_accuracy_table_failed_in_all_tasks():
+    sheet = laid_out([record("wanda", [1.0, 2.0], tasks=tasks(0.5), means={"mean_acc": 0.5})], [failed("dass")], ACCURACY)
+    assert [sheet.cells[("2:4 dass", column)] for column in sheet.columns] == ["failed"] * 2
+    assert sheet.columns == ["piqa", "mean"]
+
+
+def test_a_table_of_failures_only_is_a_table(tmp_path):
+    for layout in (LAYOUT, ACCURACY):
+        sheet = laid_out([], [failed("dass"), failed("dense", None)], layout)
+        assert {*sheet.cells.values()} == {"failed"}
+        assert sheet.rows[0] == "dense"
+        assert markdown(sheet).count("failed") == 2
+        assert caption(sheet) == "No cell of this sweep has a record."
+        assert latex(sheet).count("failed") == 2
+        assert draw(sheet, tmp_path) == []
+        assert page([Chapter(sheet, caption(sheet))], [], tmp_path / "report.html").is_file()
+
+
+def test_a_failure_that_is_not_placed_is_still_listed():
+    sheet = laid_out(four(), [Cell(("method=foo",), "failed", None, "no such method")])
+    assert "failed" not in sheet.cells.values()
+    assert [cell.error for cell in sheet.failed] == ["no such method"]
+
+
+def test_mixed_protocols_keep_their_dense_rows_apart():
+    short, long = record("dense", [2.0, 2.5]), record("dense", [1.0, 1.5])
+    long["protocol"]["context"], long["key"] = 2048, "long"
+    sheet = sheet_of([short, long, record("wanda", [5.0, 6.0])], mix=True)
+    assert sheet.rows == ["context=512 dense", "context=2048 dense", "wanda, context=512"]
+    assert sheet.cells[("context=512 dense", "2:4")].values == (2.25,)
+    assert sheet.mixed == ("context",)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("source,model\nx,y\n", "no column scope, pattern, method"),
+        ("source,model,scope,pattern,method,metric,dataset,context,value\na,b,c,d,e,f,g,h,many\n", "line 2: value='many': expected a number"),
+        ("source,model,scope,pattern,method,metric,dataset,context,value\na,b,c,d,e,f,g,h\n", "line 2: value=None: expected a number"),
+    ],
+)
+def test_a_reference_that_cannot_be_read_is_told(tmp_path, text, told):
+    (tmp_path / "numbers.csv").write_text(text)
+    with pytest.raises(UserError, match=told):
+        published.read(tmp_path / "numbers.csv")

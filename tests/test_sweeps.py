@@ -1,6 +1,7 @@
 """Sweeps: every file composes, cells share what they can, a plan runs nothing, the report finds what ran."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,7 @@ def test_the_report_of_a_sweep(swept, capsys):
     text = (swept / "tables" / "alpha.md").read_text()
     assert "| alpha=0.0 |" in text
     assert "| alpha=1.0 |" in text
+    assert "| alpha=-1 | failed |" in text
     assert "| dense |" in text
     assert "method.alpha=-1: expected a number" in text
     assert "No published number on file" in text
@@ -142,6 +144,14 @@ def test_the_report_of_a_sweep(swept, capsys):
     problems = load(swept).problems
     assert len(problems) == 1
     assert "broken/result.json" in problems[0]
+
+
+def test_a_report_may_be_written_elsewhere(swept, tmp_path):
+    cli.main(["alpha", "--results", str(swept), "--output", str(tmp_path / "paper")])
+    assert {path.name for path in (tmp_path / "paper").rglob("*.*")} == {"report.html", *(f"alpha.{ending}" for ending in ("md", "csv", "tex", "svg", "png"))}
+    links = re.findall(r'href="([^"#]*result.json)"', (tmp_path / "paper" / "report.html").read_text())
+    assert len(links) == 3
+    assert all((tmp_path / "paper" / link).is_file() for link in links)
 
 
 def test_the_cells_of_a_sweep_end_as_they_last_ended(swept):

@@ -18,7 +18,7 @@ from dass_exp.report import published
 from dass_exp.report.compare import footnotes
 from dass_exp.report.figures import draw, draw_layers
 from dass_exp.report.load import Loaded, Record, cells_of, load
-from dass_exp.report.page import page
+from dass_exp.report.page import Chapter, page
 from dass_exp.report.pair import pair
 from dass_exp.report.sheet import Sheet, build
 from dass_exp.report.write import caption, format_entry, write, write_text
@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("sweeps", nargs="*", metavar="SWEEP", help="names of sweeps (all that were run, if none is given), or: compare KEY KEY")
     parser.add_argument("--results", default="results", help="the results folder (default: results)")
+    parser.add_argument("--output", metavar="DIR", help="where tables/, figures/ and report.html are written (default: the results folder)")
     parser.add_argument("--mix", action="store_true", help="put records of different protocols into one table, with what differs beside each row")
     parser.add_argument("--layers", action="store_true", help="also draw the error and sparsity of every block, one picture per pruned record")
     parser.add_argument("--wandb", action="store_true", help="log tables and pictures to Weights & Biases, one summary run per sweep")
@@ -104,31 +105,31 @@ def _scored_as(record: Record) -> str:
 
 def _write(sheets: list[Sheet], results: Path, problems: list[str], asked: argparse.Namespace) -> None:
     rows = published.read(project_root() / "results" / "reference" / "published_numbers.csv") if _has_reference() else []
-    captions: dict[str, str] = {}
-    pictures: dict[str, list[Path]] = {}
+    chapters: list[Chapter] = []
+    output = Path(asked.output or results)
     for sheet in sheets:
-        captions[sheet.name] = caption(sheet)
-        notes = _notes(sheet, rows)
-        written = write(sheet, results / "tables", notes)
-        pictures[sheet.name] = draw(sheet, results / "figures")
+        found = published.beside(sheet.records, rows)
+        written = write(sheet, output / "tables", _notes(sheet, found))
+        pictures = draw(sheet, output / "figures")
         for record in {record["key"]: record for record in sheet.records}.values() if asked.layers else ():
-            pictures[sheet.name] += draw_layers(record, results / "figures")
-        for path in (*written, *pictures[sheet.name]):
+            pictures += draw_layers(record, output / "figures")
+        chapters.append(Chapter(sheet, caption(sheet), pictures, found))
+        for path in (*written, *pictures):
             log.info("wrote %s", path)
         if asked.wandb:
             from dass_exp.track import track_sheet
 
-            track_sheet(sheet.title, _as_rows(sheet), pictures[sheet.name], str(results))
+            track_sheet(sheet.title, _as_rows(sheet), pictures, str(results))
     if sheets:
-        log.info("wrote %s", page(sheets, captions, pictures, problems, results / "report.html"))
+        log.info("wrote %s, which shows %s", page(chapters, problems, output / "report.html", results), ", ".join(sheet.name for sheet in sheets))
 
 
 def _has_reference() -> bool:
     return (project_root() / "results" / "reference" / "published_numbers.csv").is_file()
 
 
-def _notes(sheet: Sheet, rows: list[dict[str, str]]) -> str:
-    lines = [published.as_markdown(published.beside(sheet.records, rows)), ""]
+def _notes(sheet: Sheet, found: list[published.Published]) -> str:
+    lines = [published.as_markdown(found), ""]
     lines += [f"- failed: `{' '.join(cell.overrides)}`: {cell.error}" for cell in sheet.failed]
     lines += [f"- {note}" for note in footnotes(sheet.records)]
     return "\n".join(lines)

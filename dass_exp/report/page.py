@@ -2,135 +2,82 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from string import Template
 from urllib.parse import quote
 
 from dass_exp.report.console import method_label, pattern_label, scope_label
 from dass_exp.report.load import Record
+from dass_exp.report.published import NOTHING_PUBLISHED, Published
 from dass_exp.report.sheet import Entry, Sheet
+from dass_exp.report.template import filled
 from dass_exp.report.write import format_entry, write_text
 
-_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src '$digest'; base-uri 'none'; form-action 'none'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>dass_exp: report</title>
-<style>$style</style>
-</head>
-<body>
-<h1>Report</h1>
-<nav><ul>$contents</ul></nav>
-<p class="legend">In the tables: <span class="best">bold</span> is the best pruned value of its column, <span class="second">underlined</span> the second,
-each only where it stands outside the noise. Click a column's name to sort by it.</p>
-<main>
-$sections
-</main>
-<script>$script</script>
-</body>
-</html>
-""")
 
-_STYLE = """
-:root { color-scheme: light dark; --ground: #fff; --ink: #1b1b1b; --faint: #5a5a5a; --line: #d0d0d0; --band: #f4f4f4; --link: #0550ae; --bad: #a40e26; }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #16181c; --ink: #e6e6e6; --faint: #a8a8a8; --line: #3d4148; --band: #1f2228; --link: #79b8ff; --bad: #ff8a8a; }
-}
-body { background: var(--ground); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 1rem 1.5rem 4rem; }
-h2 { border-top: 1px solid var(--line); margin-top: 2.5rem; padding-top: 1.2rem; }
-a { color: var(--link); }
-nav ul { display: flex; flex-wrap: wrap; gap: 0.3rem 1.2rem; list-style: none; padding: 0; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 0.8rem 0; }
-th, td { border-bottom: 1px solid var(--line); padding: 0.3rem 0.8rem; text-align: right; vertical-align: top; }
-thead th:not([data-number]), th:first-child, td.text { text-align: left; }
-tbody th { font-weight: normal; white-space: nowrap; }
-tbody tr:hover { background: var(--band); }
-thead button { background: none; border: 0; color: inherit; cursor: pointer; font: inherit; font-weight: 600; padding: 0; text-align: inherit; }
-thead button::after { color: var(--faint); content: " \\2195"; }
-[aria-sort=ascending] button::after { content: " \\2191"; }
-[aria-sort=descending] button::after { content: " \\2193"; }
-.best { font-weight: 700; }
-.second { text-decoration: underline; text-underline-offset: 0.2em; }
-.caption, .legend { color: var(--faint); max-width: 60rem; }
-.bad { color: var(--bad); }
-code { font: 0.9em ui-monospace, monospace; overflow-wrap: anywhere; }
-figure { background: #fff; border-radius: 6px; display: inline-block; margin: 1rem 0; max-width: 100%; padding: 0.6rem; }
-figure svg { display: block; height: auto; max-width: 100%; }
-"""
+@dataclass(frozen=True)
+class Chapter:
+    """What the page shows of one sheet.
 
-_SCRIPT = r"""
-'use strict';
-// alpha=0.25 before alpha=0.5, 64 before 128
-function byName(left, right) {
-  const [a, b] = [left, right].map(text => text.match(/\d+(?:\.\d+)?|\D+/g) || []);
-  for (let place = 0; place < Math.min(a.length, b.length); place++) {
-    const order = Number(a[place]) - Number(b[place]) || a[place].localeCompare(b[place], 'en');
-    if (order) return order;
-  }
-  return a.length - b.length;
-}
-// Numbers as numbers, names as names, what has no number last in both directions; equal rows keep their order.
-function sortBy(table, column, descending) {
-  const body = table.tBodies[0], sign = descending ? -1 : 1;
-  const rows = Array.from(body.rows, row => ({row, cell: row.cells[column]}));
-  rows.sort((a, b) => {
-    if (!('number' in table.tHead.rows[0].cells[column].dataset)) return sign * byName(a.cell.textContent, b.cell.textContent);
-    const left = a.cell.dataset.value, right = b.cell.dataset.value;
-    if (left === undefined || right === undefined) return (left === undefined) - (right === undefined);
-    return sign * (Number(left) - Number(right));
-  });
-  body.append(...rows.map(entry => entry.row));
-}
-for (const table of document.querySelectorAll('table.sortable')) {
-  const heads = Array.from(table.tHead.rows[0].cells);
-  heads.forEach((head, column) => head.querySelector('button').addEventListener('click', () => {
-    const descending = head.getAttribute('aria-sort') === 'ascending';
-    heads.forEach(other => other.removeAttribute('aria-sort'));
-    head.setAttribute('aria-sort', descending ? 'descending' : 'ascending');
-    sortBy(table, column, descending);
-  }));
-}
-"""
+    Args:
+        sheet: the table.
+        caption: how its numbers were made.
+        pictures: files; the SVG ones are taken into the page.
+        published: figures of others that have a counterpart here.
+    """
+
+    sheet: Sheet
+    caption: str
+    pictures: Sequence[Path] = ()
+    published: Sequence[Published] = ()
 
 
-def page(sheets: list[Sheet], captions: dict[str, str], pictures: dict[str, list[Path]], problems: list[str], target: Path) -> Path:
+def page(chapters: list[Chapter], problems: list[str], target: Path, results: Path | None = None) -> Path:
     """Write the report of several sheets.
 
     Args:
-        sheets: in the order in which they are shown.
-        captions: by name of the sheet.
-        pictures: by name of the sheet; the SVG files among them are taken into the page.
+        chapters: in the order in which they are shown.
         problems: files of the results folder that could not be read as records.
-        target: the file to write, in the results folder: its links to ``runs/`` are relative.
+        target: the file to write.
+        results: the folder that holds the records, which the page links to by relative paths; that of ``target`` if it is not given.
 
     Raises:
         OSError: a picture cannot be read, or the page cannot be written.
     """
-    records = list({record["key"]: record for sheet in sheets for record in sheet.records}.values())
+    records = list({record["key"]: record for chapter in chapters for record in chapter.sheet.records}.values())
     environments = _distinct(record["environment"] for record in records)
-    sections = [_section(sheet, captions.get(sheet.name, ""), pictures.get(sheet.name, [])) for sheet in sheets]
-    sections += [_environments(records, environments), _records(records, environments), _problems(problems)]
-    named = [*((sheet.name, sheet.title) for sheet in sheets), ("environments", "Environments"), ("records", "Records")]
+    sections = [_section(chapter) for chapter in chapters]
+    sections += [_environments(records, environments), _records(records, environments, target, results or target.parent), _problems(problems)]
+    named = [*((chapter.sheet.name, chapter.sheet.title) for chapter in chapters), ("environments", "Environments"), ("records", "Records")]
     contents = "".join(f'<li><a href="#{_anchor(name)}">{escape(title)}</a></li>' for name, title in named)
-    digest = "sha256-" + base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()  # no other script runs, whatever a record holds
-    return write_text(target, _PAGE.substitute(digest=digest, style=_STYLE, contents=contents, sections="\n".join(filter(None, sections)), script=_SCRIPT))
+    return write_text(target, filled(contents, "\n".join(filter(None, sections))))
 
 
-def _section(sheet: Sheet, caption: str, pictures: Iterable[Path]) -> str:
-    drawn = [_picture(path, sheet.title) for path in pictures if path.suffix == ".svg"]
-    parts = [_heading(sheet.name, sheet.title), _table(sheet), f'<p class="caption">{escape(caption)}</p>', *drawn, _failures(sheet)]
+def _section(chapter: Chapter) -> str:
+    sheet = chapter.sheet
+    drawn = [_picture(path, sheet.title) for path in chapter.pictures if path.suffix == ".svg"]
+    caption = f'<p class="caption">{escape(chapter.caption)}</p>'
+    parts = [_heading(sheet.name, sheet.title), _table(sheet), caption, *drawn, _published(chapter.published), _failures(sheet)]
     return "<section>\n" + "\n".join(filter(None, parts)) + "\n</section>"
+
+
+def _published(found: Sequence[Published]) -> str:
+    if not found:
+        return f'<p class="caption">{escape(NOTHING_PUBLISHED)}</p>'
+    lines = [
+        [f'<th scope="row">{escape(row.label)}</th>', *map(_number, (row.ours, row.value, row.ours - row.value)), *map(_text, (row.source, row.verdict))]
+        for row in found
+    ]
+    return f"<h3>Beside published numbers</h3>\n{_sortable(['', 'ours', 'theirs', 'difference', 'source', 'verdict'], lines, numeric=(1, 2, 3))}"
+
+
+def _number(value: float) -> str:
+    return f'<td data-value="{value!r}">{value:.2f}</td>' if math.isfinite(value) else f"<td>{value}</td>"
 
 
 def _heading(name: str, title: str) -> str:
@@ -204,10 +151,10 @@ def _text(value: object) -> str:
     return f'<td class="text">{escape("" if value is None else str(value))}</td>'
 
 
-def _records(records: list[Record], environments: list[dict[str, object]]) -> str:
-    lines = []
+def _records(records: list[Record], environments: list[dict[str, object]], target: Path, results: Path) -> str:
+    lines, runs = [], Path(os.path.relpath(results / "runs", target.parent)).as_posix()
     for record in records:
-        config, link = record["config"], f"runs/{quote(record['key'], safe='')}/result.json"
+        config, link = record["config"], f"{quote(runs)}/{quote(record['key'], safe='')}/result.json"
         key = f'<th scope="row"><a href="{escape(link)}"><code>{escape(record["key"])}</code></a></th>'
         seed, place = config.get("seed"), environments.index(record["environment"]) + 1
         told = (config["model"]["name"], method_label(config), pattern_label(config), scope_label(config), seed, place, record.get("created"))

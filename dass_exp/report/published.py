@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dass_exp.errors import UserError
 from dass_exp.report.load import Record
 
 PERPLEXITY_TOLERANCE = 0.02  # relative
 ACCURACY_TOLERANCE = 1.0  # points
+NOTHING_PUBLISHED = "No published number on file for this model, scope and protocol (results/reference/published_numbers.csv)."
+_COLUMNS = ("source", "model", "scope", "pattern", "method", "metric", "dataset", "context", "value")
 _NO_VERDICT = ("not stated", "not verified", "disagrees")
 
 
@@ -33,9 +37,28 @@ class Published:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows of published_numbers.csv; a user's own rows (``source=dass-paper``) count like any other."""
+    """The rows of published_numbers.csv; a user's own rows (``source=dass-paper``) count like any other.
+
+    Raises:
+        UserError: a column is missing, or a value is no number; the message names the line.
+    """
     with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        if missing := [name for name in _COLUMNS if name not in (reader.fieldnames or ())]:
+            raise UserError(f"{path}: no column {', '.join(missing)}; it needs {', '.join(_COLUMNS)}")
+        rows = []
+        for row in reader:
+            if not _is_number(row["value"]):
+                raise UserError(f"{path}, line {reader.line_num}: value={row['value']!r}: expected a number")
+            rows.append({name: text or "" for name, text in row.items() if name is not None})
+        return rows
+
+
+def _is_number(text: str | None) -> bool:
+    try:
+        return math.isfinite(float(text or ""))
+    except ValueError:
+        return False
 
 
 def beside(records: list[Record], rows: list[dict[str, str]]) -> list[Published]:
@@ -86,7 +109,7 @@ def _verdict(metric: str, ours: float, value: float, note: str) -> str:
 def as_markdown(found: list[Published]) -> str:
     """The comparison as a Markdown table, or a line that says that there is nothing to compare with."""
     if not found:
-        return "No published number on file for this model, scope and protocol (results/reference/published_numbers.csv)."
+        return NOTHING_PUBLISHED
     lines = ["| published | ours | theirs | difference | source | verdict |", "|---|---|---|---|---|---|"]
     lines += [f"| {row.label} | {row.ours:.2f} | {row.value:.2f} | {row.ours - row.value:+.2f} | {row.source} | {row.verdict} |" for row in found]
     return "\n".join(lines)

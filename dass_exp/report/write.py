@@ -24,6 +24,8 @@ def format_entry(entry: Entry | str, metric: str) -> str:
 
 def caption(sheet: Sheet) -> str:
     """Model, weights, scope, calibration, context, BOS, dtype, lm-eval and metric of a sheet, and what its marks mean."""
+    if not sheet.records:
+        return "No cell of this sweep has a record."
     pruned = [record for record in sheet.records if record["config"]["method"]["name"] != "dense"] or sheet.records
     shown, parts = pruned[0]["protocol"], []
     models = dict.fromkeys(f"{record['identity']['model']}{_note(record['protocol']['model_note'])}" for record in pruned)
