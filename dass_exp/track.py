@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,12 +85,12 @@ class WandbTracker(Tracker):
             run.finish()
 
 
-def track_sheet(title: str, rows: list[list[Any]], pictures: list[Path], results: str) -> None:
-    """Log a table and its pictures to W&B as one summary run; a failure costs one warning.
+def track_sheet(title: str, tables: Mapping[str, list[list[Any]]], pictures: list[Path], results: str) -> None:
+    """Log the tables of a sweep and its pictures to W&B as one summary run; a failure costs one warning.
 
     Args:
-        title: of the table, the name of the run.
-        rows: its header and its rows, as text.
+        title: of the sweep, the name of the run.
+        tables: by name, each with its header as first row.
         pictures: files; those that W&B can show (PNG) are logged.
         results: the results folder, for W&B's own files.
     """
@@ -97,7 +98,7 @@ def track_sheet(title: str, rows: list[list[Any]], pictures: list[Path], results
 
     try:
         run = wandb.init(
-            project="dass_exp",
+            project=os.environ.get("WANDB_PROJECT", "dass_exp"),
             name=title,
             job_type="report",
             mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
@@ -105,8 +106,8 @@ def track_sheet(title: str, rows: list[list[Any]], pictures: list[Path], results
             settings=wandb.Settings(silent=True, console="off"),
             reinit="finish_previous",
         )
-        run.log({"table": wandb.Table(columns=[column or "row" for column in rows[0]], data=rows[1:])})
-        run.log({path.stem: wandb.Image(str(path)) for path in pictures if path.suffix == ".png"})
+        logged: dict[str, Any] = {name: wandb.Table(columns=rows[0], data=rows[1:]) for name, rows in tables.items()}
+        run.log(logged | {path.stem: wandb.Image(str(path)) for path in pictures if path.suffix == ".png"})
         run.finish()
     except Exception as error:  # noqa: BLE001 - as above
         log.warning("the tracker failed, the files are safe: %s: %s", type(error).__name__, " ".join(str(error).split())[:300])

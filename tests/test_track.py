@@ -15,8 +15,11 @@ import wandb
 from support import cell_fixture, results_fixture, run_with, settings_of, short_texts_fixture, tiny_fixture  # noqa: F401 - fixtures among them
 from wandb.proto import wandb_internal_pb2
 
+from dass_exp.report.figures import draw
+from dass_exp.report.sheet import Entry, Sheet
+from dass_exp.report.write import long_form, wide_form
 from dass_exp.run import run
-from dass_exp.track import NullTracker, Tracker, WandbTracker, flat_metrics
+from dass_exp.track import NullTracker, Tracker, WandbTracker, flat_metrics, track_sheet
 
 pytestmark = pytest.mark.usefixtures("short_texts")
 
@@ -220,3 +223,28 @@ def test_flat_names_of_the_numbers():
         "perplexity/wikipedia_mini": 20.5, "piqa/acc": 0.6, "piqa/acc_stderr": 0.1, "mean_acc": 0.6, "mean_acc_norm": 0.6,
         "sparsity/scope": 0.5, "sparsity/decoder": 0.4, "sparsity/model": 0.3, "cost/prune_s": 1.5,
     }  # fmt: skip
+
+
+def test_a_summary_run_holds_the_tables_and_the_picture(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_PROJECT", "of_a_team")
+    cells = {("dense", "2:4"): Entry((20.0,)), ("dass", "2:4"): Entry((50.0, 52.0), keys=("aa", "bb"), mark="best"), ("wanda", "2:4"): "failed"}
+    sheet = Sheet("perplexity", "Perplexity of every method", "perplexity", ["dense", "dass", "wanda"], ["2:4"], cells, [], [], {"kind": "bars"})
+    track_sheet(sheet.title, {"table": wide_form(sheet), "values": long_form(sheet)}, draw(sheet, tmp_path / "figures"), str(tmp_path))
+    (folder,) = (path for path in (tmp_path / "wandb").iterdir() if path.name.startswith("offline-run-"))
+    found = tables(folder)
+    assert found["table"]["columns"] == ["row", "2:4"]
+    assert found["table"]["data"] == [["dense", "20.00"], ["dass", "51.00 ± 1.41"], ["wanda", "failed"]]
+    assert [row[:4] for row in found["values"]["data"]] == [["dense", "2:4", "perplexity", 20.0], ["dass", "2:4", "perplexity", 51.0]]
+    assert len(list(folder.glob("files/media/images/perplexity_*.png"))) == 1
+    (run_record,) = [entry.run for entry in wandb_records(next(folder.glob("*.wandb"))) if entry.HasField("run")]
+    assert (run_record.display_name, run_record.project) == ("Perplexity of every method", "of_a_team")
+
+
+def test_a_summary_that_fails_costs_one_warning(tmp_path, monkeypatch, caplog):
+    def broken(**settings):
+        raise RuntimeError("no such project")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    track_sheet("A title", {"table": [["row"], ["dense"]]}, [], str(tmp_path))
+    assert [record.getMessage() for record in caplog.records] == ["the tracker failed, the files are safe: RuntimeError: no such project"]

@@ -8,7 +8,6 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -21,7 +20,7 @@ from dass_exp.report.load import Loaded, Record, cells_of, load
 from dass_exp.report.page import Chapter, page
 from dass_exp.report.pair import pair
 from dass_exp.report.sheet import Sheet, build
-from dass_exp.report.write import caption, format_entry, write, write_text
+from dass_exp.report.write import caption, long_form, wide_form, write, write_text
 
 log = logging.getLogger("dass_exp.report")
 
@@ -119,7 +118,7 @@ def _write(sheets: list[Sheet], results: Path, problems: list[str], asked: argpa
         if asked.wandb:
             from dass_exp.track import track_sheet
 
-            track_sheet(sheet.title, _as_rows(sheet), pictures, str(results))
+            track_sheet(sheet.title, {"table": wide_form(sheet), "values": long_form(sheet)}, pictures, str(results))
     if sheets:
         log.info("wrote %s, which shows %s", page(chapters, problems, output / "report.html", results), ", ".join(sheet.name for sheet in sheets))
 
@@ -133,10 +132,6 @@ def _notes(sheet: Sheet, found: list[published.Published]) -> str:
     lines += [f"- failed: `{' '.join(cell.overrides)}`: {cell.error}" for cell in sheet.failed]
     lines += [f"- {note}" for note in footnotes(sheet.records)]
     return "\n".join(lines)
-
-
-def _as_rows(sheet: Sheet) -> list[list[Any]]:
-    return [["", *sheet.columns], *([row, *(format_entry(sheet.cells.get((row, column), ""), sheet.metric) for column in sheet.columns)] for row in sheet.rows)]
 
 
 def _compare(results: Path, keys: list[str]) -> None:

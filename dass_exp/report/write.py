@@ -6,6 +6,7 @@ import csv
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 from dass_exp.report.sheet import Entry, Sheet
 
@@ -69,15 +70,27 @@ def _pipe(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def comma_separated(sheet: Sheet) -> str:
-    """One line per value, full precision: row, column, mean, sd, stderr, n, mark, keys of the records."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["row", "column", "metric", "mean", "sd", "stderr", "n", "mark", "records"])
+def long_form(sheet: Sheet) -> list[list[Any]]:
+    """A header, and one line per value in full precision: row, column, mean, sd, stderr, n, mark, keys of the records."""
+    lines: list[list[Any]] = [["row", "column", "metric", "mean", "sd", "stderr", "n", "mark", "records"]]
     for (row, column), entry in sheet.cells.items():
         if isinstance(entry, Entry):
-            numbers = (entry.mean, "" if entry.sd is None else entry.sd, "" if entry.stderr is None else entry.stderr, len(entry.values))
-            writer.writerow([row, column, sheet.metric, *numbers, entry.mark, " ".join(entry.keys)])
+            lines.append([row, column, sheet.metric, entry.mean, entry.sd, entry.stderr, len(entry.values), entry.mark, " ".join(entry.keys)])
+    return lines
+
+
+def wide_form(sheet: Sheet) -> list[list[str]]:
+    """The table as it is printed, its header first."""
+    return [
+        ["row", *sheet.columns],
+        *([row, *(format_entry(sheet.cells.get((row, column), ""), sheet.metric) for column in sheet.columns)] for row in sheet.rows),
+    ]
+
+
+def comma_separated(sheet: Sheet) -> str:
+    """:func:`long_form` as CSV."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(long_form(sheet))
     return out.getvalue()
 
 
