@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from dass_exp import workers
-from dass_exp.bench import Shelf
+from dass_exp.bench import Shelf, shelf_of_process
 from dass_exp.components import admitted_packages
 from dass_exp.config import register, sketch, validate
 from dass_exp.errors import NumericalError, UserError
@@ -35,7 +35,6 @@ from dass_exp.run import Outcome, run
 
 log = logging.getLogger("dass_exp")
 
-_SHELF = Shelf()  # for the cells of a sweep that run in this process
 _ADMITTED = admitted_packages(sys.argv[1:])  # before any config file has had its say
 
 
@@ -50,11 +49,13 @@ def _cell(composed: DictConfig) -> None:
     _Progress.started = True
     context = HydraConfig.get()
     overrides = list(context.overrides.task)
+    shelf = shelf_of_process() if context.mode == RunMode.MULTIRUN else None
     try:
-        if context.mode == RunMode.MULTIRUN:
+        if shelf is not None:
             workers.join(context.launcher, Path(context.sweep.dir))
+        elif launchers := [text for text in context.overrides.hydra if text.startswith("hydra/launcher=")]:
+            raise UserError(f"{launchers[0]}: a launcher runs the cells of a sweep, and this is one run; leave it out, or add -m or sweeps=NAME")
         settings = validate(composed, _ADMITTED)
-        shelf = _SHELF if context.mode == RunMode.MULTIRUN else None
         if settings.config.plan:
             _planned(plan(settings, shelf or Shelf()), context.runtime.output_dir, overrides, alone=shelf is None)
             return
@@ -113,6 +114,23 @@ def _mistyped() -> str | None:
     return None
 
 
+def _explained(error: Exception) -> int:
+    """Say why Hydra, or the launcher of a sweep, gave up; the exit code."""
+    mistake = _mistyped()
+    log.error("%s", mistake or "\n".join(str(part).strip() for part in (error, error.__cause__) if part is not None))
+    if mistake or not Sweep.started or isinstance(error, (HydraException, OmegaConfBaseException)):
+        return 2
+    if "sbatch: error" in str(error):
+        log.error("Slurm refused the jobs: see the settings in conf/hydra/launcher/slurm.yaml")
+        return 2
+    Sweep.show_finished()
+    log.error(
+        "the launcher ended before the sweep did; what its cells have written is kept. Some may still run elsewhere (squeue): once they have ended, "
+        "give the same command again"
+    )
+    return 1
+
+
 def main() -> None:
     """Entry point. Exit code 2: a setting is wrong; 1: a run failed, or cells of a sweep did."""
     register()
@@ -122,19 +140,19 @@ def main() -> None:
         log.error("%s", error)
         raise SystemExit(2) from None
     os.environ["DASS_EXP_PLUGINS"] = " ".join(_ADMITTED)  # a worker of a launcher has another command line
+    if any(override.lower() == "plan=true" for override in sys.argv):  # it runs nothing, so it needs no worker
+        sys.argv[1:] = [text for text in sys.argv[1:] if not text.lstrip("+").startswith(("hydra/launcher=", "hydra.launcher."))]
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us instead of printing a traceback
     try:
         _cell()
+    except KeyboardInterrupt:
+        log.error("stopped; what is finished is kept, and the same command goes on from there. Cells on other machines were not stopped")
+        raise SystemExit(130) from None
     except Exception as error:
         if _Progress.started or full:
             raise
-        mistake = _mistyped()
-        log.error("%s", mistake or "\n".join(str(part).strip() for part in (error, error.__cause__) if part is not None))
-        if mistake or not Sweep.started or isinstance(error, (HydraException, OmegaConfBaseException)):
-            raise SystemExit(2) from None
-        log.error("the launcher ended before the sweep did; what its cells have written is kept: give the same command again")
-        raise SystemExit(1) from None
+        raise SystemExit(_explained(error)) from None
     if Sweep.failed:
         sys.exit(1)
 

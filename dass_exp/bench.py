@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -70,6 +70,12 @@ class Shelf:
     def clear(self) -> None:
         """Let the model go before another one is loaded."""
         self._model = None
+
+
+@cache
+def shelf_of_process() -> Shelf:
+    """The one that all cells of a sweep share which run in this process: a launcher's worker lives longer than a cell."""
+    return Shelf()
 
 
 def _placed(spec: models.ModelSpec) -> tuple[str, str, str]:

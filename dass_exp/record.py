@@ -20,13 +20,11 @@ from filelock import FileLock
 
 from dass_exp.maskfile import PackedMask, write_masks
 from dass_exp.paths import project_root
+from dass_exp.schema import problem_of
 
-SCHEMA = 1
 _PACKAGES = ("dass_exp", "torch", "transformers", "datasets", "lm_eval", "tokenizers", "numpy")
 
 Record = dict[str, Any]
-
-FIELDS = frozenset({"config", "identity", "protocol", "calibration", "sparsity", "metrics", "cost", "solver", "environment"})
 
 
 class Store:
@@ -48,13 +46,12 @@ class Store:
         return self.runs / key / "masks.safetensors"
 
     def find(self, key: str) -> Record | None:
-        """The finished record of this key, or None. A file that is no whole record (a hand edit gone wrong) counts as none."""
+        """The finished record of this key, or None. A file that is no record (a hand edit gone wrong) counts as none."""
         try:
             found = json.loads(self.path(key).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        whole = isinstance(found, dict) and found.get("schema") == SCHEMA and found.get("key") == key and found.keys() >= FIELDS
-        return found if whole else None
+        return found if problem_of(found, key) is None else None
 
     def records(self) -> list[Record]:
         """All finished records; what is no record is passed over (:mod:`dass_exp.report.load` names it)."""
@@ -76,7 +73,12 @@ class Store:
             record: with its ``key``.
             beside: long content by file name, written as JSON beside the record.
             masks: by linear.
+
+        Raises:
+            TypeError: it is no record that could be found again.
         """
+        if (problem := problem_of(record, record["key"])) is not None:
+            raise TypeError(f"record {record['key']}: {problem}")
         folder = self.runs / record["key"]
         folder.mkdir(parents=True, exist_ok=True)
         if masks is not None:

@@ -6,6 +6,8 @@ Every statistic accumulates in float32, one sequence after the other in a fixed 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -92,7 +94,8 @@ class Gram(Stat):
             NumericalError: no damping made the matrix positive definite.
         """
         if damping not in self._factors:
-            self._factors[damping] = self._factorise(damping, tries)
+            with _one_thread(self.matrix.device):
+                self._factors[damping] = self._factorise(damping, tries)
         return self._factors[damping]
 
     def _factorise(self, damping: float, tries: int) -> tuple[Tensor, int]:
@@ -116,6 +119,18 @@ class Gram(Stat):
 
     def check(self, name: str) -> None:
         _check_finite(self.matrix, name)
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """LAPACK's factorisations differ in their last digits between numbers of threads, and what is made from them with them; products do not."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _check_finite(values: Tensor, name: str) -> None:

@@ -12,7 +12,8 @@ from dass_exp.evaluate.perplexity import Perplexity
 from dass_exp.evaluate.zeroshot import ZeroShot, lm_eval_version
 from dass_exp.key import identity_of
 from dass_exp.models import ModelSpec
-from dass_exp.record import SCHEMA, Record, environment, now
+from dass_exp.record import Record, environment, now
+from dass_exp.schema import SCHEMA
 from dass_exp.verify import Layer
 
 

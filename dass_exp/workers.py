@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from dass_exp.errors import UserError
 # conf/hydra/launcher/joblib.yaml and ray.yaml are checked against the plugins' own schemas of these names, as they should be: Hydra warns of it.
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/", category=UserWarning)
 
+_LOKY, _LEAK = "joblib.externals.loky.process_executor", "_MAX_MEMORY_LEAK_SIZE"
 _HELD: list[FileLock] = []  # for the life of this process; the kernel frees the slot of one that dies
 
 
@@ -64,6 +66,8 @@ def join(launcher: Mapping[str, Any], folder: Path) -> None:
         return
     slot = _take(folder / ".slots", slots)
     torch.set_num_threads(max(1, min(torch.get_num_threads(), cores() // slots)))
+    if (loky := sys.modules.get(_LOKY)) is not None and hasattr(loky, _LEAK):
+        setattr(loky, _LEAK, sys.maxsize)  # it takes the model, which stays for the next cell, for a leak, and would end this worker
     if (gpus := _gpus()) > 1:  # not run here: this project is developed without a GPU
         torch.accelerator.set_device_index(slot % gpus)
 

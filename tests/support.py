@@ -148,6 +148,26 @@ def short_texts_fixture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OfflineText, "documents", lambda text: whole(text)[:20])
 
 
+def bare_record(key: str, **changes: Any) -> dict[str, Any]:
+    """The least that is a record: dense, nothing scored."""
+    config = {
+        "model": {"name": "tiny"},
+        "method": {"name": "dense"},
+        "pattern": None,
+        "scope": None,
+        "seed": None,
+        "calibration": None,
+        "eval": {"name": "none"},
+    }
+    whole = {
+        "schema": 1, "key": key, "created": "2026-01-01T00:00:00+00:00", "config": config, "identity": {"model": "local:0"},
+        "protocol": {"bos": "never", "dtype": "float32", "device": "cpu", "model_note": ""}, "calibration": None,
+        "sparsity": {"scope": 0.0, "decoder": 0.0, "model": 0.0, "layers": []}, "metrics": {},
+        "cost": {"load_s": 1.0, "prune_s": 0.0, "eval_s": 0.0, "peak_rss_bytes": 1, "peak_gpu_bytes": None}, "solver": {}, "environment": {},
+    }  # fmt: skip
+    return whole | changes
+
+
 def files_under(folder: Path) -> list[str]:
     """Relative paths of all files below ``folder``, sorted."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

@@ -1,5 +1,6 @@
 """Launching a sweep: shares of a machine, the ready launchers, the same numbers wherever a cell ran, and what a kill leaves behind."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -80,6 +81,14 @@ def test_workers_share_the_cores(machine, tmp_path, cores, jobs, threads):
     machine(cores)
     workers.join({**JOBLIB, "n_jobs": jobs}, tmp_path)
     assert torch.get_num_threads() == threads
+
+
+def test_a_model_that_stays_is_not_taken_for_a_leak(machine, tmp_path, monkeypatch):
+    loky = importlib.import_module(workers._LOKY)
+    monkeypatch.setattr(loky, "_MAX_MEMORY_LEAK_SIZE", loky._MAX_MEMORY_LEAK_SIZE)
+    machine(2)
+    workers.join({**JOBLIB, "n_jobs": 2}, tmp_path)
+    assert sys.maxsize == loky._MAX_MEMORY_LEAK_SIZE
 
 
 def test_a_process_that_was_given_fewer_threads_keeps_to_them(machine, tmp_path):
@@ -168,9 +177,9 @@ def cells(tiny, *more):
 
 @pytest.fixture(name="serial", scope="module")
 def serial_fixture(tiny, tmp_path_factory):
-    """The records of two cells and their dense one, made in one process."""
+    """The records of three cells and their dense one, made in one process with two threads."""
     folder = tmp_path_factory.mktemp("serial")
-    done = command("-m", *cells(tiny, "method=wanda,dass"), folder=folder)
+    done = command("-m", *cells(tiny, "method=wanda,dass,sparsegpt"), folder=folder)
     assert done.returncode == 0, done.stderr
     return load(folder / "results").records
 
@@ -188,10 +197,10 @@ def test_a_real_sweep_gives_the_numbers_of_one_process(tiny, serial, tmp_path, l
     name, *more = launcher
     if name == "ray":
         pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="the extra ray is not installed: make test-all installs it")
-    done = command("-m", *cells(tiny, "method=wanda,dass"), f"hydra/launcher={name}", *more, folder=tmp_path)
+    done = command("-m", *cells(tiny, "method=wanda,dass,sparsegpt"), f"hydra/launcher={name}", *more, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     records = load(tmp_path / "results").records
-    assert len(records) == 3
+    assert len(records) == 4
     assert same_numbers(records, serial)
     assert {record["environment"]["threads"] for record in records.values()} == {max(1, workers.cores() // 2)}
     assert "│ wanda" in done.stdout
@@ -226,14 +235,73 @@ def test_slurm_is_asked_for_what_the_config_says(tiny, tmp_path):
     for name, script in (("srun", "exit 1"), ("sbatch", f'cp "$1" {tmp_path}/submitted.sh; echo "sbatch: error: invalid partition" >&2; exit 1')):
         (tools / name).write_text(f"#!/bin/sh\n{script}\n")
         (tools / name).chmod(stat.S_IRWXU)
-    more = ["hydra.launcher.partition=gpu", "hydra.launcher.timeout_min=90", "+hydra.launcher.additional_parameters.requeue=true"]
+    more = ["hydra.launcher.partition=gpu", "hydra.launcher.timeout_min=90", "+hydra.launcher.additional_parameters.mail-type=END"]
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
     done = command("-m", *cells(tiny, "method=wanda,dass"), "hydra/launcher=slurm", *more, folder=tmp_path, PATH=path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "invalid partition" in done.stderr
-    assert "give the same command again" in done.stderr
+    assert "Slurm refused the jobs" in done.stderr
+    assert "again" not in done.stderr
     asked = {line.removeprefix("#SBATCH --") for line in (tmp_path / "submitted.sh").read_text().splitlines() if line.startswith("#SBATCH")}
-    assert asked >= {"array=0-1%2", "cpus-per-task=8", "gpus-per-node=1", "mem=64GB", "partition=gpu", "time=90", "requeue", "job-name=dass_exp"}
+    assert asked >= {
+        "array=0-1%2",
+        "cpus-per-task=8",
+        "gpus-per-node=1",
+        "mem=64GB",
+        "partition=gpu",
+        "time=90",
+        "requeue",
+        "mail-type=END",
+        "job-name=dass_exp",
+    }
+
+
+def test_a_launcher_without_a_sweep_is_told(tiny, tmp_path):
+    done = command(*cells(tiny), "hydra/launcher=joblib", folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("hydra/launcher=joblib: a launcher runs the cells of a sweep")
+    assert not (tmp_path / "results" / "runs").exists()
+
+
+def test_a_plan_needs_no_launcher(tiny, tmp_path):
+    done = command("-m", *cells(tiny, "method=wanda,dass"), "hydra/launcher=slurm", "hydra.launcher.partition=gpu", "plan=true", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("would run") == 2
+
+
+def test_a_worker_that_dies_leaves_the_table_of_the_others(tiny, tmp_path):
+    """As when the kernel kills the process that takes most memory."""
+    (tmp_path / "deadly.py").write_text(_DEADLY)
+    (tmp_path / "own" / "method").mkdir(parents=True)
+    (tmp_path / "own" / "method" / "deadly.yaml").write_text("_target_: deadly.Deadly\n")
+    first = command("-m", *cells(tiny, "method=wanda"), folder=tmp_path)
+    assert first.returncode == 0, first.stderr
+    own = ["--config-dir", "own", "-m", "plugins=[deadly]", *cells(tiny, "method=wanda,deadly"), "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    done = command(*own, folder=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert "│ wanda" in done.stdout
+    assert "the launcher ended before the sweep did" in done.stderr
+    assert "Traceback" not in done.stderr
+    again = command(*own, folder=tmp_path, PYTHONPATH=str(tmp_path), SPARE="1")
+    assert again.returncode == 0, again.stderr
+    assert "│ deadly" in again.stdout
+
+
+_DEADLY = """
+import os, signal, time
+from dataclasses import dataclass
+from pathlib import Path
+from dass_exp.methods.wanda import Wanda
+
+@dataclass
+class Deadly(Wanda):
+    def score(self, linear, block):
+        while "SPARE" not in os.environ:
+            if len(list(Path("results").glob("hydra/*/*/0/cell.json"))) == 2:  # the other cell of this sweep has left word, after that of the first
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.05)
+        return super().score(linear, block)
+"""
 
 
 KILLED = ["sweeps=alpha", "pattern=2of4,4of8", "method.alpha=0,0.25,0.5,0.75,1", "method=dass"]
@@ -270,6 +338,7 @@ def test_a_killed_sweep_goes_on_and_runs_nothing_twice(tiny, tmp_path, launcher)
     assert len(finished) == 11  # ten cells and their dense record
     assert kept.items() <= finished.items()
     assert done.stderr.count("pruning with dass") == 11 - len(kept)
+    assert done.stderr.count("loading the model") <= (2 if launcher else 1)  # once a worker
     cli.main(["alpha", "--results", str(tmp_path / "results")])
     whole = tmp_path / "whole"
     whole.mkdir()

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import files_under
+from support import bare_record, files_under
 
 from dass_exp import record as record_module
 from dass_exp.maskfile import PackedMask, load_masks
-from dass_exp.record import FIELDS, PeakMemory, Store, environment, now, write_json
+from dass_exp.record import PeakMemory, Store, environment, now, write_json
 
 KEY = "0123456789abcdef"
-WHOLE = {"schema": 1, **{name: {} for name in sorted(FIELDS)}, "key": KEY}
-OLD = {**WHOLE, "metrics": {"perplexity": 1.0}}
-NEW = {**WHOLE, "metrics": {"perplexity": 2.0}}
+WHOLE = bare_record(KEY)
+OLD = {**WHOLE, "solver": {"damping_retries": 1}}
+NEW = {**WHOLE, "solver": {"damping_retries": 2}}
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_the_record_is_the_last_file_to_appear(store, monkeypatch):
 
 def test_content_that_is_no_json_is_not_written(store):
     with pytest.raises(TypeError):
-        store.write({**NEW, "metrics": object()}, {})
+        store.write({**NEW, "solver": {"x": object()}}, {})
     assert store.find(KEY) is None
     assert list(store.path(KEY).parent.iterdir()) == []
 

@@ -136,3 +136,18 @@ def test_giving_up_on_a_singular_matrix_says_how_often_it_was_damped():
     stat.matrix = -torch.eye(2)
     with pytest.raises(NumericalError, match="stayed singular after its damping was raised 2 times"):
         stat.inverse_factor(0.01, tries=2)
+
+
+@pytest.mark.parametrize("features", [96, 576])
+def test_the_factor_does_not_depend_on_the_number_of_threads(features):
+    """LAPACK's does: at 576 features already, in the last digits, and a mask made from it in some weights."""
+    inputs = torch.randn(64, 32, features, generator=torch.Generator().manual_seed(0))
+    factors = []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        gram = Gram(features, torch.device("cpu"))
+        gram.update(inputs)
+        factors.append(gram.inverse_factor(0.01)[0])
+        assert torch.get_num_threads() == threads
+    assert torch.equal(factors[0], factors[1])
+    assert torch.equal(factors[0], factors[2])

@@ -32,6 +32,7 @@ class SparseGPT(Pruner):
     blocksize: int = 128
     damping: float = 0.01
     stat = Gram
+    version = 2  # 2: the factorisation does not depend on the number of threads
 
     def __post_init__(self) -> None:
         whole_number("method.blocksize", self.blocksize, least=1)

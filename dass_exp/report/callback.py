@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -22,8 +22,26 @@ CELL = "cell.json"
 class Sweep:
     """What the entry point must know of the sweep that this process launches."""
 
-    started = False
-    failed = 0
+    started: ClassVar[DictConfig | None] = None
+    failed: ClassVar[int] = 0
+
+    @classmethod
+    def show_finished(cls) -> None:
+        """Print the cells that have left word so far, and keep their comparison in the sweep's folder."""
+        if cls.started is None:
+            return
+        folder = Path(cls.started.hydra.sweep.dir)
+        paths = [path for path in folder.glob(f"*/{CELL}") if path.parent.name.isdecimal()]
+        cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(paths, key=lambda path: int(path.parent.name))]
+        records = {cell["record"]: json.loads(Path(cell["record"]).read_text(encoding="utf-8")) for cell in cells if cell["status"] == "done"}
+        if planned := [cell for cell in cells if cell["status"] == "planned"]:
+            show_plan(planned)
+        failed = [cell for cell in cells if cell["status"] == "failed"]
+        cls.failed = len(failed)
+        if records:
+            _show(list(records.values()), folder, OmegaConf.select(cls.started, "sweep.title"))
+        for cell in failed:
+            log.error("failed: %s: %s", " ".join(cell["overrides"]), cell["error"])
 
 
 def note_cell(folder: str | Path, content: dict[str, Any]) -> None:
@@ -36,23 +54,14 @@ class Comparison(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra once the sweep itself is composed."""
-        del config, kwargs
-        Sweep.started = True
+        del kwargs
+        Sweep.started = config
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Called by Hydra once all cells have ended, wherever they ran."""
         del kwargs
-        folder = Path(config.hydra.sweep.dir)
-        cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"*/{CELL}"), key=lambda path: int(path.parent.name))]
-        records = {cell["record"]: json.loads(Path(cell["record"]).read_text(encoding="utf-8")) for cell in cells if cell["status"] == "done"}
-        if planned := [cell for cell in cells if cell["status"] == "planned"]:
-            show_plan(planned)
-        failed = [cell for cell in cells if cell["status"] == "failed"]
-        Sweep.failed = len(failed)
-        if records:
-            _show(list(records.values()), folder, OmegaConf.select(config, "sweep.title"))
-        for cell in failed:
-            log.error("failed: %s: %s", " ".join(cell["overrides"]), cell["error"])
+        Sweep.started = config
+        Sweep.show_finished()
 
 
 def _show(records: list[dict[str, Any]], folder: Path, title: str | None) -> None:

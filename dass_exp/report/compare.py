@@ -53,7 +53,8 @@ def settings_line(records: list[Record]) -> str:
     labels = [{pattern_label(record["config"]) for record in records} - {""}, {scope_label(record["config"]) for record in records} - {""}]
     shared = [label.pop() for label in labels if len(label) == 1]
     methods = dict.fromkeys(method_label(record["config"]) for record in records)
-    return "Settings: " + "; ".join([*shared, *(label for label in methods if "=" in label)]) + "."
+    told = [*shared, *(label for label in methods if "=" in label)]
+    return f"Settings: {'; '.join(told)}." if told else ""
 
 
 def footnotes(records: list[Record]) -> list[str]:

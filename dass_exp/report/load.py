@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dass_exp.schema import is_config, problem_of
+
 Record = dict[str, Any]
 
-_NEEDED = ("config", "identity", "protocol", "sparsity", "metrics", "cost", "environment")
 _NOT_THE_CELL = ("results_dir", "tracker", "threads", "rerun", "sweeps", "hydra", "plugins")  # settings that do not tell one cell from another
 
 
@@ -51,9 +52,8 @@ def load(results: Path) -> Loaded:
         except (OSError, ValueError) as error:
             problems.append(f"{path}: not read ({error})")
             continue
-        missing = [name for name in _NEEDED if not isinstance(found.get(name), dict)]
-        if found.get("schema") != 1 or found.get("key") != path.parent.name or missing:
-            problems.append(f"{path}: not a record of this project (schema {found.get('schema')!r}, missing {', '.join(missing) or 'nothing'})")
+        if (problem := problem_of(found, path.parent.name)) is not None:
+            problems.append(f"{path}: not a record of this project ({problem})")
             continue
         records[path.parent.name] = found
     return Loaded(records, problems)
@@ -71,22 +71,33 @@ def cells_of(results: Path, sweep: str) -> list[Cell]:
             note = _object(path)
         except (OSError, ValueError):
             continue  # a cell that was killed while it wrote; its next launch writes another
-        overrides = [str(override) for override in note.get("overrides", [])]
-        if f"sweeps={sweep}" in overrides and note.get("status") in ("done", "failed"):
-            named = tuple(override for override in overrides if not override.lstrip("+").startswith(_NOT_THE_CELL) or "/cells=" in override)
-            key = Path(note["record"]).parent.name if note["status"] == "done" else None
-            found[named] = Cell(named, note["status"], key, note.get("error"), note.get("config") or {})
-            launches.setdefault(path.parent.parent, []).append(named)
+        cell = _cell(note) if isinstance(overrides := note.get("overrides"), list) and f"sweeps={sweep}" in overrides else None
+        if cell is not None:
+            found[cell.overrides] = cell
+            launches.setdefault(path.parent.parent, []).append(cell.overrides)
     largest_first = sorted(launches.values(), key=len, reverse=True)
     return [found[named] for named in dict.fromkeys(named for launch in largest_first for named in launch)]
+
+
+def _cell(note: dict[str, Any]) -> Cell | None:
+    """What a note says, None if it is of no finished cell."""
+    texts = [str(override) for override in note["overrides"]]
+    named = tuple(text for text in texts if not text.lstrip("+").startswith(_NOT_THE_CELL) or "/cells=" in text)
+    if note.get("status") == "done" and isinstance(record := note.get("record"), str):
+        return Cell(named, "done", Path(record).parent.name, None)
+    if note.get("status") == "failed":
+        config = note.get("config")
+        return Cell(named, "failed", None, str(note.get("error")), config if isinstance(config, dict) and is_config(config) else {})
+    return None
 
 
 def documents(results: Path, key: str) -> dict[str, dict[str, list[float]]]:
     """Outcomes by task, metric and document; empty where the run scored no tasks."""
     try:
-        return _object(results / "runs" / key / "documents.json")
+        found = _object(results / "runs" / key / "documents.json")
     except (OSError, ValueError):
         return {}
+    return found if all(isinstance(task, dict) and all(isinstance(one, list) for one in task.values()) for task in found.values()) else {}
 
 
 def block_of(layer: str) -> str:
@@ -105,7 +116,8 @@ def varying_settings(records: list[Record]) -> dict[str, list[str]]:
 
 def _notes(results: Path) -> Iterator[Path]:
     """The cell notes of all sweeps, oldest launch first."""
-    yield from sorted(results.glob("hydra/*/*/*/cell.json"), key=lambda path: (path.parts[-4], path.parts[-3], int(path.parts[-2])))
+    paths = [path for path in results.glob("hydra/*/*/*/cell.json") if path.parts[-2].isdecimal()]
+    yield from sorted(paths, key=lambda path: (path.parts[-4], path.parts[-3], int(path.parts[-2])))
 
 
 def _object(path: Path) -> dict[str, Any]:
