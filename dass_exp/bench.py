@@ -16,8 +16,9 @@ from torch import nn
 from dass_exp import data, models
 from dass_exp.calibrate import check_shapes
 from dass_exp.config import Settings
+from dass_exp.decoder import Decoder, decoder_of
 from dass_exp.errors import UserError
-from dass_exp.families import Decoder, decoder_of
+from dass_exp.matrices import Matrix
 
 Thing = TypeVar("Thing")
 
@@ -156,15 +157,15 @@ class Bench:
     @contextmanager
     def borrowed(self, scope: str | None) -> Iterator[nn.Module]:
         """The model, to be pruned inside this scope (None: not at all). A shared model is given back dense, whatever happens."""
-        saved: list[tuple[nn.Linear, torch.Tensor]] = []
+        saved: list[tuple[Matrix, torch.Tensor]] = []
         if self.shelf is not None and scope is not None:
-            linears = (module for index in range(len(self.decoder.blocks)) for _, _, module in self.decoder.linears(index, scope))
-            saved = [(module, module.weight.detach().clone()) for module in linears]
+            matrices = (site.matrix for index in range(len(self.decoder.blocks)) for site in self.decoder.sites(index, scope))
+            saved = [(matrix, matrix.weight.clone()) for matrix in matrices]
         try:
             yield self.model
         finally:
-            for module, weight in saved:
-                module.weight.data.copy_(weight)
+            for matrix, weight in saved:
+                matrix.write(weight)
 
     def _find(self) -> tuple[models.ModelSpec, Any]:
         with self.observer.phase(f"finding {self.settings.config.model.path}"):

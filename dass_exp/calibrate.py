@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from dass_exp.capture import Batch, capture, evaluating
+from dass_exp.decoder import Decoder, decoder_of
 from dass_exp.errors import NumericalError, UserError, one_of, whole_number
-from dass_exp.families import INPUT_OF, SCOPES, Decoder, decoder_of
+from dass_exp.experts import observing_experts
+from dass_exp.families import DOWN, SCOPES
 from dass_exp.masks import Pattern
 from dass_exp.methods.base import Block, Cut, LinearView, Pruner
 from dass_exp.stats import Stat
@@ -35,6 +37,7 @@ class BlockReport:
         cuts: what was cut, by the name of the linear.
         error: relative L2 error of the block's output, pruned against dense, on the same inputs; None without calibration.
         seconds: time for both passes and the pruning.
+        starved: experts that saw too few tokens for statistics of their own.
     """
 
     name: str
@@ -42,6 +45,7 @@ class BlockReport:
     cuts: dict[str, Cut]
     error: float | None
     seconds: float
+    starved: tuple[str, ...] = ()
 
 
 def _ignore(report: BlockReport) -> None:
@@ -57,16 +61,22 @@ class Options:
         batch_size: sequences that pass through a block together.
         roles: the roles of a family that the table does not know.
         on_block: told about each block as soon as it is pruned.
+        min_tokens: an expert of a mixture to which fewer tokens were routed is starved.
+        starved: what to do about it: ``level``, rank its weights as if all of its inputs were alike, or ``refuse``, stop.
     """
 
     scope: str = "mlp"
     batch_size: int = 4
     roles: Mapping[str, str] | None = None
     on_block: Callable[[BlockReport], None] = _ignore
+    min_tokens: int = 32
+    starved: str = "level"
 
     def __post_init__(self) -> None:
         one_of("scope", self.scope, tuple(SCOPES))
         whole_number("calibration.batch_size", self.batch_size, least=1)
+        whole_number("experts.min_tokens", self.min_tokens, least=0)
+        one_of("experts.starved", self.starved, ("level", "refuse"))
 
 
 @torch.no_grad()
@@ -92,9 +102,9 @@ def prune_model(model: nn.Module, tokens: Tensor | None, method: Pruner, pattern
     if method.stat is None:
         for index in range(len(decoder.blocks)):
             start = time.perf_counter()
-            block = _block(decoder, index, options.scope, {})
-            cuts = method.prune_block(block, pattern)
-            options.on_block(BlockReport(block.name, block.linears, cuts, None, time.perf_counter() - start))
+            units = _units(decoder, index, options.scope, {})
+            linears, cuts = _prune_units(units, method, pattern)
+            options.on_block(BlockReport(decoder.names[index], linears, cuts, None, time.perf_counter() - start))
         return []
     if tokens is None:
         raise UserError(f"method {method.name} needs calibration tokens")
@@ -103,7 +113,7 @@ def prune_model(model: nn.Module, tokens: Tensor | None, method: Pruner, pattern
     with evaluating(model):
         batches = capture(model, list(decoder.blocks), tokens, options.batch_size)
         for index in range(len(decoder.blocks)):
-            options.on_block(_prune_block(decoder, index, batches, method, pattern, options.scope))
+            options.on_block(_prune_block(decoder, index, batches, method, pattern, options))
     return [batch.hidden for batch in batches]
 
 
@@ -115,25 +125,26 @@ def check_shapes(decoder: Decoder, method: Pruner, pattern: Pattern, scope: str)
     """
     found = False
     for index in range(len(decoder.blocks)):
-        for name, role, module in decoder.linears(index, scope):
+        for site in decoder.sites(index, scope):
             found = True
             try:
-                pattern.check((module.out_features, module.in_features), method.group(role, pattern))
+                pattern.check((site.matrix.out_features, site.matrix.in_features), method.group(site.role, pattern))
             except UserError as error:
-                raise UserError(f"{name}: {error}") from error
+                raise UserError(f"{site.name}: {error}") from error
     if not found:
         raise UserError(f"scope={scope}: this model has no linear in it; choose another of {', '.join(SCOPES)}")
 
 
-def _prune_block(decoder: Decoder, index: int, batches: list[Batch], method: Pruner, pattern: Pattern, scope: str) -> BlockReport:
+def _prune_block(decoder: Decoder, index: int, batches: list[Batch], method: Pruner, pattern: Pattern, options: Options) -> BlockReport:
     start = time.perf_counter()
-    module = decoder.blocks[index]
-    with observing(decoder, index, scope, method.stat) as stats:
+    module, name = decoder.blocks[index], decoder.names[index]
+    with observing(decoder, index, options.scope, method.stat, batches[0].hidden.shape[1]) as stats:
         dense = deque(batch.through(module, index) for batch in batches)
-    block = _block(decoder, index, scope, stats)
-    for linear in block.linears:
+    units = _units(decoder, index, options.scope, stats)
+    starved = _feed([unit for unit in units if unit.name != name], options)
+    for linear in (linear for unit in units for linear in unit.linears):
         linear.stat.check(linear.name)
-    cuts = method.prune_block(block, pattern)
+    linears, cuts = _prune_units(units, method, pattern)
     off = total = 0.0
     for batch in batches:
         reference = dense.popleft()  # a dense output is let go as soon as it is compared
@@ -141,29 +152,68 @@ def _prune_block(decoder: Decoder, index: int, batches: list[Batch], method: Pru
         off += (batch.hidden - reference).float().square_().sum().item()
         total += reference.float().square().sum().item()
     if not (off < float("inf") and total < float("inf")):
-        raise NumericalError(f"{block.name}: its output holds numbers that are not finite")
+        raise NumericalError(f"{name}: its output holds numbers that are not finite")
     error = (off / total) ** 0.5 if total else 0.0
-    return BlockReport(block.name, block.linears, cuts, error, time.perf_counter() - start)
+    return BlockReport(name, linears, cuts, error, time.perf_counter() - start, starved)
 
 
-def _block(decoder: Decoder, index: int, scope: str, stats: Mapping[str, Stat]) -> Block:
-    views = [LinearView(name, role, module, stats.get(INPUT_OF[role])) for name, role, module in decoder.linears(index, scope)]
-    return Block(decoder.names[index], views)
+def _units(decoder: Decoder, index: int, scope: str, stats: Mapping[str, Stat]) -> list[Block]:
+    """What is pruned together: the block, and each of its experts."""
+    units: dict[str, list[LinearView]] = {}
+    for site in decoder.sites(index, scope):
+        units.setdefault(site.unit, []).append(LinearView(site.name, site.role, site.matrix, stats.get(site.source)))
+    return [Block(name, linears) for name, linears in units.items()]
+
+
+def _prune_units(units: list[Block], method: Pruner, pattern: Pattern) -> tuple[list[LinearView], dict[str, Cut]]:
+    cuts: dict[str, Cut] = {}
+    for unit in units:
+        cuts |= method.prune_block(unit, pattern)
+    return [linear for unit in units for linear in unit.linears], cuts
+
+
+def _feed(experts: list[Block], options: Options) -> tuple[str, ...]:
+    """Those that saw fewer tokens than is asked for; their statistics are levelled, or refused."""
+    starved = [unit for unit in experts if any((linear.tokens or 0) < options.min_tokens for linear in unit.linears)]
+    for unit in starved:
+        if options.starved == "refuse":
+            raise NumericalError(
+                f"{unit.name}: {unit.linears[0].tokens} calibration tokens were routed to this expert, fewer than experts.min_tokens={options.min_tokens}; "
+                "calibrate on more, or set experts.starved=level"
+            )
+        for linear in unit.linears:
+            linear.stat.level()
+    return tuple(unit.name for unit in starved)
 
 
 @contextmanager
-def observing(decoder: Decoder, index: int, scope: str, kind: type[Stat] | None) -> Iterator[dict[str, Stat]]:
+def observing(decoder: Decoder, index: int, scope: str, kind: type[Stat] | None, tokens: int) -> Iterator[dict[str, Stat]]:
     """While it is open, statistics of ``kind`` gather at the inputs of the linears in the scope, one per distinct input.
 
+    Args:
+        decoder: of the model.
+        index: of the block.
+        scope: which of its linears.
+        kind: of the statistics; None for none.
+        tokens: length of the sequences.
+
     Yields:
-        the statistics by the name of the input (:data:`dass_exp.families.INPUT_OF`).
+        the statistics by the source of the linears (:class:`dass_exp.decoder.Site`).
     """
     stats: dict[str, Stat] = {}
+    experts: dict[int, dict[bool, Stat]] = {}
     with ExitStack() as stack:
-        for _, role, module in decoder.linears(index, scope):
-            if kind is not None and INPUT_OF[role] not in stats:
-                stat = stats[INPUT_OF[role]] = kind(module.in_features, module.weight.device)
-                stack.callback(module.register_forward_pre_hook(_observer(stat), with_kwargs=True).remove)
+        for site in decoder.sites(index, scope):
+            if kind is None or site.source in stats:
+                continue
+            stat = stats[site.source] = kind(site.matrix.in_features, site.matrix.parameter.device)
+            if site.matrix.expert is None:
+                stack.callback(site.matrix.module.register_forward_pre_hook(_observer(stat), with_kwargs=True).remove)
+            else:
+                experts.setdefault(site.matrix.expert, {})[site.role == DOWN] = stat
+        if experts:
+            pairs = {expert: (of[False], of[True]) for expert, of in experts.items()}
+            stack.enter_context(observing_experts(decoder.experts(index), decoder.family.experts, pairs, tokens))  # type: ignore[arg-type]
         yield stats
 
 

@@ -22,7 +22,10 @@ from dass_exp.track import Tracker
 
 @dataclass
 class ModelConfig:
-    """Which model: ``path`` is a hub id, a folder, or ``offline:NAME``. ``bos`` is auto, never, stream or window."""
+    """Which model: ``path`` is a hub id, a folder, or ``offline:NAME``. ``bos`` is auto, never, stream or window.
+
+    ``licence``, ``parameters`` and ``context`` tell a user what to expect; no number depends on them.
+    """
 
     name: str = MISSING
     path: str = MISSING
@@ -33,6 +36,9 @@ class ModelConfig:
     roles: Any = None  # a mapping; typed so, Hydra could not set it from the command line
     accept_license: bool = False
     trust_remote_code: bool = False
+    licence: str | None = None
+    parameters: float | None = None
+    context: int | None = None
 
 
 @dataclass
@@ -46,6 +52,14 @@ class CalibrationConfig:
     num_samples: int = 16
     seq_len: int = 512
     batch_size: int = 4
+
+
+@dataclass
+class ExpertsConfig:
+    """What counts as too few tokens for an expert of a mixture, and what is then done: ``level`` or ``refuse``."""
+
+    min_tokens: int = 32
+    starved: str = "level"
 
 
 @dataclass
@@ -87,6 +101,7 @@ class RunConfig:
     scope: str = "mlp"
     seed: int = 0
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     protocol: Any = MISSING
     tracker: Any = MISSING
@@ -139,7 +154,7 @@ def validate(composed: DictConfig, packages: frozenset[str] = OURS) -> Settings:
     if not isinstance(config, RunConfig):
         raise TypeError(f"the composed config is a {type(config).__name__}; conf/config.yaml must list run_schema first")
     config.model.name = _model_name(config.model)
-    Options(config.scope, config.calibration.batch_size)
+    Options(config.scope, config.calibration.batch_size, min_tokens=config.experts.min_tokens, starved=config.experts.starved)
     cut = data.Cut(config.calibration.sampling, config.calibration.num_samples, config.calibration.seq_len, config.calibration.separator)
     whole_number("seed", config.seed, least=0)
     whole_number("repeat", config.repeat, least=0)

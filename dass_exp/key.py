@@ -46,6 +46,8 @@ def identity_of(settings: Settings, spec: ModelSpec, bos: str) -> dict[str, Any]
         identity["calibration"] = {"text": settings.calibration_text.identity, **dataclasses.asdict(settings.cut)}
         if settings.cut.sampling != "joined":
             del identity["calibration"]["separator"]
+        if spec.family is not None and spec.family.experts is not None:
+            identity["experts"] = dataclasses.asdict(config.experts)
     if config.repeat:
         identity["repeat"] = config.repeat
     if "seed" in method.uses:

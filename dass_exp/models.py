@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 
 from dass_exp import assets
+from dass_exp.decoder import decoder_of
 from dass_exp.errors import UserError, one_of
 from dass_exp.families import BOS_POLICIES, Family, family_of
 
@@ -53,8 +54,8 @@ class ModelSpec:
     note: str
 
     @property
-    def family(self) -> Family:
-        """The roles of its modules."""
+    def family(self) -> Family | None:
+        """The roles of its modules; None if its family is in no table."""
         return family_of(self.config.get_text_config().model_type, self.roles)
 
     @property
@@ -100,7 +101,7 @@ def identify(settings: Any) -> ModelSpec:
         name=settings.name, source=source, revision=revision, identity=identity, config=config, dtype=_dtype(settings.dtype, config, device),
         device=device, roles=settings.roles, trust_remote_code=bool(settings.trust_remote_code), note=note,
     )  # fmt: skip
-    _ = spec.family  # an unknown family is said before anything is loaded
+    decoder_of(skeleton(spec), spec.roles)  # an unknown family is said before anything is loaded
     return spec
 
 
@@ -142,7 +143,7 @@ def bos_policy(setting: str, spec: ModelSpec, tokenizer: Any) -> str:
         UserError: the policy asks for a token that the tokenizer does not have.
     """
     if setting == "auto":
-        if spec.family.bos == "window":
+        if spec.family is not None and spec.family.bos == "window":
             setting = "window"
         else:
             ids = tokenizer("a")["input_ids"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -89,14 +89,15 @@ def _make(settings: Settings, bench: Bench) -> tuple[Made, dict[str, PackedMask]
     with bench.borrowed(settings.config.scope if settings.method.uses else None) as model:
         size = sum(parameter.numel() for parameter in model.parameters())
         start = time.perf_counter()
-        layers, masks = _prune(settings, bench) if settings.method.uses else ([], None)
+        pruned = _prune(settings, bench) if settings.method.uses else _Pruned()
         prune_s = time.perf_counter() - start
         start = time.perf_counter()
         scored, tasks = _evaluate(settings, bench)
     cost = {"load_s": bench.load_s, "prune_s": prune_s, "eval_s": time.perf_counter() - start, **memory.read()}
     made = Made(
         bos=bench.bos,
-        layers=layers,
+        layers=pruned.layers,
+        starved=pruned.starved,
         calibration=bench.calibration if settings.method.stat else None,
         windows=bench.windows,
         perplexity=scored,
@@ -105,26 +106,32 @@ def _make(settings: Settings, bench: Bench) -> tuple[Made, dict[str, PackedMask]
         decoder_size=bench.decoder.size,
         cost={name: round(value, 3) if isinstance(value, float) else value for name, value in cost.items()},
     )
-    return made, masks
+    return made, pruned.masks
 
 
-def _prune(settings: Settings, bench: Bench) -> tuple[list[Layer], dict[str, PackedMask] | None]:
-    layers: list[Layer] = []
-    masks: dict[str, PackedMask] | None = {} if settings.config.save_masks else None
-    blocks = len(bench.decoder.blocks)
-    with bench.observer.phase(f"pruning with {settings.method.name}", blocks) as step:
+@dataclass
+class _Pruned:
+    layers: list[Layer] = field(default_factory=list)
+    starved: list[str] = field(default_factory=list)
+    masks: dict[str, PackedMask] | None = None
+
+
+def _prune(settings: Settings, bench: Bench) -> _Pruned:
+    config, done = settings.config, _Pruned(masks={} if settings.config.save_masks else None)
+    with bench.observer.phase(f"pruning with {settings.method.name}", len(bench.decoder.blocks)) as step:
 
         def on_block(report: BlockReport) -> None:
-            layers.extend(verify(report, settings.pattern))
-            if masks is not None:
-                masks.update({name: PackedMask.of(cut.keep) for name, cut in report.cuts.items()})
+            done.layers.extend(verify(report, settings.pattern))
+            done.starved.extend(report.starved)
+            if done.masks is not None:
+                done.masks.update({name: PackedMask.of(cut.keep) for name, cut in report.cuts.items()})
             step()
 
-        options = Options(settings.config.scope, settings.config.calibration.batch_size, bench.spec.roles, on_block)
+        options = Options(config.scope, config.calibration.batch_size, bench.spec.roles, on_block, config.experts.min_tokens, config.experts.starved)
         tokens = bench.calibration.ids if settings.method.stat else None
-        torch.manual_seed(settings.config.seed)
+        torch.manual_seed(config.seed)
         prune_model(bench.model, tokens, settings.method, settings.pattern, options)
-    return layers, masks
+    return done
 
 
 def _evaluate(settings: Settings, bench: Bench) -> tuple[Perplexity | None, ZeroShot | None]:

@@ -59,6 +59,7 @@ class Protocol(TypedDict):
     dtype: str
     device: str
     model_note: str
+    method_note: NotRequired[str]
     context: NotRequired[int]
     dataset: NotRequired[str]
     split: NotRequired[str | None]
@@ -128,6 +129,12 @@ class Cost(TypedDict):
     peak_gpu_bytes: int | None
 
 
+class Solver(TypedDict):
+    """What the method met on its way."""
+
+    starved_experts: NotRequired[list[str]]
+
+
 class Shape(TypedDict):
     """A record (results/README.md). Fields that are not named here are free."""
 
@@ -140,7 +147,7 @@ class Shape(TypedDict):
     sparsity: Sparsity
     metrics: Metrics
     cost: Cost
-    solver: dict[str, Any]
+    solver: Solver
     environment: dict[str, Any]
 
 

@@ -27,17 +27,23 @@ class Stat(ABC):
         self.features = features
         self.device = device
         self.sequences = 0
+        self.tokens = 0
 
     def update(self, inputs: Tensor) -> None:
-        """Add a batch: ``inputs`` [sequences, tokens, in_features] (or [tokens, in_features]), any float dtype."""
-        batch = inputs.detach().reshape(-1, *inputs.shape[-2:])
+        """Add a batch: ``inputs`` [sequences, tokens, in_features] (or [tokens, in_features], of which there may be none), any float dtype."""
+        batch = inputs.detach()[None] if inputs.ndim == 2 else inputs.detach().flatten(0, -3)
         for sequence in batch:
             self._add(sequence.float())
         self.sequences += batch.shape[0]
+        self.tokens += batch.shape[0] * batch.shape[1]
 
     @abstractmethod
     def _add(self, sequence: Tensor) -> None:
         """Add one sequence, float32 [tokens, in_features]."""
+
+    @abstractmethod
+    def level(self) -> None:
+        """Forget what was seen, and take every input feature for equally important and independent of the others."""
 
     @abstractmethod
     def check(self, name: str) -> None:
@@ -58,6 +64,9 @@ class InputNorm(Stat):
     def norm(self) -> Tensor:
         """float32 [in_features]."""
         return self.squares.sqrt()
+
+    def level(self) -> None:
+        self.squares.fill_(1)
 
     def check(self, name: str) -> None:
         _check_finite(self.squares, name)
@@ -116,6 +125,10 @@ class Gram(Stat):
             if not failed.item() and bool(torch.isfinite(upper).all()):
                 return upper, retry
         raise NumericalError(f"the Hessian stayed singular after its damping was raised {tries} times to {added:.3g}")
+
+    def level(self) -> None:
+        self.matrix.zero_().fill_diagonal_(1)
+        self._factors.clear()
 
     def check(self, name: str) -> None:
         _check_finite(self.matrix, name)

@@ -10,6 +10,7 @@ from dass_exp.config import Settings
 from dass_exp.data import Tokens
 from dass_exp.evaluate.perplexity import Perplexity
 from dass_exp.evaluate.zeroshot import ZeroShot, lm_eval_version
+from dass_exp.families import Role
 from dass_exp.key import identity_of
 from dass_exp.models import ModelSpec
 from dass_exp.record import Record, environment, now
@@ -23,6 +24,7 @@ class Made:
 
     bos: str
     layers: list[Layer]
+    starved: list[str]
     calibration: Tokens | None
     windows: Tokens | None
     perplexity: Perplexity | None
@@ -48,6 +50,7 @@ def compose(key: str, settings: Settings, spec: ModelSpec, made: Made) -> Record
         "solver": {
             "damping_retries": sum(layer.damping_retries for layer in made.layers),
             "underfull_tiles": sum(layer.underfull for layer in made.layers),
+            "starved_experts": made.starved,
         },
         "environment": environment(),
     }
@@ -60,12 +63,13 @@ def described(settings: Settings, spec: ModelSpec) -> dict[str, Any]:
         "pattern": settings.pattern.settings(),
         "scope": config.scope,
         "calibration": dataclasses.asdict(config.calibration),
+        "experts": dataclasses.asdict(config.experts) if spec.family is not None and spec.family.experts is not None else None,
         "seed": config.seed,
     }
     return {
         "model": {**dataclasses.asdict(config.model), "revision": spec.revision, "dtype": spec.dtype_name, "device": spec.device.type},
         "method": {"name": method.name, **method.settings()},
-        **{name: value if name in method.uses else None for name, value in uses.items()},
+        **{name: value if name in method.uses or (name == "experts" and method.stat) else None for name, value in uses.items()},
         "eval": dataclasses.asdict(config.eval),
         "protocol": config.protocol.get("name") if isinstance(config.protocol, dict) else None,
     }
@@ -74,6 +78,8 @@ def described(settings: Settings, spec: ModelSpec) -> dict[str, Any]:
 def _protocol(settings: Settings, spec: ModelSpec, made: Made) -> dict[str, Any]:
     evaluation, text = settings.config.eval, settings.evaluation_text
     found: dict[str, Any] = {"bos": made.bos, "dtype": spec.dtype_name, "device": spec.device.type, "model_note": spec.note}
+    if remark := settings.method.remark({Role(layer.role) for layer in made.layers}):
+        found["method_note"] = remark
     if evaluation.perplexity is not None and made.windows is not None and text is not None:
         source = text.identity
         found |= {

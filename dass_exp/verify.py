@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from dass_exp.calibrate import BlockReport
 from dass_exp.errors import NumericalError
 from dass_exp.masks import NM, Pattern
-from dass_exp.methods.base import Cut
+from dass_exp.methods.base import Cut, LinearView
 
 AXES = {0: "output", 1: "input", None: "matrix"}
 
@@ -36,6 +35,7 @@ class Layer:
         block_error: relative L2 error of the block's output, None without calibration.
         seconds: time to score, rank and cut.
         damping_retries: how often damping was raised (SparseGPT).
+        tokens: how many the statistic of its input saw; None without calibration.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Layer:
     block_error: float | None
     seconds: float
     damping_retries: int
+    tokens: int | None
 
 
 def verify(report: BlockReport, pattern: Pattern) -> list[Layer]:
@@ -64,11 +65,12 @@ def verify(report: BlockReport, pattern: Pattern) -> list[Layer]:
     for linear in report.linears:
         if (cut := report.cuts.get(linear.name)) is None:
             raise VerificationError(f"{linear.name}: it lies in the scope, and the method did not prune it")
-        layers.append(_verify_linear(linear.name, linear.role.value, linear.weight, cut, pattern, report.error))
+        layers.append(_verify_linear(linear, cut, pattern, report.error))
     return layers
 
 
-def _verify_linear(name: str, role: str, weight: Tensor, cut: Cut, pattern: Pattern, error: float | None) -> Layer:
+def _verify_linear(linear: LinearView, cut: Cut, pattern: Pattern, error: float | None) -> Layer:
+    name, weight = linear.name, linear.weight
     if cut.keep.shape != weight.shape or cut.keep.dtype != torch.bool:
         raise VerificationError(f"{name}: its mask is {cut.keep.dtype} {list(cut.keep.shape)}, the weight is {list(weight.shape)}")
     if not bool(torch.isfinite(weight).all()):
@@ -83,7 +85,7 @@ def _verify_linear(name: str, role: str, weight: Tensor, cut: Cut, pattern: Patt
     zeros = cut.keep.numel() - int(cut.keep.sum())
     return Layer(
         name=name,
-        role=role,
+        role=linear.role.value,
         zeros=zeros,
         size=weight.numel(),
         axis=AXES[cut.dim],
@@ -95,4 +97,5 @@ def _verify_linear(name: str, role: str, weight: Tensor, cut: Cut, pattern: Patt
         block_error=error,
         seconds=cut.seconds,
         damping_retries=cut.retries,
+        tokens=linear.tokens,
     )

@@ -26,7 +26,8 @@ METHODS = sorted(name for name in FILES if name.startswith("methods/") and name 
 # From the ground up: a file imports files of lower lines only. A new file must be given its place here.
 LAYERS = [
     ["errors", "paths", "schema", "methods/__init__", "evaluate/__init__", "report/__init__"],
-    ["masks", "maskfile", "stats", "families", "assets"],
+    ["masks", "maskfile", "matrices", "stats", "families", "assets"],
+    ["decoder", "experts"],
     ["methods/base"],
     ["methods/*"],
     ["capture"],

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from dass_exp.api import method_of
 from dass_exp.calibrate import BlockReport, Options, prune_model
 from dass_exp.capture import capture
+from dass_exp.decoder import decoder_of
 from dass_exp.errors import NumericalError, UserError
-from dass_exp.families import DOWN, FAMILIES, Role, decoder_of
+from dass_exp.families import DOWN, FAMILIES, PLAIN, Role
 from dass_exp.masks import NM, Pattern
 from dass_exp.methods.base import Block, Cut, LinearView, Pruner
 from dass_exp.methods.magnitude import Magnitude
@@ -25,7 +26,7 @@ from dass_exp.methods.wanda import Wanda
 from dass_exp.stats import Gram, InputNorm
 
 METHODS = ["dass", "magnitude", "sparsegpt", "wanda"]
-ROLES = {**{role.value: role.value for role in Role}, "blocks": "blocks"}  # of TokenModel
+ROLES = {**{role.value: role.value for role in Role if role not in PLAIN}, "blocks": "blocks"}  # of TokenModel
 
 
 @dataclass
@@ -49,7 +50,7 @@ class TokenBlock(nn.Module):
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        for role in Role:
+        for role in set(Role) - PLAIN:
             rows, columns = {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}.get(role, (width, width))
             self.add_module(role.value, nn.Linear(columns, rows, bias=False))
 
@@ -88,9 +89,17 @@ class TokenModel(nn.Module):
         return SimpleNamespace(last_hidden_state=self.norm(hidden))
 
 
+def final_norm(model: nn.Module) -> nn.Module:
+    """What the model does to the hidden states behind its last block."""
+    names = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "decoder.final_layer_norm")
+    found = {name: module for name, module in getattr(model, "base_model", model).named_modules() if name in names}
+    assert len(found) == 1, found
+    return next(iter(found.values()))
+
+
 def normed(model: nn.Module, hidden: list[Tensor]) -> Tensor:
     """The last hidden state that the model would return."""
-    return (model.norm if isinstance(model, TokenModel) else model.model.norm)(torch.cat(hidden)).detach()
+    return final_norm(model)(torch.cat(hidden)).detach()
 
 
 @torch.no_grad()
@@ -316,7 +325,7 @@ def test_nothing_is_left_behind_by_an_error_inside_a_block(index, tiny_model, to
 
 def test_nothing_is_left_behind_by_an_error_inside_a_linear_that_is_observed(tiny_model, tokens, attached):
     model = tiny_model("llama")
-    model.model.layers[1].mlp.down_proj.weight.data = torch.ones(3, 3)
+    model.model.layers[1].mlp.down_proj.weight.data = torch.ones(32, 44)
     with pytest.raises(RuntimeError):
         prune_model(model, tokens, Wanda(), NM(4, 4), Options())
     assert not attached(model).total()
@@ -376,7 +385,7 @@ def test_no_gradient_is_recorded(tiny_model, tokens):
 
 
 def name_of(model: nn.Module, index: int, role: Role) -> str:
-    return next(name for name, found, _ in decoder_of(model).linears(index, "all") if found == role)
+    return next(site.name for site in decoder_of(model).sites(index, "all") if site.role == role)
 
 
 @pytest.mark.parametrize(("scope", "role"), [("mlp", Role.GATE), ("all", Role.Q)])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import OWN
 from torch import Tensor, nn
 
+from dass_exp.decoder import decoder_of
 from dass_exp.errors import UserError
-from dass_exp.families import DOWN, FAMILIES, INPUT_OF, SCOPES, O, Q, Role, decoder_of, family_of
+from dass_exp.families import DOWN, FAMILIES, FC1, FC2, GLU, PLAIN, READER_OF, SCOPES, O, Q, Role, family_of
 
 LLAMA_ROLES = {
     "q": "self_attn.q_proj",
@@ -20,40 +22,84 @@ LLAMA_ROLES = {
 }
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_roles_cover_every_linear_of_a_block_once(family, tiny_model):
+EACH = pytest.mark.parametrize("family", sorted(FAMILIES))
+
+
+@EACH
+def test_sites_cover_every_matrix_of_a_block_once_but_the_router(family, tiny_model):
+    """Each weight is marked with the number of sites that it lies in: one everywhere, zero in routers."""
     model = tiny_model(family)
     decoder = decoder_of(model)
-    modules = dict(model.named_modules())
     assert len(decoder.blocks) == model.config.num_hidden_layers
     for index, block in enumerate(decoder.blocks):
-        found = list(decoder.linears(index, "all"))
-        expected = {id(module) for module in block.modules() if isinstance(module, nn.Linear)}
-        assert [role for _, role, _ in found] == list(Role)
-        assert {id(module) for _, _, module in found} == expected
-        assert len(found) == len(expected)
-        assert all(modules[name] is module for name, _, module in found)
-        assert modules[decoder.names[index]] is block
+        assert dict(model.named_modules())[decoder.names[index]] is block
+        for parameter in block.parameters():
+            parameter.data.zero_()
+        sites = list(decoder.sites(index, "all"))
+        for site in sites:
+            site.matrix.write(site.matrix.weight + 1)
+            assert site.matrix.weight.shape == (site.matrix.out_features, site.matrix.in_features)
+        assert len({site.name for site in sites}) == len(sites)
+        assert all(site.name.startswith(decoder.names[index]) for site in sites)
+        for name, parameter in block.named_parameters():
+            router = FAMILIES[family].experts is not None and name == "mlp.gate.weight"
+            expected = 0 if parameter.ndim == 1 or router else 1
+            assert bool((parameter == expected).all()), name
+    assert decoder.size == sum(parameter.numel() for parameter in decoder.blocks.parameters() if parameter.ndim > 1)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@EACH
+def test_a_site_is_the_rows_that_make_its_output(family, tiny_model, tokens):
+    """Zeroing a site's weight zeroes what it makes and nothing beside it: seen at the linear that holds it."""
+    model = tiny_model(family)
+    decoder = decoder_of(model)
+    for site in decoder.sites(0, "all"):
+        if site.matrix.expert is not None:
+            continue
+        whole = site.matrix.module(torch.eye(site.matrix.in_features)) - (site.matrix.module.bias if site.matrix.module.bias is not None else 0)
+        rows = torch.arange(whole.shape[1]) if site.matrix.rows is None else torch.arange(whole.shape[1])[site.matrix.rows]
+        torch.testing.assert_close(whole[:, rows].T, site.matrix.weight)
+
+
+@EACH
 def test_roles_share_an_input_exactly_where_the_table_says_so(family, tiny_model, tokens):
     model = tiny_model(family)
-    seen: dict[Role, Tensor] = {}
-    for _, role, module in decoder_of(model).linears(0, "all"):
-        module.register_forward_pre_hook(lambda module, args, role=role: seen.update({role: args[0]}))
+    seen: dict[str, Tensor] = {}
+    sites = [site for site in decoder_of(model).sites(0, "all") if site.matrix.expert is None]
+    for site in sites:
+        site.matrix.module.register_forward_pre_hook(lambda module, args, name=site.name: seen.update({name: args[0]}))
     with torch.no_grad():
         model(tokens)
-    for one in Role:
-        for other in Role:
-            shared = seen[one].shape == seen[other].shape and torch.equal(seen[one], seen[other])
-            assert shared == (INPUT_OF[one] == INPUT_OF[other])
+    for one in sites:
+        for other in sites:
+            first, second = seen[one.name], seen[other.name]
+            shared = first.shape == second.shape and torch.equal(first, second)
+            parallel = {one.source, other.source} == {"attention", "mlp"} and family == "phi"  # attention and MLP read one norm
+            assert shared == (one.source == other.source or parallel)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_down_reads_what_gate_and_up_make(family, tiny_model):
-    shapes = {role: module.weight.shape for _, role, module in decoder_of(tiny_model(family)).linears(0, "mlp")}
-    assert shapes[Role.GATE] == shapes[Role.UP] == shapes[DOWN][::-1]
+@EACH
+def test_what_reads_a_neuron_has_a_column_for_it(family, tiny_model):
+    for index in range(2):
+        units: dict[str, dict[Role, tuple[int, int]]] = {}
+        for site in decoder_of(tiny_model(family)).sites(index, "mlp"):
+            units.setdefault(site.unit, {})[site.role] = (site.matrix.out_features, site.matrix.in_features)
+        for shapes in units.values():
+            assert shapes.keys() in (GLU, PLAIN)
+            assert all(shapes[role] == shapes[READER_OF[role]][::-1] for role in shapes if role in READER_OF)
+
+
+def test_experts_are_units_of_their_own_and_plain_blocks_among_them_are_not(tiny_model):
+    decoder = decoder_of(tiny_model("qwen3_moe"))
+    mixture, plain = ([(site.unit, site.name) for site in decoder.sites(index, "mlp")] for index in (0, 1))
+    assert mixture[:4] == [
+        ("model.layers.0.mlp.experts.0", "model.layers.0.mlp.experts.0.gate"),
+        ("model.layers.0.mlp.experts.0", "model.layers.0.mlp.experts.0.up"),
+        ("model.layers.0.mlp.experts.0", "model.layers.0.mlp.experts.0.down"),
+        ("model.layers.0.mlp.experts.1", "model.layers.0.mlp.experts.1.gate"),
+    ]
+    assert len(mixture) == 12
+    assert plain == [("model.layers.1", f"model.layers.1.mlp.{role}_proj") for role in ("gate", "up", "down")]
 
 
 def test_scopes_divide_the_roles():
@@ -63,9 +109,9 @@ def test_scopes_divide_the_roles():
 
 @pytest.mark.parametrize(("scope", "count"), [("mlp", 3), ("attention", 4), ("all", 7)])
 def test_a_scope_yields_its_linears_only(scope, count, tiny_model):
-    found = [role for _, role, _ in decoder_of(tiny_model("llama")).linears(1, scope)]
+    found = [site.role for site in decoder_of(tiny_model("llama")).sites(1, scope)]
     assert len(found) == count
-    assert set(found) == SCOPES[scope]
+    assert set(found) == SCOPES[scope] - PLAIN
 
 
 @pytest.mark.parametrize(("family", "bos"), [("llama", "tokenizer"), ("mistral", "tokenizer"), ("gemma", "window"), ("gemma3_text", "window")])
@@ -73,14 +119,28 @@ def test_gemma_windows_start_with_bos(family, bos):
     assert FAMILIES[family].bos == bos
 
 
+def test_every_family_has_a_tiny_model():
+    assert set(OWN) == set(FAMILIES)
+
+
+def test_a_family_that_looks_like_llama_is_tried_as_one_with_a_warning(tiny_model, caplog):
+    model = tiny_model("llama")
+    model.config.model_type = "newcomer"
+    decoder = decoder_of(model)
+    assert [site.role for site in decoder.sites(0, "all")] == [role for role in Role if role not in PLAIN]
+    assert "model family 'newcomer' is in no table: it is taken for a LLaMA, with blocks: model.layers, q: self_attn.q_proj" in caplog.text
+
+
 # --- what is refused
 
 
-def test_an_unknown_family_is_refused_with_the_known_ones(tiny_model):
-    model = tiny_model("llama")
-    model.config.model_type = "mamba"
-    with pytest.raises(UserError, match=f"'mamba' is not known; known: {', '.join(sorted(FAMILIES))}"):
-        decoder_of(model)
+def test_an_unknown_family_is_refused_with_the_known_ones_and_the_lines_that_would_describe_it(tiny_model):
+    for model in (tiny_model("gpt2"), tiny_model("phi")):  # no blocks where LLaMA has them; other linears in them
+        model.config.model_type = "mamba"
+        with pytest.raises(UserError, match="'mamba' is not known") as told:
+            decoder_of(model)
+        assert f"known: {', '.join(sorted(FAMILIES))}" in str(told.value)
+        assert "roles: {blocks: PATH, q: PATH, k: PATH, v: PATH, o: PATH, gate: PATH, up: PATH, down: PATH}" in str(told.value)
 
 
 def test_a_model_without_a_config_is_named_by_its_class():
@@ -104,15 +164,23 @@ def renamed(model: nn.Module) -> nn.Module:
 def test_given_roles_describe_an_unknown_family(tiny_model):
     model = renamed(tiny_model("llama"))
     decoder = decoder_of(model, {**LLAMA_ROLES, "down": "mlp.out", "blocks": "trunk.stages"})
-    name, role, module = list(decoder.linears(1, "mlp"))[-1]
-    assert (name, role) == ("trunk.stages.1.mlp.out", DOWN)
-    assert module is model.model.layers[1].mlp.down_proj
+    site = list(decoder.sites(1, "mlp"))[-1]
+    assert (site.name, site.role) == ("trunk.stages.1.mlp.out", DOWN)
+    assert site.matrix.module is model.model.layers[1].mlp.down_proj
+
+
+def test_given_roles_may_describe_an_mlp_without_a_glu(tiny_model):
+    roles = {"blocks": "model.layers", **{role: LLAMA_ROLES[role] for role in "qkv"}, "o": "self_attn.dense", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+    decoder = decoder_of(tiny_model("phi"), roles)
+    assert [site.role for site in decoder.sites(0, "mlp")] == [FC1, FC2]
+    with pytest.raises(UserError, match="gate, up and down, or fc1 and fc2, not both"):
+        family_of("novel", {**LLAMA_ROLES, "fc1": "mlp.fc1"})
 
 
 def test_given_roles_replace_those_of_a_known_family():
     swapped = {**LLAMA_ROLES, "q": LLAMA_ROLES["o"], "o": LLAMA_ROLES["q"]}
     family = family_of("gemma", swapped)
-    assert (family.linears[Q], family.linears[O]) == (LLAMA_ROLES["o"], LLAMA_ROLES["q"])
+    assert (family.places[Q].path, family.places[O].path) == (LLAMA_ROLES["o"], LLAMA_ROLES["q"])
     assert (family.blocks, family.bos) == (FAMILIES["gemma"].blocks, "window")
 
 
@@ -131,11 +199,11 @@ def test_an_unknown_role_is_refused():
     ("change", "message"),
     [
         ({"down": "mlp.nowhere"}, r"role down: the model has no module model\.layers\.0\.mlp\.nowhere"),
-        ({"down": "mlp"}, r"role down: model\.layers\.0\.mlp is a LlamaMLP; only nn\.Linear can be pruned"),
+        ({"down": "mlp"}, r"role down: model\.layers\.0\.mlp is a LlamaMLP; only a linear can be pruned"),
         ({"blocks": "model.nowhere"}, r"no blocks at model\.nowhere; set model\.roles\.blocks"),
         ({"blocks": "model.norm"}, r"model\.norm is no list of decoder blocks"),
     ],
 )
 def test_roles_that_lead_nowhere_are_refused(change, message, tiny_model):
     with pytest.raises(UserError, match=message):
-        list(decoder_of(tiny_model("llama"), {**LLAMA_ROLES, **change}).linears(0, "all"))
+        list(decoder_of(tiny_model("llama"), {**LLAMA_ROLES, **change}).sites(0, "all"))

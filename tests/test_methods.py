@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from dass_exp import prune
 from dass_exp.api import method_of
 from dass_exp.calibrate import BlockReport, Options, prune_model
+from dass_exp.decoder import Site, decoder_of
 from dass_exp.errors import NumericalError, UserError
-from dass_exp.families import DOWN, FAMILIES, GATE, INPUT_OF, SCOPES, UP, Q, Role, decoder_of
+from dass_exp.families import DOWN, FAMILIES, GATE, INPUT_OF, SCOPES, UP, Q, Role
 from dass_exp.masks import NM, Pattern, Unstructured
+from dass_exp.matrices import Matrix
 from dass_exp.methods.base import Block, LinearView, Pruner, ScorePruner
 from dass_exp.methods.dass import Dass
 from dass_exp.methods.magnitude import Magnitude
@@ -40,7 +42,7 @@ def view_of(role: Role, rows: list[list[float]], norms: list[float] | None) -> L
     module.weight.data = weight
     stat = InputNorm(weight.shape[1], weight.device)
     stat.update(torch.tensor([norms or [1.0] * weight.shape[1]]))  # one token: its size is the norm
-    return LinearView(role.value, role, module, stat)
+    return LinearView(role.value, role, Matrix.of(module), stat)
 
 
 def kept(method: Pruner, block: Block, role: Role, pattern: Pattern) -> list[list[int]]:
@@ -52,11 +54,11 @@ def kept(method: Pruner, block: Block, role: Role, pattern: Pattern) -> list[lis
     return keep.int().tolist()
 
 
-def linears_of(model: nn.Module, scope: str) -> Iterator[tuple[str, Role, nn.Linear]]:
-    """Name, role and module of every linear in the scope."""
+def sites_of(model: nn.Module, scope: str) -> Iterator[Site]:
+    """Every matrix in the scope."""
     decoder = decoder_of(model)
     for index in range(len(decoder.blocks)):
-        yield from decoder.linears(index, scope)
+        yield from decoder.sites(index, scope)
 
 
 # --- magnitude
@@ -124,9 +126,9 @@ def test_dass_treats_down_as_wanda(alpha):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_dass_with_alpha_zero_is_magnitude_per_column(pattern, tiny_model, tokens):
     model = tiny_model("llama")
-    weights = {name: module.weight.detach().clone() for name, _, module in linears_of(model, "mlp")}
+    weights = {site.name: site.matrix.weight.clone() for site in sites_of(model, "mlp")}
     masks = prune(model, tokens, Dass(alpha=0.0), pattern).masks
-    for name, role, _ in linears_of(model, "mlp"):
+    for name, role in ((site.name, site.role) for site in sites_of(model, "mlp")):
         if role != DOWN:
             assert torch.equal(masks[name], pattern.keep(weights[name].abs(), 0))
 
@@ -135,9 +137,9 @@ def test_dass_with_alpha_zero_is_magnitude_per_column(pattern, tiny_model, token
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_dass_per_output_row_is_row_wise_magnitude_for_every_alpha(alpha, pattern, tiny_model, tokens):
     model = tiny_model("llama")
-    weights = {name: module.weight.detach().clone() for name, _, module in linears_of(model, "mlp")}
+    weights = {site.name: site.matrix.weight.clone() for site in sites_of(model, "mlp")}
     masks = prune(model, tokens, Dass(alpha, granularity="output"), pattern).masks
-    for name, role, _ in linears_of(model, "mlp"):
+    for name, role in ((site.name, site.role) for site in sites_of(model, "mlp")):
         if role != DOWN:
             assert torch.equal(masks[name], pattern.keep(weights[name].abs(), 1))
 
@@ -178,26 +180,27 @@ def test_equal_scores_and_dead_inputs_still_give_the_exact_sparsity(method, patt
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_that_stay_are_the_same_bit_for_bit(method, dtype, tiny_model, tokens):
     model = tiny_model("llama").to(dtype)
-    before = {name: module.weight.detach().clone() for name, _, module in linears_of(model, "all")}
+    before = {site.name: site.matrix.weight.clone() for site in sites_of(model, "all")}
     masks = prune(model, tokens, method, "2:4", scope="all").masks
-    for name, _, module in linears_of(model, "all"):
-        assert torch.equal(module.weight, torch.where(masks[name], before[name], 0))
+    for site in sites_of(model, "all"):
+        assert torch.equal(site.matrix.weight, torch.where(masks[site.name], before[site.name], 0))
 
 
 @pytest.mark.parametrize("method", [Magnitude(), Wanda(), Dass(), SparseGPT()], ids=repr)
 def test_a_weight_that_is_not_finite_stops_the_run_with_its_name(method, tiny_model):
     model = tiny_model("llama")
-    name, _, module = next(linears_of(model, "mlp"))
+    site = next(sites_of(model, "mlp"))
+    name, module = site.name, site.matrix.module
     module.weight.data[3, 5] = float("nan")
     stat = (method.stat or InputNorm)(module.in_features, torch.device("cpu"))
     stat.update(torch.eye(module.in_features))
-    view = LinearView(name, Q, module, stat)
+    view = LinearView(name, Q, site.matrix, stat)
     with pytest.raises(NumericalError, match=name):
         method.prune_linear(view, Block("block", [view]), NM(2, 4))
 
 
 def test_a_method_that_asks_for_no_statistic_gets_none():
-    view = LinearView("block.q", Q, nn.Linear(4, 4), None)
+    view = LinearView("block.q", Q, Matrix.of(nn.Linear(4, 4)), None)
     with pytest.raises(LookupError, match=r"block\.q: no statistic was collected"):
         _ = view.stat
     with pytest.raises(LookupError, match="role down does not lie in the scope"):
@@ -256,7 +259,7 @@ def test_masks_agree_with_a_formula_over_naive_statistics(family, method, patter
     masks = prune(model, tokens, method, pattern, scope="all").masks
     decoder = decoder_of(reference)
     for index in range(len(decoder.blocks)):
-        linears = list(decoder.linears(index, "all"))
+        linears = [(site.name, site.role, site.matrix.module) for site in decoder.sites(index, "all")]
         norms = token_by_token(reference, tokens, {role: module for _, role, module in linears})
         for name, role, module in linears:
             scores, by_column = naive_score(method, role, module.weight.detach(), norms)
@@ -287,18 +290,23 @@ def test_dense_changes_nothing(tiny_model, tokens):
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "dense"])
 def test_contract(name, pattern, scope, family, tiny_model, tokens, attached):
     model = tiny_model(family)
-    method, before, hooks = method_of(name), copy.deepcopy(model.state_dict()), attached(model)
+    method, hooks = method_of(name), attached(model)
+    state = copy.deepcopy(model.state_dict())
+    before = {site.name: site.matrix.weight.clone() for site in sites_of(model, "all")}
     reports: list[BlockReport] = []
-    prune_model(model, tokens, method, pattern, Options(scope, batch_size=3, on_block=reports.append))
+    prune_model(model, tokens, method, pattern, Options(scope, batch_size=3, on_block=reports.append, min_tokens=1))
 
     layers = [layer for report in reports for layer in verify(report, pattern)]
-    scoped = {f"{layer.name}.weight" for layer in layers}
-    assert {layer.role for layer in layers} == {role.value for role in SCOPES[scope]}
-    assert len(layers) == len(SCOPES[scope]) * model.config.num_hidden_layers
+    scoped = {site.name: site.role for site in sites_of(model, scope)}
+    assert {layer.name: layer.role for layer in layers} == scoped
+    assert len(layers) == len(scoped) > 0
     assert all(layer.zeros * 2 == layer.size for layer in layers)
     assert all(layer.excess == 0 and layer.underfull == 0 for layer in layers)
+    assert all(layer.tokens is None if method.stat is None else layer.tokens > 0 for layer in layers)
     assert all(report.error is None if method.stat is None else 0 < report.error < 2 for report in reports)
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, before[key]) == (key not in scoped), key
+    for site in sites_of(model, "all"):
+        assert torch.equal(site.matrix.weight, before[site.name]) == (site.name not in scoped), site.name
+        site.matrix.write(before[site.name])
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())  # nothing else was touched: norms, biases, routers, embeddings
     assert attached(model) == hooks
     assert not model.training

@@ -11,6 +11,7 @@ from dass_exp.calibrate import BlockReport
 from dass_exp.errors import NumericalError, UserError
 from dass_exp.families import Q
 from dass_exp.masks import NM, Pattern, Unstructured
+from dass_exp.matrices import Matrix
 from dass_exp.methods.base import Block, Cut, LinearView, Pruner
 from dass_exp.methods.magnitude import Magnitude
 from dass_exp.methods.sparsegpt import SparseGPT
@@ -39,7 +40,7 @@ def pruned(method: Pruner, weight: Tensor, inputs: Tensor, pattern: Pattern) -> 
     linear.weight.data = weight.clone()
     gram = Gram(weight.shape[1], weight.device)
     gram.update(inputs)
-    view = LinearView("layer.q", Q, linear, gram)
+    view = LinearView("layer.q", Q, Matrix.of(linear), gram)
     return linear.weight.data, method.prune_linear(view, Block("layer", [view]), pattern)
 
 
@@ -47,7 +48,7 @@ def checked(weight: Tensor, cut: Cut, pattern: Pattern) -> Layer:
     """The verified entry of a single linear."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight.data = weight
-    (layer,) = verify(BlockReport("layer", [LinearView("layer.q", Q, linear, None)], {"layer.q": cut}, None, 0.0), pattern)
+    (layer,) = verify(BlockReport("layer", [LinearView("layer.q", Q, Matrix.of(linear), None)], {"layer.q": cut}, None, 0.0), pattern)
     return layer
 
 

@@ -10,6 +10,7 @@ from dass_exp.calibrate import BlockReport
 from dass_exp.errors import NumericalError
 from dass_exp.families import DOWN, GATE, Q, Role
 from dass_exp.masks import NM, Pattern, Unstructured
+from dass_exp.matrices import Matrix
 from dass_exp.methods.base import Cut, LinearView
 from dass_exp.verify import Layer, VerificationError, verify
 
@@ -19,7 +20,7 @@ WEIGHT = [[1.0, 2.0, 0.0, 0.0, 3.0, 0.0, 4.0, 0.0], [0.0, 5.0, 6.0, 0.0, 0.0, 0.
 def linear(weight: Tensor, name: str = "block.down", role: Role = DOWN) -> LinearView:
     module = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     module.weight.data = weight
-    return LinearView(name, role, module, None)
+    return LinearView(name, role, Matrix.of(module), None)
 
 
 def verified(weight: Tensor, keep: Tensor, pattern: Pattern, dim: int | None = 1, columns: int | None = None) -> Layer:
@@ -49,6 +50,7 @@ def test_a_correct_layer_by_hand(weight):
         block_error=0.125,
         seconds=0.25,
         damping_retries=2,
+        tokens=None,
     )
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dass_exp.errors import NumericalError
 from dass_exp.families import Role
 from dass_exp.masks import Pattern
+from dass_exp.matrices import Matrix
 from dass_exp.stats import Stat
 
 ALL_SETTINGS = frozenset({"pattern", "scope", "calibration", "seed"})
@@ -23,22 +24,22 @@ class LinearView:
     """One weight matrix as methods see it: [out_features, in_features], with the statistic of its input.
 
     Args:
-        name: full module name.
+        name: full name.
         role: what the linear does in its block.
-        module: the linear itself.
+        matrix: where its weight is.
         stat: what the engine observed at its input, None for a method that asks for nothing.
     """
 
-    def __init__(self, name: str, role: Role, module: nn.Linear, stat: Stat | None) -> None:
+    def __init__(self, name: str, role: Role, matrix: Matrix, stat: Stat | None) -> None:
         self.name = name
         self.role = role
-        self._module = module
+        self._matrix = matrix
         self._stat = stat
 
     @property
     def weight(self) -> Tensor:
         """The weight, [out_features, in_features], in the model's dtype; not to be changed in place."""
-        return self._module.weight.detach()
+        return self._matrix.weight
 
     @property
     def stat(self) -> Any:
@@ -47,20 +48,25 @@ class LinearView:
             raise LookupError(f"{self.name}: no statistic was collected; set `stat` on the method")
         return self._stat
 
+    @property
+    def tokens(self) -> int | None:
+        """How many tokens the statistic has seen; None without one."""
+        return None if self._stat is None else self._stat.tokens
+
     def zero(self, keep: Tensor) -> None:
         """Set the weights to zero where ``keep`` (bool [out, in]) is False; the others stay as they are, bit for bit."""
-        self._module.weight.data.masked_fill_(~keep, 0)
+        self._matrix.zero(keep)
 
     def write(self, weight: Tensor) -> None:
         """Replace the weight by ``weight`` [out, in], rounded to the model's dtype."""
-        self._module.weight.data.copy_(weight)
+        self._matrix.write(weight)
 
 
 class Block:
-    """The linears of one decoder block that are to be pruned.
+    """The linears of one decoder block that are to be pruned; in a mixture of experts each expert is a block of its own.
 
     Args:
-        name: full module name of the block.
+        name: full name of the block or expert.
         linears: the views in the scope, in the order of the roles.
     """
 
@@ -127,6 +133,11 @@ class Pruner(ABC):
         """The axis along which the weights of a linear of this role compete: 0, 1, or None for the whole matrix."""
         del role, pattern
         return 1
+
+    def remark(self, roles: Collection[Role]) -> str:
+        """What a reader must know of this method on linears of these roles, or an empty string."""
+        del roles
+        return ""
 
     def prune_block(self, block: Block, pattern: Pattern) -> dict[str, Cut]:
         """Prune every linear of ``block`` in place.

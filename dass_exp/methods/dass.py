@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from dass_exp.errors import UserError, finite_number, one_of
-from dass_exp.families import DOWN, GATE, UP, Role
+from dass_exp.families import FC1, READER_OF, Role
 from dass_exp.masks import Pattern
 from dass_exp.methods.base import Block, LinearView, ScorePruner
 from dass_exp.stats import InputNorm
@@ -20,6 +21,8 @@ class Dass(ScorePruner):
 
     The norm of an intermediate activation says how important the whole neuron is: its row of gate and up, its column of down
     (Guo et al., arXiv 2405.01943). N:M groups of gate and up lie along the output axis, so stock 2:4 kernels speed up down only.
+    An MLP without a GLU is beyond the paper; here its first matrix is scored and grouped as gate and up are, y being the input of the second: an
+    extension of this project, which tables and records call so.
     Attention linears, which the paper leaves dense, are scored as Wanda does: with scope=attention DaSS is Wanda.
 
     Args:
@@ -43,14 +46,17 @@ class Dass(ScorePruner):
     def settings(self) -> dict[str, Any]:
         return {"granularity": self.granularity} if self.granularity == "output" else super().settings()
 
+    def remark(self, roles: Collection[Role]) -> str:
+        return "DaSS on an MLP without a GLU is an extension of dass_exp: the paper defines it for GLU MLPs only" if FC1 in roles else ""
+
     def score(self, linear: LinearView, block: Block) -> Tensor:
-        if linear.role not in (GATE, UP):
+        if linear.role not in READER_OF:
             return linear.weight.abs() * linear.stat.norm
         if self.granularity == "output":
             # norm(y) is one number per row: multiplying by it could only blur the ranking by rounding
             return linear.weight.abs()
-        return linear.weight.abs() * block.stat(DOWN).norm.pow(self.alpha)[:, None]
+        return linear.weight.abs() * block.stat(READER_OF[linear.role]).norm.pow(self.alpha)[:, None]
 
     def group(self, role: Role, pattern: Pattern) -> int | None:
         del pattern
-        return 0 if role in (GATE, UP) and self.granularity == "input" else 1
+        return 0 if role in READER_OF and self.granularity == "input" else 1
