@@ -24,7 +24,7 @@ from dass_exp.track import Tracker
 class ModelConfig:
     """Which model: ``path`` is a hub id, a folder, or ``offline:NAME``. ``bos`` is auto, never, stream or window.
 
-    ``licence``, ``parameters`` and ``context`` tell a user what to expect; no number depends on them.
+    ``license``, ``parameters`` and ``context`` tell a user what to expect; no number depends on them.
     """
 
     name: str = MISSING
@@ -36,7 +36,7 @@ class ModelConfig:
     roles: Any = None  # a mapping; typed so, Hydra could not set it from the command line
     accept_license: bool = False
     trust_remote_code: bool = False
-    licence: str | None = None
+    license: str | None = None
     parameters: float | None = None
     context: int | None = None
 

@@ -86,6 +86,7 @@ class Family:
         bos: ``tokenizer``, once at the head of a text where the tokenizer itself adds it (the Wanda code), or ``window``,
             at the start of each window (Gemma, which gives no sensible figure without it).
         experts: in blocks that have them they stand in the place of gate, up and down.
+        seen: the model of it that this project has pruned for real; empty where only random ones were, in the tests.
     """
 
     places: Mapping[Role, Place]
@@ -93,6 +94,7 @@ class Family:
     blocks: str = "model.layers"
     bos: str = "tokenizer"
     experts: Experts | None = None
+    seen: str = ""
 
 
 def _places(**paths: str | Place) -> dict[Role, Place]:
@@ -135,20 +137,20 @@ _GEMMA = Family(_LLAMA.places, "GeGLU", bos="window")
 _MIXTURE = Family(_LLAMA.places, "SwiGLU experts", experts=Experts())
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_LLAMA.places, "SwiGLU (ReGLU in ReluLLaMA)"),
+    "llama": Family(_LLAMA.places, "SwiGLU (ReGLU in ReluLLaMA)", seen="SmolLM2-135M"),
     "mistral": Family(_LLAMA.places, "SwiGLU"),
     "qwen2": Family(_LLAMA.places, "SwiGLU"),
     "qwen3": Family(_LLAMA.places, "SwiGLU"),
     "olmo2": Family(_LLAMA.places, "SwiGLU"),
     "gemma": _GEMMA,
     "gemma2": _GEMMA,
-    "gemma3_text": _GEMMA,
+    "gemma3_text": Family(_LLAMA.places, "GeGLU", bos="window", seen="Gemma-3-270M"),
     "phi3": Family(
         _places(
             **{role.value: Place("self_attn.qkv_proj", _phi3_heads(role)) for role in (Q, K, V)}, o="self_attn.o_proj",
             gate=Place("mlp.gate_up_proj", _half(0)), up=Place("mlp.gate_up_proj", _half(1)), down="mlp.down_proj",
         ),
-        "SwiGLU, gate and up fused",
+        "SwiGLU",
     ),
     "mixtral": _MIXTURE,
     "qwen3_moe": _MIXTURE,
@@ -170,6 +172,20 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi": Family(_places(**{**_ATTENTION, "o": "self_attn.dense"}, fc1="mlp.fc1", fc2="mlp.fc2"), "GELU, no GLU"),
 }  # fmt: skip
+
+
+def table() -> str:
+    """The families as README.md lists them, Markdown."""
+    lines = ["| `model_type` | MLP | where the roles lie | BOS | run for real here |", "|---|---|---|---|---|"]
+    for name, family in FAMILIES.items():
+        fused = [role.value for role, place in family.places.items() if place.rows is not None]
+        told = [f"{', '.join(fused)} fused"] if fused else []
+        told += ["each expert by its own tokens, router dense"] if family.experts else []
+        bos = "in every window" if family.bos == "window" else "as its tokenizer does"
+        lines.append(
+            f"| {name} | {family.mlp} | {'; '.join(told) or 'each its own linear'} | {bos} | {family.seen or 'no: random two-layer models in the tests'} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def family_of(model_type: str, roles: Mapping[str, str] | None = None) -> Family | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,13 +15,13 @@ from torch import nn
 
 from dass_exp import assets
 from dass_exp.decoder import decoder_of
+from dass_exp.digest import folder_digest
 from dass_exp.errors import UserError, one_of
 from dass_exp.families import BOS_POLICIES, Family, family_of
 
 OFFLINE = "offline:"  # a path that starts so names one of the models of assets.py
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_IDENTIFYING = {"config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"}  # beside the weights
 _NEEDS_LICENCE = {"gemma3_270m": "the Gemma Terms of Use (https://ai.google.dev/gemma/terms)"}
 _NOTES = {"smollm2_135m": "dequantised from 4-bit weights (GGUF Q4_1)", "gemma3_270m": "dequantised from 4-bit weights (GGUF Q4_K_M)"}
 
@@ -88,7 +86,7 @@ def identify(settings: Any) -> ModelSpec:
     elif Path(path).is_dir():
         source = path
         config = _config(source, None, settings.trust_remote_code)
-        identity = f"local:{_folder_digest(Path(path))}"
+        identity = f"local:{folder_digest(Path(path))}"
     elif path.startswith(("/", ".", "~")):
         raise UserError(f"model.path={path}: there is no such folder; give a folder, a hub id such as meta-llama/Llama-2-7b-hf, or {OFFLINE}smollm2_135m")
     else:
@@ -101,7 +99,8 @@ def identify(settings: Any) -> ModelSpec:
         name=settings.name, source=source, revision=revision, identity=identity, config=config, dtype=_dtype(settings.dtype, config, device),
         device=device, roles=settings.roles, trust_remote_code=bool(settings.trust_remote_code), note=note,
     )  # fmt: skip
-    decoder_of(skeleton(spec), spec.roles)  # an unknown family is said before anything is loaded
+    if spec.family is None:
+        decoder_of(skeleton(spec))  # what cannot be taken for a LLaMA is said before anything is loaded
     return spec
 
 
@@ -130,7 +129,7 @@ def load_model(spec: ModelSpec) -> nn.Module:
 
 def skeleton(spec: ModelSpec) -> nn.Module:
     """The model on the meta device: its modules and shapes, no weights. For checks that must come before loading."""
-    with _quiet(), torch.device("meta"):
+    with _quiet(), _explained(spec.source), torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(spec.config, trust_remote_code=spec.trust_remote_code)
 
 
@@ -200,22 +199,6 @@ def _dtype(setting: str, config: Any, device: torch.device) -> torch.dtype:
         return torch.float32
     stored = getattr(config.get_text_config(), "dtype", None)
     return stored if isinstance(stored, torch.dtype) and stored.is_floating_point else torch.float16
-
-
-def _folder_digest(folder: Path) -> str:
-    files = sorted(file for file in folder.iterdir() if file.suffix == ".safetensors" or file.name in _IDENTIFYING)
-    if not any(file.suffix == ".safetensors" for file in files):
-        raise UserError(f"model.path={folder}: the folder holds no .safetensors file; other formats are not read")
-    return _digest(tuple((file.absolute(), file.stat().st_mtime_ns, file.stat().st_size) for file in files))
-
-
-@functools.lru_cache(maxsize=64)
-def _digest(stamped: tuple[tuple[Path, int, int], ...]) -> str:
-    """One digest over the files of a folder; the time stamps make a sweep in one process hash an unchanged folder once."""
-    whole = hashlib.sha256()
-    for file, _, _ in stamped:
-        whole.update(f"{file.name}:{assets.file_sha256(file)};".encode())
-    return whole.hexdigest()[:16]
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from dass_exp.bench import Bench, Shelf, Silent
 from dass_exp.config import Settings
+from dass_exp.errors import UserError
 from dass_exp.key import key_of
 from dass_exp.record import Record, Store
 
@@ -20,32 +21,56 @@ class Plan:
         key: of its record.
         done: whether the record is there.
         seconds: what it would take, from the costs of like records; None where there are none. What is done takes none.
-        basis: the records that the estimate comes from, in words.
+        basis: the records that the estimate comes from, in words; or why nothing more can be told.
+        needs: what the model takes, in words; empty where its file does not say.
     """
 
     key: str
     done: bool
     seconds: float | None
     basis: str
+    needs: str = ""
 
 
 def plan(settings: Settings, shelf: Shelf | None = None) -> Plan:
     """Look a run up and estimate its time. No weight is loaded.
 
+    A model that is not at hand (no network, no access) is planned as far as its file tells.
+
     Raises:
         UserError: the run could not start; the message says why.
     """
-    bench = Bench(settings, Silent(), shelf)
+    wanted = _needs(settings)
+    try:
+        bench = Bench(settings, Silent(), shelf)
+    except UserError as error:
+        if settings.config.model.parameters is None:
+            raise
+        return Plan("", done=False, seconds=None, basis=f"the model is not at hand: {error}", needs=wanted)
     bench.check(settings)
     store = Store(settings.config.results_dir)
     key = key_of(settings, bench.spec, bench.bos)
     if not settings.config.rerun and store.find(key) is not None:
-        return Plan(key, done=True, seconds=0.0, basis="done")
+        return Plan(key, done=True, seconds=0.0, basis="done", needs=wanted)
     same_model = [record for record in store.records() if record["identity"]["model"] == bench.spec.identity]
     prune_s, basis = _median(same_model, settings, "prune_s") if settings.method.uses else (0.0, "nothing to prune")
     eval_s, _ = _median(same_model, settings, "eval_s")
     known = prune_s is not None and eval_s is not None
-    return Plan(key, done=False, seconds=(prune_s or 0.0) + (eval_s or 0.0) if known else None, basis=basis)
+    return Plan(key, done=False, seconds=(prune_s or 0.0) + (eval_s or 0.0) if known else None, basis=basis, needs=wanted)
+
+
+def _needs(settings: Settings) -> str:
+    """Parameters, memory of the weights, licence and context of a model whose file states them."""
+    model, cut = settings.config.model, settings.cut
+    if model.parameters is None:
+        return ""
+    half = 2e-9 * model.parameters
+    seen = f", and the activations of {cut.num_samples} x {cut.seq_len} calibration tokens twice" if settings.method.stat else ""
+    return (
+        f"{model.name} ({model.path}): {model.parameters / 1e9:.3g} billion parameters, {half:.1f} GB of memory in float16 or bfloat16, "
+        f"{2 * half:.1f} GB in float32 (what dtype=auto is on a CPU){seen}; license: {model.license}; sequences up to {model.context} tokens; "
+        f"dtype {model.dtype}, BOS {model.bos}"
+    )
 
 
 def _median(records: list[Record], settings: Settings, cost: str) -> tuple[float | None, str]:

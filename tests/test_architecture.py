@@ -27,7 +27,7 @@ METHODS = sorted(name for name in FILES if name.startswith("methods/") and name 
 LAYERS = [
     ["errors", "paths", "schema", "methods/__init__", "evaluate/__init__", "report/__init__"],
     ["masks", "maskfile", "matrices", "stats", "families", "assets"],
-    ["decoder", "experts"],
+    ["decoder", "experts", "digest"],
     ["methods/base"],
     ["methods/*"],
     ["capture"],

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from support import settings_of
 
+from dass_exp.families import table
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -30,6 +32,11 @@ def test_the_demo_table_is_the_committed_one() -> None:
     rows = [line for line in committed.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + 5
     assert [line for line in shown.splitlines() if line.startswith("|")] == rows
+
+
+def test_the_family_table_is_that_of_the_code() -> None:
+    (shown,) = re.findall(r"<!-- families -->\n(.*?)<!-- /families -->", README, re.DOTALL)
+    assert shown == table()
 
 
 COMMANDS = re.findall(r"^dass-exp *(.*?) *(?:#.*)?$", README, re.MULTILINE)

@@ -67,17 +67,19 @@ def show_plan(cells: list[dict[str, Any]]) -> None:
     seen: set[str] = set()
     total, unknown = 0.0, 0
     for cell in cells:
-        again = cell["key"] in seen
+        again = bool(cell["key"]) and cell["key"] in seen
         seen.add(cell["key"])
         seconds = 0.0 if again else cell["seconds"]
         total, unknown = total + (seconds or 0.0), unknown + (seconds is None)
-        state = "done" if cell["done"] else "same record as above" if again else "would run"
+        state = "done" if cell["done"] else "same record as above" if again else "would run" if cell["key"] else "not at hand"
         basis = "" if cell["done"] or again else cell["basis"]
         name = " ".join(override for override in cell["overrides"] if override not in common)
         table.add_row(name, cell["key"], state, "?" if seconds is None else f"{seconds:.0f}", basis)
     screen = console()
     screen.print(table)
     more = f", and {unknown} cells of unknown cost" if unknown else ""
+    for needed in dict.fromkeys(filter(None, (cell["needs"] for cell in cells))):
+        screen.print(f"needs: {needed}")
     screen.print(f"about {total / 60:.0f} min in one process{more}; loading the model is not counted")
 
 
