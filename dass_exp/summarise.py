@@ -50,7 +50,7 @@ def compose(key: str, settings: Settings, spec: ModelSpec, made: Made) -> Record
         "solver": {
             "damping_retries": sum(layer.damping_retries for layer in made.layers),
             "underfull_tiles": sum(layer.underfull for layer in made.layers),
-            "starved_experts": made.starved,
+            **({"starved_experts": made.starved} if made.starved else {}),
         },
         "environment": environment(),
     }

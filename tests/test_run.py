@@ -448,11 +448,14 @@ def test_a_token_that_the_tokenizer_does_not_have_is_refused(tmp_path, results, 
 
 
 @pytest.mark.usefixtures("no_weights")
+GPTJ = {"vocab_size": 512, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 64, "n_positions": 4096, "rotary_dim": 4, "bos_token_id": 0, "eos_token_id": 1}
+
+
+@pytest.mark.usefixtures("no_weights")
 def test_an_unknown_family_lists_the_known_ones(tmp_path, results):
-    config = transformers.GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1)
-    folder = save_tiny(tmp_path / "gpt2", config)
+    folder = save_tiny(tmp_path / "gptj", transformers.GPTJConfig(**GPTJ))
     message = refused(*tiny_overrides(folder, results))
-    assert contains(message, ["'gpt2'", "gemma, gemma2, gemma3_text, llama, mistral", "model.roles"]), message
+    assert contains(message, ["'gptj'", "gemma, gemma2, gemma3_text, gpt2, gpt_neox, llama, mistral", "roles: {blocks: PATH"]), message
 
 
 def test_a_folder_that_is_not_there_gives_one_clear_line(tmp_path, results):
@@ -500,14 +503,23 @@ def test_roles_that_are_incomplete_are_refused(cell, tiny):
     assert contains(str(caught.value), ["model.roles", "missing q, k, v, o, up, down"])
 
 
-ROLES = "q: self_attn.q_proj,k: self_attn.k_proj,v: self_attn.v_proj,o: self_attn.o_proj,gate: mlp.gate_proj,up: mlp.up_proj,down: mlp.down_proj"
+def test_a_family_that_is_called_like_llama_runs_with_a_warning(tmp_path, results, caplog):
+    config = transformers.OlmoConfig(**{**tiny_config().to_dict(), "model_type": "olmo"})
+    outcome = run_with(*tiny_overrides(save_tiny(tmp_path / "olmo", config), results))
+    assert outcome.record["sparsity"]["scope"] == 0.5
+    assert "model family 'olmo' is in no table: it is taken for a LLaMA" in caplog.text
+
+
+ROLES = "q: q_proj,k: k_proj,v: v_proj,o: out_proj"
 
 
 def test_a_model_of_an_unknown_family_runs_with_its_roles_on_the_command_line(tmp_path, results):
-    config = transformers.OlmoConfig(**{**tiny_config().to_dict(), "model_type": "olmo"})
-    folder = save_tiny(tmp_path / "olmo", config)
-    cell = tiny_overrides(folder, results)
-    assert "'olmo'" in refused(*cell)
-    outcome = run_with(*cell, f"model.roles={{{ROLES},blocks: model.layers}}")
+    config = transformers.GPTJConfig(**GPTJ)
+    cell = tiny_overrides(save_tiny(tmp_path / "gptj", config), results)
+    assert "'gptj' is not known" in refused(*cell)
+    roles = {role: f"attn.{path}" for role, path in (pair.split(": ") for pair in ROLES.split(","))}
+    spelt = ",".join(f"{role}: {path}" for role, path in {**roles, "fc1": "mlp.fc_in", "fc2": "mlp.fc_out", "blocks": "transformer.h"}.items())
+    outcome = run_with(*cell, f"model.roles={{{spelt}}}")
     assert outcome.record["sparsity"]["scope"] == 0.5
-    assert outcome.record["config"]["model"]["roles"]["blocks"] == "model.layers"
+    assert outcome.record["config"]["model"]["roles"]["blocks"] == "transformer.h"
+    assert outcome.record["protocol"]["method_note"].startswith("DaSS on an MLP without a GLU is an extension")

@@ -74,10 +74,8 @@ def _differences(record: Record) -> list[str]:
         found.append(f"the model is {config['model']['name']}{note}; the paper prunes {', '.join(PAPER_MODELS)}")
     if protocol.get("method_note"):
         found.append(protocol["method_note"])
-    if starved := record["solver"].get("starved_experts"):
-        found.append(
-            f"{len(starved)} experts saw fewer than {config['experts']['min_tokens']} calibration tokens; their weights were ranked as if all inputs were alike"
-        )
+    if starved := record.get("solver", {}).get("starved_experts"):
+        found.append(f"{len(starved)} experts saw too few calibration tokens for statistics of their own: their inputs were taken for equally important")
     ours = calibration and (calibration["name"], calibration["num_samples"], calibration["seq_len"])
     theirs = (paper_calibration["name"], paper_calibration["num_samples"], paper_calibration["seq_len"])
     if ours and ours != theirs:
