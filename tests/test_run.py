@@ -447,7 +447,6 @@ def test_a_token_that_the_tokenizer_does_not_have_is_refused(tmp_path, results, 
     assert contains(message, [f"model.bos={bos}:", "model.bos=never"]), message
 
 
-@pytest.mark.usefixtures("no_weights")
 GPTJ = {"vocab_size": 512, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 64, "n_positions": 4096, "rotary_dim": 4, "bos_token_id": 0, "eos_token_id": 1}
 
 
