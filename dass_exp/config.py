@@ -153,7 +153,7 @@ def validate(composed: DictConfig, packages: frozenset[str] = OURS) -> Settings:
         raise UserError(" ".join(str(error).split())) from error
     if not isinstance(config, RunConfig):
         raise TypeError(f"the composed config is a {type(config).__name__}; conf/config.yaml must list run_schema first")
-    config.model.name = _model_name(config.model)
+    _name_model(config.model)
     Options(config.scope, config.calibration.batch_size, min_tokens=config.experts.min_tokens, starved=config.experts.starved)
     cut = data.Cut(config.calibration.sampling, config.calibration.num_samples, config.calibration.seq_len, config.calibration.separator)
     whole_number("seed", config.seed, least=0)
@@ -225,9 +225,9 @@ def _check_evaluation(evaluation: EvalConfig) -> None:
         zeroshot.check_tasks(asked.tasks, asked.data)
 
 
-def _model_name(model: ModelConfig) -> str:
-    """The name of a model file holds only for the path in that file: with another path the name is made from it."""
+def _name_model(model: ModelConfig) -> None:
+    """What a model file says holds only for the path in that file: with another path the name is made from it, and the rest is not known."""
     known = {path.stem for path in (project_root() / "conf" / "model").glob("*.yaml")}
     if model.name in known and choice("model", model.name).get("path") != model.path:
-        return model.path.rstrip("/").rsplit("/", 1)[-1]
-    return model.name
+        model.name = model.path.rstrip("/").rsplit("/", 1)[-1]
+        model.license = model.parameters = model.context = None

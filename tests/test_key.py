@@ -259,3 +259,14 @@ def test_a_hub_model_is_known_by_its_commit(monkeypatch):
     assert found["main"].identity == found["v1"].identity == "some/model@c0ffee"
     assert found["v2"].identity != found["v1"].identity
     assert found["v1"].revision == "c0ffee"  # what is loaded later is what was identified
+
+
+def test_the_rule_for_starved_experts_is_in_the_key_of_a_mixture_only(tiny):
+    dense = models.identify(settings_of(f"model.path={tiny}").config.model)
+    mixture = dataclasses.replace(dense, config=transformers.MixtralConfig())
+    keys = {
+        (spec is mixture, method): {key_of(settings_of(f"method={method}", f"experts.min_tokens={number}"), spec, "never") for number in (1, 2)}
+        for spec in (dense, mixture)
+        for method in ("wanda", "magnitude", "dense")
+    }
+    assert {place for place, found in keys.items() if len(found) == 2} == {(True, "wanda")}

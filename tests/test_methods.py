@@ -15,7 +15,7 @@ from dass_exp.api import method_of
 from dass_exp.calibrate import BlockReport, Options, prune_model
 from dass_exp.decoder import Site, decoder_of
 from dass_exp.errors import NumericalError, UserError
-from dass_exp.families import DOWN, FAMILIES, GATE, INPUT_OF, SCOPES, UP, Q, Role
+from dass_exp.families import DOWN, FAMILIES, FC1, FC2, GATE, INPUT_OF, SCOPES, UP, Q, Role
 from dass_exp.masks import NM, Pattern, Unstructured
 from dass_exp.matrices import Matrix
 from dass_exp.methods.base import Block, LinearView, Pruner, ScorePruner
@@ -205,6 +205,22 @@ def test_a_method_that_asks_for_no_statistic_gets_none():
         _ = view.stat
     with pytest.raises(LookupError, match="role down does not lie in the scope"):
         Block("block", [view]).stat(DOWN)
+
+
+# --- DaSS without a GLU: an extension of this project
+
+
+def test_dass_scores_the_first_of_two_matrices_by_the_neurons_that_it_makes():
+    """fc1 [4 neurons, 2 inputs], neuron norms 1, 4, 9, 16, their roots 1, 2, 3, 4; columns compete."""
+    block = block_of({FC1: [[5.0, 1.0], [1.0, 1.0], [1.0, 1.0], [1.0, 3.0]], FC2: [[1.0, 1.0, 1.0, 1.0]]}, {"intermediate": [1.0, 4.0, 9.0, 16.0]})
+    # scores of the first column: 5, 2, 3, 4; of the second: 1, 2, 3, 12
+    assert kept(Dass(), block, FC1, NM(2, 4)) == [[1, 0], [0, 0], [0, 1], [1, 1]]
+    assert kept(Dass(), block, FC2, NM(2, 4)) == [[0, 0, 1, 1]]
+
+
+def test_only_dass_without_a_glu_has_something_to_remark():
+    assert "extension of dass_exp" in Dass().remark({FC1, FC2})
+    assert Dass().remark({GATE, UP, DOWN}) == Wanda().remark({FC1}) == SparseGPT().remark({FC1}) == ""
 
 
 # --- an independent formula

@@ -104,6 +104,22 @@ def test_a_plan_refuses_what_a_run_would_refuse(cell):
         plan(settings_of(*cell, "pattern=nm", "pattern.n=2", "pattern.m=7"))
 
 
+@pytest.mark.parametrize("path", sorted((CONF / "model").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_model_file_says_what_it_needs(path, results):
+    own = yaml.safe_load(path.read_text())
+    assert own.keys() <= {"name", "path", "license", "parameters", "context", "revision", "dtype", "bos"}
+    planned = plan(settings_of(f"model={path.stem}", f"results_dir={results}", "tracker=none"))
+    assert f"{own['name']} ({own['path']})" in planned.needs
+    assert f"license: {own['license']}; sequences up to {own['context']} tokens" in planned.needs
+    here = own["path"] == "offline:smollm2_135m"
+    assert planned.basis.startswith("no like record" if here else "the model is not at hand")
+
+
+def test_a_model_without_a_file_that_is_not_there_is_refused(results):
+    with pytest.raises(UserError, match="no-owner/no-model"):
+        plan(settings_of("model.path=no-owner/no-model", f"results_dir={results}"))
+
+
 def test_a_repeat_is_a_record_of_its_own(cell):
     keys = {run_with(*cell, "method=magnitude", f"repeat={number}").record["key"] for number in (0, 1, 2)}
     assert len(keys) == 3
