@@ -61,8 +61,8 @@ def _cell(composed: DictConfig) -> None:
             return
         outcome = run(settings, Watch(), shelf)
     except Exception as error:
-        meant = sketch(composed, context.runtime.choices)
-        note_cell(context.runtime.output_dir, {"status": "failed", "overrides": overrides, "error": _line(error), "config": meant})
+        meant, status = sketch(composed, context.runtime.choices, _ADMITTED), "unplanned" if composed.get("plan") else "failed"
+        note_cell(context.runtime.output_dir, {"status": status, "overrides": overrides, "error": _line(error), "config": meant})
         if context.mode == RunMode.MULTIRUN:  # the other cells go on; the exit code at the end tells
             log.error("%s: %s", " ".join(overrides), _line(error), exc_info=None if _expected(error) else error)
             return
@@ -117,7 +117,8 @@ def _mistyped() -> str | None:
 def _explained(error: Exception) -> int:
     """Say why Hydra, or the launcher of a sweep, gave up; the exit code."""
     mistake = _mistyped()
-    log.error("%s", mistake or "\n".join(str(part).strip() for part in (error, error.__cause__) if part is not None))
+    told = (" ".join(str(part).partition("Config search path")[0].split()) for part in (error, error.__cause__) if part is not None)
+    log.error("%s", mistake or " ".join(told))
     if mistake or not Sweep.started or isinstance(error, (HydraException, OmegaConfBaseException)):
         return 2
     if "sbatch: error" in str(error):
@@ -131,6 +132,12 @@ def _explained(error: Exception) -> int:
     return 1
 
 
+def _names_a_sweep() -> bool:
+    names = [text.partition("=")[2] for text in sys.argv[1:] if text.startswith("sweeps=")]
+    paths = (Path(os.environ["DASS_EXP_ROOT"]) / "sweeps" / f"{name}.yaml" for name in names)
+    return any(path.is_file() and "mode: MULTIRUN" in path.read_text(encoding="utf-8") for path in paths)
+
+
 def main() -> None:
     """Entry point. Exit code 2: a setting is wrong; 1: a run failed, or cells of a sweep did."""
     register()
@@ -140,6 +147,8 @@ def main() -> None:
         log.error("%s", error)
         raise SystemExit(2) from None
     os.environ["DASS_EXP_PLUGINS"] = " ".join(_ADMITTED)  # a worker of a launcher has another command line
+    if _names_a_sweep() and not {"-m", "--multirun"} & {*sys.argv}:
+        sys.argv.insert(1, "--multirun")  # the sweep's file says so too, but Hydra then reports its own guess instead of a mistake in the overrides
     if any(override.lower() == "plan=true" for override in sys.argv):  # it runs nothing, so it needs no worker
         sys.argv[1:] = [text for text in sys.argv[1:] if not text.lstrip("+").startswith(("hydra/launcher=", "hydra.launcher."))]
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"

@@ -174,29 +174,36 @@ def validate(composed: DictConfig, packages: frozenset[str] = OURS) -> Settings:
     )
 
 
-def sketch(composed: DictConfig, choices: Mapping[str, Any]) -> dict[str, Any]:
+def sketch(composed: DictConfig, choices: Mapping[str, Any], packages: frozenset[str] = OURS) -> dict[str, Any]:
     """What a run was meant to be, in the form of a record's ``config``, as far as settings that may be wrong can tell it.
 
     Args:
         composed: what Hydra composed.
         choices: the file chosen of each config group.
+        packages: whose classes may be built.
     """
     found: dict[str, Any] = {}
-    for name in ("model", "method", "pattern", "scope", "seed", "calibration"):
+    for name in ("model", "method", "pattern", "scope", "seed", "calibration", "eval"):
         try:
             node = composed[name]
             found[name] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
         except OmegaConfBaseException:
             found[name] = None
-    method = found["method"] if isinstance(found["method"], dict) else {}
-    found["method"] = {"name": str(choices.get("method")), **{name: value for name, value in method.items() if name != "_target_"}}
-    try:
-        check_targets(OmegaConf.create({"method": method, "pattern": found["pattern"]}), OURS)
-        uses = locate("method", method.get("_target_")).uses  # type: ignore[attr-defined]
-        found |= {name: None for name in ("pattern", "scope", "seed", "calibration") if name not in uses}
-        found["pattern"] = found["pattern"] and build(found["pattern"], Pattern, "pattern").settings()
-    except (UserError, OmegaConfBaseException):
-        found["pattern"] = {"name": str(choices.get("pattern"))}
+    if isinstance(model := found["model"], dict):
+        model["name"] = _name_of(str(model.get("name")), str(model.get("path")))
+    for name, kind in (("method", Pruner), ("pattern", Pattern)):
+        typed = found[name] if isinstance(found[name], dict) else {}
+        try:
+            check_targets(OmegaConf.create({name: typed}), packages)
+            if kind is Pruner:
+                uses = locate(name, typed.get("_target_")).uses  # type: ignore[attr-defined]
+                found |= {unused: None for unused in ("pattern", "scope", "seed", "calibration") if unused not in uses}
+            part: Any = build(typed, kind, name)
+            found[name] = {"name": part.name, **part.settings()} if kind is Pruner else part.settings()
+        except (UserError, OmegaConfBaseException):
+            found[name] = {"name": str(choices.get(name)), **{key: value for key, value in typed.items() if key != "_target_"}}
+        if kind is Pruner and "pattern" in found and found["pattern"] is None:
+            break
     return found
 
 
@@ -227,7 +234,11 @@ def _check_evaluation(evaluation: EvalConfig) -> None:
 
 def _name_model(model: ModelConfig) -> None:
     """What a model file says holds only for the path in that file: with another path the name is made from it, and the rest is not known."""
-    known = {path.stem for path in (project_root() / "conf" / "model").glob("*.yaml")}
-    if model.name in known and choice("model", model.name).get("path") != model.path:
-        model.name = model.path.rstrip("/").rsplit("/", 1)[-1]
+    if (name := _name_of(model.name, model.path)) != model.name:
+        model.name = name
         model.license = model.parameters = model.context = None
+
+
+def _name_of(name: str, path: str) -> str:
+    known = {file.stem for file in (project_root() / "conf" / "model").glob("*.yaml")}
+    return path.rstrip("/").rsplit("/", 1)[-1] if name in known and choice("model", name).get("path") != path else name

@@ -52,6 +52,7 @@ def write_masks(masks: Mapping[str, PackedMask], path: Path) -> None:
         save_file({name: mask.bits for name, mask in masks.items()}, path, {"format": _FORMAT, **columns})
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
+    path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def load_masks(path: str | Path) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ class Store:
         """The finished record of this key, or None. A file that is no record (a hand edit gone wrong) counts as none."""
         try:
             found = json.loads(self.path(key).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return found if problem_of(found, key) is None else None
 

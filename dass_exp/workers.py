@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Mapping
@@ -64,6 +66,8 @@ def join(launcher: Mapping[str, Any], folder: Path) -> None:
     slots = _slots(launcher)
     if slots is None or _HELD:
         return
+    if multiprocessing.current_process().name.startswith("Loky"):
+        threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     slot = _take(folder / ".slots", slots)
     torch.set_num_threads(max(1, min(torch.get_num_threads(), cores() // slots)))
     if (loky := sys.modules.get(_LOKY)) is not None and hasattr(loky, _LEAK):
@@ -93,6 +97,13 @@ def _take(folder: Path, slots: int) -> int:
             _HELD.append(lock)
             return slot
         time.sleep(0.2)
+
+
+def _follow(parent: int) -> None:
+    """End this worker with the sweep: joblib's live on for ever, with their model, when the process that launched them is killed."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _gpus() -> int:

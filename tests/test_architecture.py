@@ -40,7 +40,7 @@ LAYERS = [
     ["bench"],
     ["run", "plan"],
     ["report/load", "report/noise", "report/template"],
-    ["report/console"],
+    ["report/console", "report/alike"],
     ["report/compare", "report/sheet", "report/published", "report/pair"],
     ["report/callback", "report/write", "report/curves"],
     ["report/figures", "report/page"],

@@ -105,3 +105,22 @@ def test_a_config_file_cannot_admit_the_code_that_it_names(tmp_path, folder, way
     assert done.returncode == {"MULTIRUN": 1, "RUN": 2}[mode], done.stderr
     assert not (tmp_path / "ran").exists()
     assert "not admitted" in done.stderr
+
+
+@pytest.mark.parametrize(("mistake", "word"), [("foo=1", "foo"), ("tracker=nosuch", "tracker/nosuch"), ("calibration=nosuch", "calibration/nosuch")])
+def test_a_mistake_beside_the_axes_of_a_sweep_is_told_in_one_line(folder, mistake, word):
+    done = command("sweeps=alpha", "method.alpha=0,1", mistake, folder=folder)
+    assert done.returncode == 2
+    assert word in done.stderr
+    assert "Ambiguous" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_plan_that_cannot_be_leaves_no_failure_behind(folder, tiny):
+    from dass_exp.report.load import cells_of
+
+    shared = tiny_overrides(tiny, Path("results"))
+    done = command("sweeps=alpha", "pattern=2of4", "method.alpha=0,1", *shared, "plan=true", "scope=wrong", folder=folder)
+    assert done.returncode == 1
+    assert "scope='wrong'" in done.stderr
+    assert cells_of(folder / "results", "alpha") == []

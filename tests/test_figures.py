@@ -27,7 +27,14 @@ def record_of(key: str, method: str, perplexity: float, alpha: float | None = No
         "calibration": None,
         "seed": None,
     }
-    return {"key": key, "config": settings | config, "metrics": {"perplexity": {"text": perplexity}}, "cost": {}, "sparsity": {"layers": []}}
+    return {
+        "key": key,
+        "identity": {"model": "tiny"},
+        "config": settings | config,
+        "metrics": {"perplexity": {"text": perplexity}},
+        "cost": {},
+        "sparsity": {"layers": []},
+    }
 
 
 def sheet_of(cells: dict[tuple[str, str], Entry | str], figure: Any = BARS, metric: str = "perplexity", records: Any = ()) -> Sheet:

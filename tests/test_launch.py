@@ -9,6 +9,8 @@ import stat
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -320,6 +322,31 @@ def launch_and_kill(arguments, folder, records):
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def alive(folder):
+    """Processes that run in this folder."""
+    found = []
+    for cwd in Path("/proc").glob("[0-9]*/cwd"):
+        with suppress(OSError):
+            found += [cwd.parent.name] if cwd.readlink() == folder else []
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="there is no /proc here to look into")
+def test_workers_end_with_the_process_that_launched_them(tiny, tmp_path):
+    call = [sys.executable, "-m", "dass_exp", *cells(tiny, *KILLED, "hydra/launcher=joblib", "calibration.num_samples=512")]
+    process = subprocess.Popen(call, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    limit = time.monotonic() + 120
+    while not list(tmp_path.glob("results/hydra/*/*/.slots/*.lock")):
+        assert time.monotonic() < limit
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    while alive(tmp_path):
+        assert time.monotonic() < limit, alive(tmp_path)
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("launcher", [[], ["hydra/launcher=joblib"]], ids=["one process", "joblib"])

@@ -140,7 +140,7 @@ def test_no_note_that_was_tampered_with_stops_a_report(swept, tmp_path, put, und
         target.write_text(json.dumps(note))
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\x00", b'{"schema": 1}', b"null"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\x00", b'{"schema": 1}', b"null", b"[" * 100_000])
 def test_a_file_that_is_no_record_is_named(swept, tmp_path, content, caplog):
     whole, key = swept
     results = tmp_path / "results"

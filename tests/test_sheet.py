@@ -11,11 +11,12 @@ import pytest
 from dass_exp.errors import UserError
 from dass_exp.report import published
 from dass_exp.report.figures import draw
-from dass_exp.report.load import Cell
+from dass_exp.report.load import Cell, repaired
 from dass_exp.report.page import Chapter, page
 from dass_exp.report.pair import pair
 from dass_exp.report.sheet import Entry, build
 from dass_exp.report.write import caption, format_entry, latex, markdown, tex, write
+from dass_exp.report.write import comma_separated as long_csv
 
 LAYOUT = {"title": "Perplexity of every method", "rows": "method", "columns": "pattern", "metric": "perplexity", "figure": {"kind": "bars"}}
 ACCURACY = {"title": "Accuracy", "rows": ["pattern", "method"], "columns": "task", "metric": "acc"}
@@ -318,3 +319,69 @@ def test_a_reference_that_cannot_be_read_is_told(tmp_path, text, told):
     (tmp_path / "numbers.csv").write_text(text)
     with pytest.raises(UserError, match=told):
         published.read(tmp_path / "numbers.csv")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("dtype", "bfloat16"), ("bos", "window"), ("windows_sha256", "other"), ("split", "odd")],
+)
+def test_records_of_one_model_that_were_made_differently_are_no_seeds_of_each_other(field, value):
+    one, other = record("wanda", [5.0, 5.5]), record("wanda", [6.0, 6.5])
+    other["protocol"][field], other["key"] = value, "other"
+    with pytest.raises(UserError, match=field):
+        sheet_of([one, other])
+    assert all(len(entry.values) == 1 for entry in sheet_of([one, other], mix=True).cells.values())
+
+
+def test_two_patterns_in_a_table_without_patterns_are_not_averaged():
+    layout = {**LAYOUT, "columns": "calibration.num_samples"}
+    records = [record("wanda", [1.0, 2.0]), record("wanda", [3.0, 4.0], pattern="4:8")]
+    with pytest.raises(UserError, match="pattern: 2:4, 4:8"):
+        sheet_of(records, layout)
+
+
+def test_whatever_else_differs_between_records_of_one_cell_is_found_in_their_identity():
+    one, other = record("wanda", [5.0, 5.5]), record("wanda", [6.0, 6.5])
+    other["identity"] = other["identity"] | {"method": {"class": "wanda", "version": 2}}
+    other["key"] = "other"
+    with pytest.raises(UserError, match=r"method\.version"):
+        sheet_of([one, other])
+
+
+def test_methods_are_ranked_within_a_model():
+    small = [record(method, nll) for method, nll in (("wanda", [5.0, 5.5, 5.2, 5.9]), ("dass", [4.0, 4.5, 4.2, 4.9]), ("dense", [3.0, 3.1, 3.2, 3.3]))]
+    large = [record(method, nll) for method, nll in (("wanda", [1.0, 1.5, 1.2, 1.9]), ("dass", [2.0, 2.5, 2.2, 2.9]), ("dense", [0.5, 0.6, 0.7, 0.8]))]
+    for one in large:
+        one["config"]["model"]["name"], one["key"], one["identity"] = "large", f"large-{one['key']}", one["identity"] | {"model": "large"}
+    sheet = sheet_of([*small, *large])
+    assert sheet.rows == ["smollm2_135m dense", "smollm2_135m wanda", "smollm2_135m dass", "large dense", "large wanda", "large dass"]
+    assert {row: entry.mark for (row, _), entry in sheet.cells.items() if entry.mark == "best"} == {"smollm2_135m dass": "best", "large wanda": "best"}
+    assert latex(sheet).count(r"\midrule") == 4  # behind the head, behind each dense row, before the second
+
+
+def test_a_failed_cell_is_in_the_csv():
+    lines = list(csv.DictReader(long_csv(laid_out(four(), [failed("sparsegpt", damping=0.0)])).splitlines()))
+    assert [line["status"] for line in lines if line["row"] == "sparsegpt"] == ["failed"]
+    assert {line["status"] for line in lines if line["row"] != "sparsegpt"} == {"done"}
+
+
+def test_a_failure_that_was_repaired_with_a_smaller_batch_is_one_no_more():
+    meant = failed("wanda").config | {"calibration": {"name": "c4_mini", "num_samples": 16, "batch_size": 8}}
+    made = record("wanda", [1.0, 2.0])
+    made["config"]["calibration"]["batch_size"] = 1
+    cell = Cell(("method=wanda",), "failed", None, "out of memory", meant)
+    assert repaired(cell, [made])
+    assert not repaired(cell, [record("dass", [1.0, 2.0]), record("wanda", [1.0, 2.0], num_samples=4)])
+    assert not repaired(Cell(("method=foo",), "failed", None, "no such method"), [made])
+
+
+def test_a_reference_in_another_encoding_is_told(tmp_path):
+    head = "source,model,scope,pattern,method,metric,dataset,context,value\n"
+    (tmp_path / "excel.csv").write_text(head, encoding="utf-8-sig")
+    assert published.read(tmp_path / "excel.csv") == []
+    (tmp_path / "latin.csv").write_bytes(head.encode() + b"\xe9,,,,,,,,1\n")
+    with pytest.raises(UserError, match="no CSV file in UTF-8"):
+        published.read(tmp_path / "latin.csv")
+    (tmp_path / "zero.csv").write_text(head + "a,b,c,d,e,perplexity,g,h,0\n")
+    with pytest.raises(UserError, match="line 2: value='0': expected a number above 0"):
+        published.read(tmp_path / "zero.csv")

@@ -178,7 +178,7 @@ def test_the_cells_of_a_sweep_end_as_they_last_ended(swept):
 
 def test_two_records_are_compared(swept, capsys):
     first, second = (cell.key for cell in cells_of(swept, "alpha") if cell.status == "done")
-    cli.main(["compare", first, second, "--results", str(swept)])
+    cli.main(["compare", "--results", str(swept), first, second])
     assert "| method.alpha | 0.0 | 1.0 |" in capsys.readouterr().out
 
 

@@ -36,7 +36,7 @@ class Sweep:
         records = {cell["record"]: json.loads(Path(cell["record"]).read_text(encoding="utf-8")) for cell in cells if cell["status"] == "done"}
         if planned := [cell for cell in cells if cell["status"] == "planned"]:
             show_plan(planned)
-        failed = [cell for cell in cells if cell["status"] == "failed"]
+        failed = [cell for cell in cells if cell["status"] in ("failed", "unplanned")]
         cls.failed = len(failed)
         if records:
             _show(list(records.values()), folder, OmegaConf.select(cls.started, "sweep.title"))

@@ -16,7 +16,7 @@ from dass_exp.paths import project_root
 from dass_exp.report import published
 from dass_exp.report.compare import footnotes
 from dass_exp.report.figures import draw, draw_layers
-from dass_exp.report.load import Loaded, Record, cells_of, load
+from dass_exp.report.load import Loaded, Record, cells_of, load, repaired
 from dass_exp.report.page import Chapter, page
 from dass_exp.report.pair import pair
 from dass_exp.report.sheet import Sheet, build
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("fontTools", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    asked = _parser().parse_args(arguments)
+    asked = _parser().parse_intermixed_args(arguments)
     try:
         if asked.sweeps[:1] == ["compare"]:
             _compare(Path(asked.results), asked.sweeps[1:])
@@ -38,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(1)
     except UserError as error:
         log.error("%s", error)
+        sys.exit(2)
+    except OSError as error:
+        log.error("a file cannot be read or written: %s; check --results and --output", error)
         sys.exit(2)
 
 
@@ -58,7 +61,7 @@ def _report(asked: argparse.Namespace) -> bool:
     """Write what was asked for; False if a table was refused."""
     results = Path(asked.results)
     known = sorted(path.stem for path in (project_root() / "sweeps").glob("*.yaml"))
-    names = [one_of("sweep", name, tuple(known)) for name in asked.sweeps] or known
+    names = [one_of("sweep", name, tuple(known)) for name in dict.fromkeys(asked.sweeps)] or known
     loaded = load(results)
     for problem in loaded.problems:
         log.warning("%s", problem)
@@ -87,8 +90,9 @@ def _sheet(name: str, loaded: Loaded, results: Path, mix: bool) -> Sheet | None:
     if "metric" not in layout or not cells:
         return None
     found = [loaded.records[cell.key] for cell in cells if cell.key in loaded.records]
-    failed = [cell for cell in cells if cell.status == "failed"]
-    return build(name, layout, [*_dense_of(found, loaded), *found], failed, results, mix) if found or failed else None
+    records = list({record["key"]: record for record in (*_dense_of(found, loaded), *found)}.values())
+    failed = [cell for cell in cells if cell.status == "failed" and not repaired(cell, records)]
+    return build(name, layout, records, failed, results, mix) if found or failed else None
 
 
 def _dense_of(records: list[Record], loaded: Loaded) -> list[Record]:

@@ -6,8 +6,9 @@ import math
 from functools import reduce
 from typing import Any
 
+from dass_exp.report.alike import made_by
 from dass_exp.report.load import Record
-from dass_exp.report.sheet import Entry, Sheet, made_by
+from dass_exp.report.sheet import Entry, Sheet
 
 _TELLING = ("model.name", "method.name", "pattern.name", "scope", "calibration.name", "calibration.num_samples", "calibration.seq_len")
 

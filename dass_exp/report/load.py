@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from dass_exp.schema import is_config, problem_of
 
 Record = dict[str, Any]
 
-_NOT_THE_CELL = ("results_dir", "tracker", "threads", "rerun", "sweeps", "hydra", "plugins")  # settings that do not tell one cell from another
+# Settings that do not tell one cell from another.
+_NOT_THE_CELL = {"results_dir", "tracker", "threads", "rerun", "sweeps", "plugins", "save_masks", "plan", "calibration.batch_size", "eval.batch_size"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def load(results: Path) -> Loaded:
     for path in sorted(results.glob("runs/*/result.json")):
         try:
             found = _object(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             problems.append(f"{path}: not read ({error})")
             continue
         if (problem := problem_of(found, path.parent.name)) is not None:
@@ -69,7 +70,7 @@ def cells_of(results: Path, sweep: str) -> list[Cell]:
     for path in _notes(results):
         try:
             note = _object(path)
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue  # a cell that was killed while it wrote; its next launch writes another
         cell = _cell(note) if isinstance(overrides := note.get("overrides"), list) and f"sweeps={sweep}" in overrides else None
         if cell is not None:
@@ -82,7 +83,7 @@ def cells_of(results: Path, sweep: str) -> list[Cell]:
 def _cell(note: dict[str, Any]) -> Cell | None:
     """What a note says, None if it is of no finished cell."""
     texts = [str(override) for override in note["overrides"]]
-    named = tuple(text for text in texts if not text.lstrip("+").startswith(_NOT_THE_CELL) or "/cells=" in text)
+    named = tuple(text for text in texts if text.lstrip("+~").partition("=")[0] not in _NOT_THE_CELL)
     if note.get("status") == "done" and isinstance(record := note.get("record"), str):
         return Cell(named, "done", Path(record).parent.name, None)
     if note.get("status") == "failed":
@@ -91,11 +92,28 @@ def _cell(note: dict[str, Any]) -> Cell | None:
     return None
 
 
+def repaired(cell: Cell, records: Iterable[Record]) -> bool:
+    """Whether a failed cell has a record by now, made with other settings of no consequence (a smaller batch, say)."""
+    meant = _consequent(cell.config)
+    return bool(cell.config) and any(meant == {name: value for name, value in _consequent(record["config"]).items() if name in meant} for record in records)
+
+
+def _consequent(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that tell what a cell is, in a record's config or in what a failed cell was meant to be."""
+    found = {name: config[name] for name in ("method", "pattern", "scope", "seed", "calibration", "eval") if name in config}
+    for name in ("calibration", "eval"):
+        if isinstance(found.get(name), dict):
+            found[name] = {key: value for key, value in found[name].items() if key != "batch_size"}
+    if "model" in config:
+        found["model"] = {name: config["model"].get(name) for name in ("name", "path", "roles")}
+    return found
+
+
 def documents(results: Path, key: str) -> dict[str, dict[str, list[float]]]:
     """Outcomes by task, metric and document; empty where the run scored no tasks."""
     try:
         found = _object(results / "runs" / key / "documents.json")
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if all(isinstance(task, dict) and all(isinstance(one, list) for one in task.values()) for task in found.values()) else {}
 

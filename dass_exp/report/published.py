@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from dass_exp.errors import UserError
 from dass_exp.report.load import Record
@@ -42,16 +44,26 @@ def read(path: Path) -> list[dict[str, str]]:
     Raises:
         UserError: a column is missing, or a value is no number; the message names the line.
     """
-    with path.open(encoding="utf-8", newline="") as file:
+    with _readable(path) as file:
         reader = csv.DictReader(file)
         if missing := [name for name in _COLUMNS if name not in (reader.fieldnames or ())]:
             raise UserError(f"{path}: no column {', '.join(missing)}; it needs {', '.join(_COLUMNS)}")
         rows = []
         for row in reader:
-            if not _is_number(row["value"]):
-                raise UserError(f"{path}, line {reader.line_num}: value={row['value']!r}: expected a number")
+            if not _is_number(row["value"]) or (row["metric"] == "perplexity" and float(row["value"]) <= 0):
+                raise UserError(f"{path}, line {reader.line_num}: value={row['value']!r}: expected a number" + " above 0" * _is_number(row["value"]))
             rows.append({name: text or "" for name, text in row.items() if name is not None})
         return rows
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[TextIO]:
+    """The file, with or without the mark that Excel puts at its head."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield file
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: it is no CSV file in UTF-8 ({error})") from error
 
 
 def _is_number(text: str | None) -> bool:
@@ -106,10 +118,15 @@ def _verdict(metric: str, ours: float, value: float, note: str) -> str:
     return f"{'within' if off <= tolerance else 'outside'} {tolerance:g} point ({off:.1f})"
 
 
+def as_rows(found: list[Published]) -> list[list[str]]:
+    """A header and one line per figure."""
+    head = ["published", "ours", "theirs", "difference", "source", "verdict"]
+    return [head, *([row.label, f"{row.ours:.2f}", f"{row.value:.2f}", f"{row.ours - row.value:+.2f}", row.source, row.verdict] for row in found)]
+
+
 def as_markdown(found: list[Published]) -> str:
     """The comparison as a Markdown table, or a line that says that there is nothing to compare with."""
     if not found:
         return NOTHING_PUBLISHED
-    lines = ["| published | ours | theirs | difference | source | verdict |", "|---|---|---|---|---|---|"]
-    lines += [f"| {row.label} | {row.ours:.2f} | {row.value:.2f} | {row.ours - row.value:+.2f} | {row.source} | {row.verdict} |" for row in found]
-    return "\n".join(lines)
+    head, *rows = as_rows(found)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))

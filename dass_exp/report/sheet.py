@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from dass_exp.errors import UserError
+from dass_exp.report.alike import colliding, differing_in, told
 from dass_exp.report.load import Cell, Record, documents, varying_settings
 from dass_exp.report.noise import pairs_differ, seeds_differ
 
 HIGHER_IS_BETTER = {"acc": True, "acc_norm": True, "perplexity": False, "cost": False}
 _COSTS = {"prune_s": "seconds to prune", "peak_rss_bytes": "peak memory GB", "peak_gpu_bytes": "peak GPU memory GB"}
-_FIXED = ("scope", "calibration.name", "calibration.num_samples", "calibration.seq_len", "context", "dataset", "windows", "limit", "tasks", "lm_eval", "device")
 
 
 @dataclass(frozen=True)
@@ -76,44 +77,67 @@ def build(name: str, layout: Mapping[str, Any], records: list[Record], failed: l
     Raises:
         UserError: the records differ in their protocol, scope or calibration, and ``mix`` was not asked for.
     """
-    metric, by_row = str(layout["metric"]), layout["rows"] if isinstance(layout["rows"], list) else [layout["rows"]]
-    axes = {*by_row, str(layout["columns"])}
-    differing = _differing(records, axes)
+    rows = layout["rows"] if isinstance(layout["rows"], list) else [layout["rows"]]
+    intended: list[Record] = [{"config": cell.config} for cell in failed if cell.config]
+    plan = _Plan(str(layout["metric"]), rows, str(layout["columns"]), records, intended, results)
+    differing = differing_in(records, {*rows, plan.column})
+    places = plan.places(tuple(differing))
+    differing |= colliding([record for record, *_ in found] for found in places.values())
     if differing and not mix:
-        told = "; ".join(f"{field}: {', '.join(sorted(map(str, values)))}" for field, values in differing.items())
-        raise UserError(f"{name}: its records were not made alike ({told}); narrow the results, or ask for --mix to show what differs")
-    intended = [{"config": cell.config} for cell in failed if cell.config]
-    varying = varying_settings([*records, *intended])
-    gathered: dict[tuple[str, str], list[tuple[Record, float, float | None, tuple[float, ...]]]] = {}
-    groups: dict[str, str] = {}
-    several_models = len({record["config"]["model"]["name"] for record in records}) > 1
-    pruned_columns = _columns(layout, [*records, *intended])
-    for record in records:
-        row = _row(record, by_row, varying, several_models)
-        if told := ", ".join(f"{field}={made_by(record)[field]}" for field in differing if field in made_by(record)):
-            row = f"{told} {row}" if row.endswith("dense") else f"{row}, {told}"
-        groups[row] = _label(record, by_row[0], varying) if len(by_row) > 1 else ""
-        for column, value, stderr, outcomes in _values(record, metric, str(layout["columns"]), pruned_columns, varying, results):
-            gathered.setdefault((row, column), []).append((record, value, stderr, outcomes))
-    cells: dict[tuple[str, str], Entry | str] = {place: _entry(found) for place, found in gathered.items()}
-    columns = list(dict.fromkeys((*pruned_columns, *(column for _, column in gathered)))) or [""]
+        shown = "; ".join(f"{name}: {', '.join(sorted(values))}" for name, values in differing.items())
+        raise UserError(f"{name}: its records were not made alike ({shown}); run one of them into another results_dir, or ask for --mix")
+    places = plan.places(tuple(differing))
+    cells: dict[tuple[str, str], Entry | str] = {(row, column): _entry(found) for (_, row, column), found in places.items()}
+    groups = {row: group for group, row, _ in places}
+    columns = list(dict.fromkeys((*plan.columns, *(column for _, column in cells)))) or [""]
     for cell in intended:
-        row, column = _row(cell, by_row, varying, several_models), _label(cell, str(layout["columns"]), varying) if metric == "perplexity" else ""
+        row, column = plan.row(cell, ()), plan.label(cell, plan.column) if plan.metric == "perplexity" else ""
         for place in [column] if column in columns else columns:
             cells.setdefault((row, place), "failed")
-    rows = sorted(dict.fromkeys(row for row, _ in cells), key=lambda row: not row.endswith("dense"))
-    columns = [column for column in columns if any((row, column) in cells for row in rows)]
+    models = [record["config"]["model"]["name"] for record in (*records, *intended)]
+    order = {row: next((number for number, model in enumerate(models) if row.startswith(f"{model} ")), 0) for row, _ in cells}
+    labels = sorted(dict.fromkeys(row for row, _ in cells), key=lambda row: (order[row], not row.endswith("dense")))
+    columns = [column for column in columns if any((row, column) in cells for row in labels)]
     marked = dict(cells)
     for group in dict.fromkeys(groups.values()):
-        ranked = [row for row in rows if groups.get(row) == group and not row.endswith("dense")]
-        marked |= _marks(cells, ranked, columns, HIGHER_IS_BETTER[metric])
-    return Sheet(name, str(layout["title"]), metric, rows, columns, marked, records, failed, layout.get("figure"), tuple(differing))
+        ranked = [row for row in labels if groups.get(row) == group and not row.endswith("dense")]
+        marked |= _marks(cells, ranked, columns, HIGHER_IS_BETTER[plan.metric])
+    return Sheet(name, str(layout["title"]), plan.metric, labels, columns, marked, records, failed, layout.get("figure"), tuple(differing))
 
 
-def _row(record: Mapping[str, Any], axes: Sequence[str], varying: Mapping[str, list[str]], several_models: bool) -> str:
-    dense = record["config"]["method"]["name"] == "dense"
-    row = "dense" if dense else " ".join(filter(None, (_label(record, axis, varying) for axis in axes)))
-    return f"{record['config']['model']['name']} {row}" if several_models else row
+Found = tuple[Record, float, float | None, tuple[float, ...]]
+
+
+class _Plan:
+    """Which record goes where in a table."""
+
+    def __init__(self, metric: str, rows: Sequence[str], column: str, records: list[Record], intended: list[Record], results: Path) -> None:
+        self.metric, self.rows, self.column, self.records, self.results = metric, rows, column, records, results
+        self.varying = varying_settings([*records, *intended])
+        self.several_models = len({record["config"]["model"]["name"] for record in (*records, *intended)}) > 1
+        self.columns = _columns({"metric": metric, "columns": column}, [*records, *intended])
+
+    def places(self, differing: tuple[str, ...]) -> dict[tuple[tuple[str, ...], str, str], list[Found]]:
+        """Values by group of rows that are ranked together, row and column."""
+        found: dict[tuple[tuple[str, ...], str, str], list[Found]] = {}
+        for record in self.records:
+            outer = self.label(record, self.rows[0]) if len(self.rows) > 1 else ""
+            group, row = (record["config"]["model"]["name"], outer, told(record, differing)), self.row(record, differing)
+            for column, *value in _values(record, self.metric, self.column, self.columns, self.varying, self.results):
+                found.setdefault((group, row, column), []).append((record, *value))  # type: ignore[arg-type]
+        return found
+
+    def row(self, record: Record, differing: tuple[str, ...]) -> str:
+        """What a record's row is called."""
+        dense = record["config"]["method"]["name"] == "dense"
+        row = "dense" if dense else " ".join(filter(None, (self.label(record, axis) for axis in self.rows))) or self.label(record, "method")
+        if extra := told(record, differing):
+            row = f"{extra} {row}" if dense else f"{row}, {extra}"
+        return f"{record['config']['model']['name']} {row}" if self.several_models else row
+
+    def label(self, record: Record, axis: str) -> str:
+        """What a record is called along an axis."""
+        return _label(record, axis, self.varying)
 
 
 def _entry(found: list[tuple[Record, float, float | None, tuple[float, ...]]]) -> Entry:
@@ -168,26 +192,11 @@ def _label(record: Mapping[str, Any], axis: str, varying: Mapping[str, list[str]
     return "" if found is None else f"{axis.rsplit('.', 1)[-1]}={found}" if isinstance(found, (int, float)) else str(found)
 
 
-def made_by(record: Record) -> dict[str, Any]:
-    """What must be equal in all rows of one table, as far as the record has it."""
-    calibration, protocol = record["calibration"] or {}, record["protocol"]
-    known = {"scope": record["config"]["scope"], **{f"calibration.{key}": calibration.get(key) for key in ("name", "num_samples", "seq_len")}, **protocol}
-    return {name: known[name] for name in _FIXED if known.get(name) is not None}
-
-
-def _differing(records: list[Record], axes: set[str]) -> dict[str, set[str]]:
-    seen: dict[str, set[str]] = {}
-    for record in records:
-        for name, value in made_by(record).items():
-            seen.setdefault(name, set()).add(str(value))
-    return {name: values for name, values in seen.items() if len(values) > 1 and name not in axes}
-
-
 def _marks(cells: Mapping[tuple[str, str], Entry | str], rows: list[str], columns: list[str], higher: bool) -> dict[tuple[str, str], Entry | str]:
     """The best and the second of these rows in each column, each marked only if it stands apart from the next."""
     marked: dict[tuple[str, str], Entry | str] = {}
     for column in columns:
-        ranked = [(row, entry) for row in rows if isinstance(entry := cells.get((row, column)), Entry)]
+        ranked = [(row, entry) for row in rows if isinstance(entry := cells.get((row, column)), Entry) and math.isfinite(entry.mean)]
         ranked.sort(key=lambda pair: pair[1].mean, reverse=higher)
         for (row, entry), (_, following), mark in zip(ranked, ranked[1:], ("best", "second"), strict=False):
             if not _apart(entry, following):

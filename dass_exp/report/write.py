@@ -71,11 +71,13 @@ def _pipe(text: str) -> str:
 
 
 def long_form(sheet: Sheet) -> list[list[Any]]:
-    """A header, and one line per value in full precision: row, column, mean, sd, stderr, n, mark, keys of the records."""
-    lines: list[list[Any]] = [["row", "column", "metric", "mean", "sd", "stderr", "n", "mark", "records"]]
+    """A header, and one line per value in full precision: row, column, mean, sd, stderr, n, mark, status, keys of the records."""
+    lines: list[list[Any]] = [["row", "column", "metric", "mean", "sd", "stderr", "n", "mark", "status", "records"]]
     for (row, column), entry in sheet.cells.items():
         if isinstance(entry, Entry):
-            lines.append([row, column, sheet.metric, entry.mean, entry.sd, entry.stderr, len(entry.values), entry.mark, " ".join(entry.keys)])
+            lines.append([row, column, sheet.metric, entry.mean, entry.sd, entry.stderr, len(entry.values), entry.mark, "done", " ".join(entry.keys)])
+        else:
+            lines.append([row, column, sheet.metric, None, None, None, 0, "", entry, ""])
     return lines
 
 
@@ -105,8 +107,10 @@ def latex(sheet: Sheet) -> str:
     lines.append(" & ".join(["", *map(tex, sheet.columns)]) + r" \\")
     lines.append(r"\midrule")
     for number, row in enumerate(sheet.rows):
+        if row.endswith("dense") and number and lines[-1] != r"\midrule":
+            lines.append(r"\midrule")
         lines.append(" & ".join([tex(row), *(shown(sheet.cells.get((row, column), "")) for column in sheet.columns)]) + r" \\")
-        if number == 0 and row.endswith("dense") and len(sheet.rows) > 1:
+        if row.endswith("dense") and number + 1 < len(sheet.rows):
             lines.append(r"\midrule")
     lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{tex(sheet.title)}. {tex(caption(sheet))}}}", rf"\label{{tab:{sheet.name}}}", r"\end{table}"]
     return "\n".join(lines) + "\n"
