@@ -25,14 +25,14 @@ report: $(STAMP)  ## write the tables, pictures and page of every sweep that was
 	@$(RUN)dass-report
 
 test: $(STAMP)  ## the tests: CPU, offline once the assets are there, some minutes
-	@HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false $(RUN)python -m pytest -m 'not slow'
+	@HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false $(RUN)python -m pytest -m 'not slow' -n 2
 
 $(STAMP_ALL): $(STAMP)
 	@$(RUN)python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,ray]'
 	@touch $@
 
 test-all: $(STAMP_ALL)  ## the tests and the slow ones, a sweep through a local Ray among them
-	@HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false $(RUN)python -m pytest
+	@HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false $(RUN)python -m pytest -n 2
 
 check: $(STAMP)  ## lint, formatting, types
 	@$(RUN)ruff check .

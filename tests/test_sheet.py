@@ -15,9 +15,10 @@ from dass_exp.report.load import Cell, repaired
 from dass_exp.report.page import Chapter, page
 from dass_exp.report.pair import pair
 from dass_exp.report.sheet import Entry, build
-from dass_exp.report.write import caption, format_entry, latex, markdown, tex, write
+from dass_exp.report.write import caption, format_entry, latex, latex_beside, markdown, tex, write
 from dass_exp.report.write import comma_separated as long_csv
 
+HEAD = published.as_rows([])
 LAYOUT = {"title": "Perplexity of every method", "rows": "method", "columns": "pattern", "metric": "perplexity", "figure": {"kind": "bars"}}
 ACCURACY = {"title": "Accuracy", "rows": ["pattern", "method"], "columns": "task", "metric": "acc"}
 
@@ -144,7 +145,7 @@ def test_costs_have_their_units():
 
 def test_the_written_forms_agree(tmp_path):
     sheet = sheet_of(four())
-    paths = write(sheet, tmp_path, "a note")
+    paths = write(sheet, tmp_path, "a note", HEAD)
     assert [path.name for path in paths] == ["perplexity.md", "perplexity.csv", "perplexity.tex"]
     text = paths[0].read_text()
     assert "| dass | **3.40** |" in text
@@ -169,9 +170,20 @@ def test_latex_escapes_and_marks():
     assert made.count(r"\midrule") == 2
 
 
+def test_published_figures_are_in_all_three_forms(tmp_path):
+    rows = published.as_rows([published.Published("llama2_7b wanda 2:4", 11.5, 11.02, "a_paper", "outside 2% (4.4%)")])
+    written = write(sheet_of(four()), tmp_path, "a note", rows)
+    assert [path.name for path in written] == ["perplexity.md", "perplexity.csv", "perplexity.tex", "perplexity-published.csv"]
+    assert list(csv.reader(written[3].read_text().splitlines()))[1] == ["llama2_7b wanda 2:4", "11.50", "11.02", "+0.48", "a_paper", "outside 2% (4.4%)"]
+    assert r"a\_paper & outside 2\% (4.4\%) \\" in written[2].read_text()
+    assert len(write(sheet_of(four()), tmp_path, "a note", HEAD)) == 3
+    assert not written[3].exists()  # what no longer has a counterpart goes
+
+
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no TeX is installed")
 def test_latex_compiles(tmp_path):
-    body = latex(sheet_of(four()))
+    figures = published.as_rows([published.Published("llama2_7b wanda 50%", 11.5, 11.02, "a_paper", "outside 2% (4.4%)")])
+    body = latex(sheet_of(four())) + latex_beside(sheet_of(four()), figures)
     (tmp_path / "t.tex").write_text(f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}{body}\\end{{document}}")
     done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

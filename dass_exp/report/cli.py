@@ -76,6 +76,8 @@ def _report(asked: argparse.Namespace) -> bool:
             continue
         if sheet is not None:
             sheets.append(sheet)
+        elif asked.sweeps and cells_of(results, name):
+            log.warning("%s: this sweep has no table of its own; its cells stand in the comparison.md of its folder in %s", name, results / "hydra")
         elif asked.sweeps:
             log.warning("%s: no cell of this sweep was run into %s; run dass-exp sweeps=%s", name, results, name)
     if not sheets and not refused:
@@ -112,7 +114,7 @@ def _write(sheets: list[Sheet], results: Path, problems: list[str], asked: argpa
     output = Path(asked.output or results)
     for sheet in sheets:
         found = published.beside(sheet.records, rows)
-        written = write(sheet, output / "tables", _notes(sheet, found))
+        written = write(sheet, output / "tables", _notes(sheet, found), published.as_rows(found))
         pictures = draw(sheet, output / "figures")
         for record in {record["key"]: record for record in sheet.records}.values() if asked.layers else ():
             pictures += draw_layers(record, output / "figures")

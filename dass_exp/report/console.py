@@ -80,7 +80,10 @@ def show_plan(cells: list[dict[str, Any]]) -> None:
     more = f", and {unknown} cells of unknown cost" if unknown else ""
     for needed in dict.fromkeys(filter(None, (cell["needs"] for cell in cells))):
         screen.print(f"needs: {needed}")
-    screen.print(f"about {total / 60:.0f} min in one process{more}; loading the model is not counted")
+    if unknown == len(cells):
+        screen.print("no like record yet: how long it takes is not known")
+        return
+    screen.print(f"about {total / 60:.0f} min in one process{more}; loading the model, and a dense record that is not there yet, are not counted")
 
 
 def _rows(record: Record) -> dict[str, str]:

@@ -36,7 +36,7 @@ def _differences(first: Any, second: Any, path: str = "") -> list[tuple[str, ...
 def _scores(first: Record, second: Record, results: Path) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for name, one, other, pairs in _paired(first, second, results):
-        interval = "not paired"
+        interval = "see nats per token" if name.startswith("perplexity") else "not paired"
         if pairs is not None:
             _, low, high = bootstrap(*pairs)
             interval = f"{low:+.4f} to {high:+.4f}"

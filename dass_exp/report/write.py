@@ -91,8 +91,12 @@ def wide_form(sheet: Sheet) -> list[list[str]]:
 
 def comma_separated(sheet: Sheet) -> str:
     """:func:`long_form` as CSV."""
+    return _csv(long_form(sheet))
+
+
+def _csv(rows: list[list[Any]]) -> str:
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(long_form(sheet))
+    csv.writer(out, lineterminator="\n").writerows(rows)
     return out.getvalue()
 
 
@@ -121,17 +125,34 @@ def tex(text: str) -> str:
     return "".join(_TEX.get(mark, mark) for mark in text)
 
 
-def write(sheet: Sheet, folder: Path, notes: str) -> list[Path]:
+def latex_beside(sheet: Sheet, rows: list[list[str]]) -> str:
+    """Published figures beside ours as a table environment of its own; nothing if there are none."""
+    head, *lines = rows
+    if not lines:
+        return ""
+    parts = [r"\begin{table}", r"\centering", r"\begin{tabular}{lrrrll}", r"\toprule", " & ".join(map(tex, head)) + r" \\", r"\midrule"]
+    parts += [" & ".join(map(tex, line)) + r" \\" for line in lines]
+    parts += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{tex(sheet.title)}, beside published numbers.}}", rf"\label{{tab:{sheet.name}-published}}"]
+    return "\n".join([*parts, r"\end{table}"]) + "\n"
+
+
+def write(sheet: Sheet, folder: Path, notes: str, beside: list[list[str]]) -> list[Path]:
     """Write the three forms of a sheet, each atomically.
 
     Args:
         sheet: what to write.
         folder: where to.
         notes: Markdown that follows the caption: published numbers, failures, footnotes.
+        beside: published figures beside ours, a header first, for the other two forms.
     """
     lines = [f"# {sheet.title}", "", markdown(sheet), "", caption(sheet), "", f"Made by `dass-report {sheet.name}`.", "", notes]
-    contents = {"md": "\n".join(lines).rstrip() + "\n", "csv": comma_separated(sheet), "tex": latex(sheet)}
-    return [write_text(folder / f"{sheet.name}.{ending}", content) for ending, content in contents.items()]
+    contents = {"md": "\n".join(lines).rstrip() + "\n", "csv": comma_separated(sheet), "tex": latex(sheet) + latex_beside(sheet, beside)}
+    written = [write_text(folder / f"{sheet.name}.{ending}", content) for ending, content in contents.items()]
+    other = folder / f"{sheet.name}-published.csv"
+    if len(beside) > 1:
+        return [*written, write_text(other, _csv(beside))]
+    other.unlink(missing_ok=True)
+    return written
 
 
 def write_text(path: Path, content: str) -> Path:
