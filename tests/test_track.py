@@ -237,10 +237,6 @@ def test_a_summary_run_holds_the_tables_and_the_picture(tmp_path, monkeypatch):
     assert found["table"]["data"] == [["dense", "20.00"], ["dass", "51.00 ± 1.41"], ["wanda", "failed"]]
     values = [(row[0], row[1], row[3]) for row in found["values"]["data"]]
     assert values == [("dense", "2:4", 20.0), ("dass", "2:4", 51.0), ("wanda", "2:4", None)]
-        ["dense", "2:4", "perplexity", 20.0],
-        ["dass", "2:4", "perplexity", 51.0],
-        ["wanda", "2:4", "perplexity", None],
-    ]
     assert len(list(folder.glob("files/media/images/perplexity_*.png"))) == 1
     (run_record,) = [entry.run for entry in wandb_records(next(folder.glob("*.wandb"))) if entry.HasField("run")]
     assert (run_record.display_name, run_record.project) == ("Perplexity of every method", "of_a_team")
