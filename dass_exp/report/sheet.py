@@ -79,19 +79,19 @@ def build(name: str, layout: Mapping[str, Any], records: list[Record], failed: l
     """
     rows = layout["rows"] if isinstance(layout["rows"], list) else [layout["rows"]]
     intended: list[Record] = [{"config": cell.config} for cell in failed if cell.config]
-    plan = _Plan(str(layout["metric"]), rows, str(layout["columns"]), records, intended, results)
-    differing = differing_in(records, {*rows, plan.column})
-    places = plan.places(tuple(differing))
+    laid = _Layout(str(layout["metric"]), rows, str(layout["columns"]), records, intended, results)
+    differing = differing_in(records, {*rows, laid.column})
+    places = laid.places(tuple(differing))
     differing |= colliding([record for record, *_ in found] for found in places.values())
     if differing and not mix:
         shown = "; ".join(f"{name}: {', '.join(sorted(values))}" for name, values in differing.items())
         raise UserError(f"{name}: its records were not made alike ({shown}); run one of them into another results_dir, or ask for --mix")
-    places = plan.places(tuple(differing))
+    places = laid.places(tuple(differing))
     cells: dict[tuple[str, str], Entry | str] = {(row, column): _entry(found) for (_, row, column), found in places.items()}
     groups = {row: group for group, row, _ in places}
-    columns = list(dict.fromkeys((*plan.columns, *(column for _, column in cells)))) or [""]
+    columns = list(dict.fromkeys((*laid.columns, *(column for _, column in cells)))) or [""]
     for cell in intended:
-        row, column = plan.row(cell, ()), plan.label(cell, plan.column) if plan.metric == "perplexity" else ""
+        row, column = laid.row(cell, ()), laid.label(cell, laid.column) if laid.metric == "perplexity" else ""
         for place in [column] if column in columns else columns:
             cells.setdefault((row, place), "failed")
     models = [record["config"]["model"]["name"] for record in (*records, *intended)]
@@ -101,14 +101,14 @@ def build(name: str, layout: Mapping[str, Any], records: list[Record], failed: l
     marked = dict(cells)
     for group in dict.fromkeys(groups.values()):
         ranked = [row for row in labels if groups.get(row) == group and not row.endswith("dense")]
-        marked |= _marks(cells, ranked, columns, HIGHER_IS_BETTER[plan.metric])
-    return Sheet(name, str(layout["title"]), plan.metric, labels, columns, marked, records, failed, layout.get("figure"), tuple(differing))
+        marked |= _marks(cells, ranked, columns, HIGHER_IS_BETTER[laid.metric])
+    return Sheet(name, str(layout["title"]), laid.metric, labels, columns, marked, records, failed, layout.get("figure"), tuple(differing))
 
 
 Found = tuple[Record, float, float | None, tuple[float, ...]]
 
 
-class _Plan:
+class _Layout:
     """Which record goes where in a table."""
 
     def __init__(self, metric: str, rows: Sequence[str], column: str, records: list[Record], intended: list[Record], results: Path) -> None:
