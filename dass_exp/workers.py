@@ -30,6 +30,7 @@ def announce() -> None:
     Raises:
         UserError: DASS_EXP_WORKERS is no number of workers.
     """
+    os.environ["DASS_EXP_LAUNCHER"] = str(os.getpid())  # whom workers follow: one that is still starting when its parent is killed cannot tell it any more
     fitting = workers()
     known = {"DASS_EXP_WORKERS": fitting, "DASS_EXP_WORKER_CORES": max(1, cores() // fitting), "DASS_EXP_WORKER_GPUS": int(_gpus() > 0)}
     for name, value in known.items():
@@ -67,7 +68,7 @@ def join(launcher: Mapping[str, Any], folder: Path) -> None:
     if slots is None or _HELD:
         return
     if multiprocessing.current_process().name.startswith("Loky"):
-        threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_follow, args=(int(os.environ.get("DASS_EXP_LAUNCHER", os.getppid())),), daemon=True).start()
     slot = _take(folder / ".slots", slots)
     torch.set_num_threads(max(1, min(torch.get_num_threads(), cores() // slots)))
     if (loky := sys.modules.get(_LOKY)) is not None and hasattr(loky, _LEAK):

@@ -36,7 +36,7 @@ def machine(monkeypatch):
 
     def make(cores, gpus=0):
         chosen = []
-        for name in ("DASS_EXP_WORKERS", "DASS_EXP_WORKER_CORES", "DASS_EXP_WORKER_GPUS"):
+        for name in ("DASS_EXP_WORKERS", "DASS_EXP_WORKER_CORES", "DASS_EXP_WORKER_GPUS", "DASS_EXP_LAUNCHER"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(workers, "cores", lambda: cores)
         monkeypatch.setattr(torch.accelerator, "device_count", lambda: gpus)
