@@ -64,13 +64,15 @@ def join(launcher: Mapping[str, Any], folder: Path) -> None:
         launcher: the config of Hydra's launcher.
         folder: of the sweep, the same for all its cells.
     """
+    if (remote := (launcher.get("ray") or {}).get("remote")) and remote.get("num_cpus"):
+        _at_most(int(remote["num_cpus"]))  # Ray leaves an OMP_NUM_THREADS of the user's as it is
     slots = _slots(launcher)
     if slots is None or _HELD:
         return
     if multiprocessing.current_process().name.startswith("Loky"):
         threading.Thread(target=_follow, args=(int(os.environ.get("DASS_EXP_LAUNCHER", os.getppid())),), daemon=True).start()
     slot = _take(folder / ".slots", slots)
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), cores() // slots)))
+    _at_most(cores() // slots)
     if (loky := sys.modules.get(_LOKY)) is not None and hasattr(loky, _LEAK):
         setattr(loky, _LEAK, sys.maxsize)  # it takes the model, which stays for the next cell, for a leak, and would end this worker
     if (gpus := _gpus()) > 1:  # not run here: this project is developed without a GPU
@@ -84,6 +86,10 @@ def _slots(launcher: Mapping[str, Any]) -> int | None:
         asked = int(launcher["n_jobs"])
         return max(1, asked if asked > 0 else cores() + 1 + asked)  # as joblib counts: -1 is all cores
     return workers() if kind == "LocalLauncher" else None  # submitit's local executor starts all cells at once
+
+
+def _at_most(threads: int) -> None:
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), threads)))
 
 
 def _take(folder: Path, slots: int) -> int:

@@ -123,6 +123,12 @@ def test_other_launchers_hand_out_their_own_shares(machine, tmp_path, launcher):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_ray_task_keeps_to_the_cores_that_it_was_given(machine, tmp_path):
+    machine(8)
+    workers.join({"_target_": "x.RayLauncher", "ray": {"remote": {"num_cpus": 3}}}, tmp_path)
+    assert torch.get_num_threads() == 3
+
+
 def test_submitits_local_executor_waits_for_a_share(machine, tmp_path):
     """It starts all cells at once: those that find no share wait until a process ends."""
     machine(2)
