@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dass_exp.decoder import decoder_of
 from dass_exp.errors import UserError
-from dass_exp.families import DOWN, FAMILIES, FC1, FC2, GLU, PLAIN, READER_OF, SCOPES, O, Q, Role, family_of
+from dass_exp.families import DOWN, FAMILIES, FC1, FC2, GATE, GLU, PLAIN, READER_OF, SCOPES, UP, O, Q, Role, family_of
 
 LLAMA_ROLES = {
     "q": "self_attn.q_proj",
@@ -87,6 +87,47 @@ def test_what_reads_a_neuron_has_a_column_for_it(family, tiny_model):
         for shapes in units.values():
             assert shapes.keys() in (GLU, PLAIN)
             assert all(shapes[role] == shapes[READER_OF[role]][::-1] for role in shapes if role in READER_OF)
+
+
+@torch.no_grad()
+def after_first_block(model: nn.Module, tokens: Tensor) -> Tensor:
+    return model(tokens, output_hidden_states=True).hidden_states[1]
+
+
+@EACH
+def test_queries_keys_and_values_are_what_they_are_called(family, tiny_model, tokens):
+    """Without queries attention is uniform, whatever the keys: independent of how a fused linear is laid out."""
+    model = tiny_model(family)
+    sites = {site.role: site.matrix for site in decoder_of(model).sites(0, "attention")}
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.zero_()
+    for role in (Role.K, Role.V):
+        whole = after_first_block(model, tokens)
+        sites[role].write(1.5 * sites[role].weight.flip(0))
+        assert not torch.allclose(after_first_block(model, tokens), whole)
+    sites[Q].write(torch.zeros_like(sites[Q].weight))
+    without = after_first_block(model, tokens)
+    sites[Role.K].write(1.5 * sites[Role.K].weight.flip(0))
+    torch.testing.assert_close(after_first_block(model, tokens), without)
+    sites[Role.V].write(1.5 * sites[Role.V].weight.flip(0))
+    assert not torch.allclose(after_first_block(model, tokens), without)
+
+
+@pytest.mark.parametrize("family", sorted(name for name, family in FAMILIES.items() if GATE in family.places and family.experts is None))
+def test_gate_and_up_are_what_they_are_called(family, tiny_model, tokens):
+    """The neurons are linear in up, and not in gate."""
+    model = tiny_model(family)
+    sites = {site.role: site.matrix for site in decoder_of(model).sites(0, "mlp")}
+    seen: list[Tensor] = []
+    sites[DOWN].module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for role in (None, UP, GATE):
+        if role is not None:
+            sites[role].write(2 * sites[role].weight)
+        with torch.no_grad():
+            model(tokens)
+    torch.testing.assert_close(seen[1], 2 * seen[0])
+    assert not torch.allclose(seen[2], 2 * seen[1], rtol=1e-2)
 
 
 def test_experts_are_units_of_their_own_and_plain_blocks_among_them_are_not(tiny_model):

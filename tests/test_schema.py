@@ -8,7 +8,7 @@ import pytest
 from support import bare_record, cell_fixture, results_fixture, run_with, short_texts_fixture, tiny_fixture, tiny_overrides  # noqa: F401
 
 from dass_exp.report import cli
-from dass_exp.report.load import load
+from dass_exp.report.load import cells_of, load
 from dass_exp.schema import is_config, problem_of
 
 KEY = "0123456789abcdef"
@@ -158,3 +158,14 @@ def test_what_we_write_has_the_shape(swept):
     loaded = load(results)
     assert len(loaded.records) == 2
     assert loaded.problems == []
+
+
+def test_the_order_of_cells_is_that_of_the_launch_that_ran_most(tmp_path):
+    """A first launch was killed after its second cell, a third ran one cell again: neither shows."""
+    for time, alphas in (("00-00-00", ["1", "0"]), ("00-00-01", ["0", "0.5", "1"]), ("00-00-02", ["1"])):
+        for number, alpha in enumerate(alphas):
+            folder = tmp_path / "hydra" / "2026-01-01" / time / str(number)
+            folder.mkdir(parents=True)
+            note = {"status": "done", "overrides": [f"method.alpha={alpha}", "sweeps=alpha"], "record": f"{time}-{alpha}/result.json"}
+            (folder / "cell.json").write_text(json.dumps(note))
+    assert [cell.key for cell in cells_of(tmp_path, "alpha")] == ["00-00-01-0", "00-00-01-0.5", "00-00-02-1"]

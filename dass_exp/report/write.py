@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dass_exp.report.console import calibration_label
 from dass_exp.report.sheet import Entry, Sheet
 
 _UNITS = {"perplexity": "perplexity, lower is better", "acc": "accuracy in %", "acc_norm": "length-normalised accuracy in %", "cost": "cost"}
@@ -32,9 +33,7 @@ def caption(sheet: Sheet) -> str:
     models = dict.fromkeys(f"{record['identity']['model']}{_note(record['protocol']['model_note'])}" for record in pruned)
     parts.append(f"Model {', '.join(models)}, {shown['dtype']}")
     parts.append("scope " + ", ".join(dict.fromkeys(record["config"]["scope"] or "none" for record in pruned)))
-    calibrations = dict.fromkeys(
-        f"{found['num_samples']} x {found['seq_len']} tokens of {found['name']}" for record in pruned if (found := record["calibration"]) is not None
-    )
+    calibrations = dict.fromkeys(label for record in pruned if (label := calibration_label(record)))
     if calibrations:
         seeds = sorted({record["config"]["seed"] for record in pruned if record["config"]["seed"] is not None})
         parts.append(f"calibration {', '.join(calibrations)}, seeds {', '.join(map(str, seeds))}")
