@@ -111,18 +111,21 @@ def _recording(blocks: Sequence[nn.Module]) -> Iterator[_Recorder]:
     recorder = _Recorder()
     with ExitStack() as stack:
         for block in blocks:
-            own = block.__dict__.get("forward")
-            stand_in = recorder.stand_in(block.forward)
-            stack.callback(_restore, block, own)
-            block.__dict__["forward"] = stand_in
+            stack.enter_context(standing_in(block, recorder.stand_in(block.forward)))
         yield recorder
 
 
-def _restore(block: nn.Module, own: Callable[..., Any] | None) -> None:
-    if own is None:
-        block.__dict__.pop("forward", None)
-    else:
-        block.__dict__["forward"] = own
+@contextmanager
+def standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """While it is open, ``forward`` runs in the place of the module's own; afterwards that is back, one set by a hook library included."""
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        module.__dict__.pop("forward")
+        if own is not None:
+            module.__dict__["forward"] = own
 
 
 def _share_call(call: Call, before: Call) -> Call:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from dass_exp.capture import standing_in
 from dass_exp.errors import UserError
 from dass_exp.families import Experts
 from dass_exp.stats import Stat
@@ -30,14 +31,8 @@ def observing_experts(module: nn.Module, table: Experts, stats: Mapping[int, tup
     odd = [name for name, usual in _LAYOUT.items() if getattr(module, name, usual) is not usual]
     if odd or getattr(module, table.gate_up).ndim != 3:
         raise UserError(f"{type(module).__name__}: experts of this layout ({', '.join(odd) or 'not [expert, out, in]'}) are not supported")
-    own = module.__dict__.get("forward")
-    module.__dict__["forward"] = _one_by_one(module, table, stats, tokens)
-    try:
+    with standing_in(module, _one_by_one(module, table, stats, tokens)):
         yield
-    finally:
-        module.__dict__.pop("forward")
-        if own is not None:
-            module.__dict__["forward"] = own
 
 
 _LAYOUT = {"has_bias": False, "has_gate": True, "is_transposed": False, "is_concatenated": True, "has_post_expert_norm": False}

@@ -27,10 +27,11 @@ METHODS = sorted(name for name in FILES if name.startswith("methods/") and name 
 LAYERS = [
     ["errors", "paths", "schema", "methods/__init__", "evaluate/__init__", "report/__init__"],
     ["masks", "maskfile", "matrices", "stats", "families", "assets"],
-    ["decoder", "experts", "digest"],
+    ["decoder", "digest"],
     ["methods/base"],
     ["methods/*"],
     ["capture"],
+    ["experts"],
     ["calibrate"],
     ["models", "data", "verify", "evaluate/perplexity", "evaluate/zeroshot"],
     ["components", "track", "workers"],
