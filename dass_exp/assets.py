@@ -140,22 +140,34 @@ def converted(name: str, convert: Callable[[Path, Path], None]) -> Path:
         UserError: as :func:`fetch`.
     """
     asset = MODELS[name]
-    folder = cache_dir() / "models" / f"{name}-{asset.sha256[:12]}"
-    if _complete(folder):
+
+    def fill(folder: Path) -> None:
+        log.info("converting %s, once", asset.file)
+        convert(source := fetch(asset), folder)
+        source.unlink()  # the converted model is all that is needed from now on
+
+    return made_once(cache_dir() / "models" / f"{name}-{asset.sha256[:12]}", fill)
+
+
+def made_once(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """A folder that is there whole or not at all, filled on first use; another process that wants it meanwhile waits.
+
+    Args:
+        folder: where it lies; it is given back.
+        fill: called with an empty folder to fill.
+    """
+    if complete(folder):
         return folder
     with exclusive(folder):
-        if not _complete(folder):
-            source = fetch(asset)
+        if not complete(folder):
             with temporary_folder(folder.parent) as scratch:
                 made = scratch / "made"
                 made.mkdir()
-                log.info("converting %s, once", asset.file)
-                convert(source, made)
+                fill(made)
                 sizes = {path.name: path.stat().st_size for path in sorted(made.iterdir())}
                 (made / "sizes.json").write_text(json.dumps(sizes), encoding="utf-8")
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(made, folder)
-            source.unlink()  # the converted model is all that is needed from now on
     return folder
 
 
@@ -187,8 +199,8 @@ def _whole(asset: Asset) -> bool:
     return _place(asset).is_file() and file_sha256(_place(asset)) == asset.sha256
 
 
-def _complete(folder: Path) -> bool:
-    """Every file that the conversion wrote is there with its size (hashing half a gigabyte at each start would cost a second)."""
+def complete(folder: Path) -> bool:
+    """Every file that was written into a folder of :func:`made_once` is there with its size (hashing half a gigabyte at each start would cost a second)."""
     try:
         sizes = json.loads((folder / "sizes.json").read_text(encoding="utf-8"))
         return all((folder / name).stat().st_size == size for name, size in sizes.items())

@@ -22,7 +22,9 @@ from dass_exp.track import Tracker
 
 @dataclass
 class ModelConfig:
-    """Which model: ``path`` is a hub id, a folder, or ``offline:NAME``. ``bos`` is auto, never, stream or window.
+    """Which model: ``path`` is a hub id, a folder, ``offline:NAME`` or ``tiny:NAME``. ``bos`` is auto, never, stream or window.
+
+    ``training_seed`` picks one of the trainings of a tiny model, null the first; tables average over them as over seeds.
 
     ``license``, ``parameters`` and ``context`` tell a user what to expect; no number depends on them.
     """
@@ -33,6 +35,7 @@ class ModelConfig:
     dtype: str = "auto"
     device: str = "auto"
     bos: str = "auto"
+    training_seed: int | None = None
     roles: Any = None  # a mapping; typed so, Hydra could not set it from the command line
     accept_license: bool = False
     trust_remote_code: bool = False

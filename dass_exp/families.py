@@ -137,7 +137,7 @@ _GEMMA = Family(_LLAMA.places, "GeGLU", bos="window")
 _MIXTURE = Family(_LLAMA.places, "SwiGLU experts", experts=Experts())
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_LLAMA.places, "SwiGLU (ReGLU in ReluLLaMA)", seen="SmolLM2-135M"),
+    "llama": Family(_LLAMA.places, "SwiGLU (ReGLU in ReluLLaMA)", seen="SmolLM2-135M; tiny models, trained here"),
     "mistral": Family(_LLAMA.places, "SwiGLU"),
     "qwen2": Family(_LLAMA.places, "SwiGLU"),
     "qwen3": Family(_LLAMA.places, "SwiGLU"),
@@ -169,6 +169,9 @@ FAMILIES: dict[str, Family] = {
             o="attention.dense", fc1="mlp.dense_h_to_4h", fc2="mlp.dense_4h_to_h",
         ),
         "GELU, no GLU", blocks="gpt_neox.layers",
+    ),
+    "arcee": Family(
+        _places(**_ATTENTION, fc1="mlp.up_proj", fc2="mlp.down_proj"), "any activation, no GLU", seen="tiny models, trained here"
     ),
     "phi": Family(_places(**{**_ATTENTION, "o": "self_attn.dense"}, fc1="mlp.fc1", fc2="mlp.fc2"), "GELU, no GLU"),
 }  # fmt: skip

@@ -48,6 +48,8 @@ def identity_of(settings: Settings, spec: ModelSpec, bos: str) -> dict[str, Any]
             del identity["calibration"]["separator"]
         if spec.family is not None and spec.family.experts is not None:
             identity["experts"] = dataclasses.asdict(config.experts)
+    if spec.trained:
+        identity["trained"] = dict(spec.trained)
     if config.repeat:
         identity["repeat"] = config.repeat
     if "seed" in method.uses:

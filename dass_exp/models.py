@@ -13,13 +13,14 @@ import torch
 import transformers
 from torch import nn
 
-from dass_exp import assets
+from dass_exp import assets, tiny
 from dass_exp.decoder import decoder_of
 from dass_exp.digest import folder_digest
 from dass_exp.errors import UserError, one_of
 from dass_exp.families import BOS_POLICIES, Family, family_of
 
 OFFLINE = "offline:"  # a path that starts so names one of the models of assets.py
+TINY = "tiny:"  # and one that starts so, one of tiny.py
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NEEDS_LICENCE = {"gemma3_270m": "the Gemma Terms of Use (https://ai.google.dev/gemma/terms)"}
@@ -38,6 +39,7 @@ class ModelSpec:
         config: of transformers.
         dtype, device: resolved.
         note: what a reader of its numbers must know, or an empty string.
+        trained: for a model that was trained several times: ``recipe``, equal for all of them, and ``seed`` of this training; else empty.
     """
 
     name: str
@@ -50,6 +52,7 @@ class ModelSpec:
     roles: Mapping[str, str] | None
     trust_remote_code: bool
     note: str
+    trained: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def family(self) -> Family | None:
@@ -79,25 +82,10 @@ def identify(settings: Any) -> ModelSpec:
     device = _device(settings.device)
     one_of("model.dtype", settings.dtype, ("auto", *_DTYPES))
     one_of("model.bos", settings.bos, ("auto", *BOS_POLICIES))
-    path, revision, note = str(settings.path), None, ""
-    if path.startswith(OFFLINE):
-        source, identity, note = _offline(path.removeprefix(OFFLINE), bool(settings.accept_license))
-        config = _config(source, None, trust=False)
-    elif Path(path).is_dir():
-        source = path
-        config = _config(source, None, settings.trust_remote_code)
-        identity = f"local:{folder_digest(Path(path))}"
-    elif path.startswith(("/", ".", "~")):
-        raise UserError(f"model.path={path}: there is no such folder; give a folder, a hub id such as meta-llama/Llama-2-7b-hf, or {OFFLINE}smollm2_135m")
-    else:
-        source = path
-        config = _config(path, settings.revision, settings.trust_remote_code)
-        if (revision := getattr(config, "_commit_hash", None)) is None:
-            raise UserError(f"model.path={path}: its commit cannot be told, so its results could not be told apart; download it and give the folder")
-        identity = f"{path}@{revision}"
+    found = _found(settings)
     spec = ModelSpec(
-        name=settings.name, source=source, revision=revision, identity=identity, config=config, dtype=_dtype(settings.dtype, config, device),
-        device=device, roles=settings.roles, trust_remote_code=bool(settings.trust_remote_code), note=note,
+        **found, name=settings.name, dtype=_dtype(settings.dtype, found["config"], device), device=device,
+        roles=settings.roles, trust_remote_code=bool(settings.trust_remote_code),
     )  # fmt: skip
     if spec.family is None:
         decoder_of(skeleton(spec))  # what cannot be taken for a LLaMA is said before anything is loaded
@@ -152,12 +140,40 @@ def bos_policy(setting: str, spec: ModelSpec, tokenizer: Any) -> str:
     return setting
 
 
-def _offline(name: str, accepted: bool) -> tuple[str, str, str]:
+def _found(settings: Any) -> dict[str, Any]:
+    """Where the model lies and what it is: source, identity, config, revision, note and trained of a :class:`ModelSpec`."""
+    path, trust = str(settings.path), bool(settings.trust_remote_code)
+    if settings.training_seed is not None and not path.startswith(TINY):
+        raise UserError(f"model.training_seed={settings.training_seed}: only the models of `make tiny-models` were trained more than once; leave it null")
+    if path.startswith(TINY):
+        recipe = tiny.trained(path.removeprefix(TINY), settings.training_seed)
+        told = {"recipe": f"{path}@{recipe.digest}", "seed": recipe.training_seed}
+        identity = f"{path}@{folder_digest(recipe.folder)}"
+        return {**_local(recipe.folder, trust=False), "identity": identity, "note": "trained from scratch by make tiny-models", "trained": told}
+    if path.startswith(OFFLINE):
+        name = path.removeprefix(OFFLINE)
+        folder = _offline(name, bool(settings.accept_license))
+        return {**_local(folder, trust=False), "identity": f"{path}@{assets.MODELS[name].sha256[:16]}", "note": _NOTES[name]}
+    if Path(path).is_dir():
+        return {**_local(Path(path), trust), "identity": f"local:{folder_digest(Path(path))}"}
+    if path.startswith(("/", ".", "~")):
+        raise UserError(f"model.path={path}: there is no such folder; give a folder, a hub id such as meta-llama/Llama-2-7b-hf, or {OFFLINE}smollm2_135m")
+    config = _config(path, settings.revision, trust)
+    if (revision := getattr(config, "_commit_hash", None)) is None:
+        raise UserError(f"model.path={path}: its commit cannot be told, so its results could not be told apart; download it and give the folder")
+    return {"source": path, "revision": revision, "config": config, "identity": f"{path}@{revision}", "note": ""}
+
+
+def _local(folder: Path, trust: bool) -> dict[str, Any]:
+    return {"source": str(folder), "revision": None, "config": _config(str(folder), None, trust), "note": ""}
+
+
+def _offline(name: str, accepted: bool) -> Path:
     if name not in assets.MODELS:
         raise UserError(f"model.path={OFFLINE}{name}: the offline models are {', '.join(assets.MODELS)}")
     if name in _NEEDS_LICENCE and not accepted:
         raise UserError(f"model {name}: read {_NEEDS_LICENCE[name]}; if you accept them, set model.accept_license=true")
-    return str(assets.converted(name, convert_gguf)), f"{OFFLINE}{name}@{assets.MODELS[name].sha256[:16]}", _NOTES[name]
+    return assets.converted(name, convert_gguf)
 
 
 def convert_gguf(source: Path, folder: Path) -> None:

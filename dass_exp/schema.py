@@ -46,10 +46,18 @@ class Config(Intended):
     eval: Evaluation
 
 
+class Trained(TypedDict):
+    """Which of several trainings of one recipe a model is."""
+
+    recipe: str
+    seed: int
+
+
 class Identity(TypedDict):
     """All that can change a number."""
 
     model: str
+    trained: NotRequired[Trained]
 
 
 class Protocol(TypedDict):

@@ -46,6 +46,7 @@ OWN: dict[str, dict[str, Any]] = {
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "gpt2": {"n_inner": 48},
+    "arcee": {"head_dim": 16},
     "gpt_neox": {"num_key_value_heads": None},
     "phi": {"num_key_value_heads": 4},
     "gemma3_text": {

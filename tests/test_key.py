@@ -82,8 +82,9 @@ OUTSIDE = {
     "results_dir": "results_dir=/somewhere/else",
     "plugins": "plugins=[another]",
 }
-ELSEWHERE = {  # covered by tests of their own below, or by no number
-    "model.path", "model.revision", "model.device", "sweep", "eval.perplexity.name", "calibration.text._target_", "eval.perplexity.text._target_",
+ELSEWHERE = {  # covered by tests of their own below (the training seed: test_tiny.py), or by no number
+    "model.path", "model.revision", "model.device", "model.training_seed",
+    "sweep", "eval.perplexity.name", "calibration.text._target_", "eval.perplexity.text._target_",
 }  # fmt: skip
 
 

@@ -397,3 +397,24 @@ def test_a_reference_in_another_encoding_is_told(tmp_path):
     (tmp_path / "zero.csv").write_text(head + "a,b,c,d,e,perplexity,g,h,0\n")
     with pytest.raises(UserError, match="line 2: value='0': expected a number above 0"):
         published.read(tmp_path / "zero.csv")
+
+
+def trained(method, nll, training, recipe="tiny:swiglu@1"):
+    made = record(method, nll)
+    identity = {**made["identity"], "model": f"tiny:swiglu@weights{training}", "trained": {"recipe": recipe, "seed": training}}
+    return {**made, "key": f"{method}-{training}", "identity": identity}
+
+
+def test_the_trainings_of_one_recipe_are_averaged():
+    records = [trained(method, [value + training] * 4, training) for method, value in (("dense", 1.0), ("wanda", 3.0)) for training in (0, 1, 2)]
+    sheet = sheet_of(records)
+    assert sheet.rows == ["dense", "wanda"]
+    assert sheet.cells["dense", "2:4"].values == (1.0, 2.0, 3.0)
+    assert (sheet.cells["wanda", "2:4"].mean, sheet.cells["wanda", "2:4"].sd) == (4.0, 1.0)
+    assert "Model tiny:swiglu@1 (4-bit), training seeds 0, 1, 2, float32" in caption(sheet)
+
+
+def test_trainings_of_two_recipes_are_not():
+    records = [trained("dense", [1.0] * 4, 0), trained("dense", [2.0] * 4, 1, recipe="tiny:swiglu@2")]
+    with pytest.raises(UserError, match="weights: tiny:swiglu@1, tiny:swiglu@2"):
+        sheet_of(records)

@@ -11,6 +11,7 @@ from hydra import initialize_config_dir
 from support import CONF, ROOT, cell_fixture, command, results_fixture, run_with, settings_of, tiny_fixture  # noqa: F401
 
 from dass_exp import models
+from dass_exp import tiny as tiny_models
 from dass_exp.bench import Shelf
 from dass_exp.config import register
 from dass_exp.errors import UserError
@@ -38,7 +39,9 @@ def test_every_sweep_composes_at_both_scales(path, protocol, monkeypatch):
 
 
 def test_the_sweeps_of_the_paper_are_there():
-    named = {"perplexity", "zero_shot", "alpha", "granularity", "calibration_size", "calibration_source", "sparsity_levels", "full_model", "cost", "demo"}
+    named = {"perplexity", "zero_shot", "alpha", "granularity", "calibration_size", "calibration_source", "sparsity_levels", "full_model", "cost", "demo"} | {
+        "glu_variants"
+    }
     assert {path.stem for path in SWEEPS} == named
 
 
@@ -105,7 +108,8 @@ def test_a_plan_refuses_what_a_run_would_refuse(cell):
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "model").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_model_file_says_what_it_needs(path, results):
+def test_every_model_file_says_what_it_needs(path, results, monkeypatch, tmp_path):
+    monkeypatch.setattr(tiny_models, "cache_dir", lambda: tmp_path)  # whatever was trained on this machine
     own = yaml.safe_load(path.read_text())
     assert own.keys() <= {"name", "path", "license", "parameters", "context", "revision", "dtype", "bos"}
     planned = plan(settings_of(f"model={path.stem}", f"results_dir={results}", "tracker=none"))

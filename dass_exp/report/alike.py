@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dass_exp.report.load import Record
+from dass_exp.report.load import Record, model_of
 
 _PER_MODEL = ("weights", "dtype", "bos", "split", "windows_sha256")  # a model may determine these: they must be equal among its own rows only
 _FIXED = (
@@ -23,13 +23,13 @@ def told(record: Record, differing: tuple[str, ...]) -> str:
 
 
 def colliding(places: Iterable[Sequence[Record]]) -> dict[str, set[str]]:
-    """What differs between records of one cell beside seed and repeat: they are no repetitions of one run."""
+    """What differs between records of one cell beside the seeds and repeat: they are no repetitions of one run."""
     found: dict[str, set[str]] = {}
     for records in places:
-        identities = [_flat(record["identity"]) for record in {record["key"]: record for record in records}.values()]
+        identities = [_flat({**record["identity"], "model": model_of(record)}) for record in {record["key"]: record for record in records}.values()]
         for name in dict.fromkeys(name for identity in identities for name in identity):
             values = {identity.get(name, "none") for identity in identities}
-            if len(values) > 1 and name not in ("seed", "repeat"):
+            if len(values) > 1 and name not in ("seed", "repeat", "trained.seed"):
                 found.setdefault(name, set()).update(values)
     return found
 
@@ -44,7 +44,7 @@ def made_by(record: Record) -> dict[str, Any]:
     """What must be equal in all rows of one table, as far as the record has it."""
     config, calibration = record["config"], record["calibration"] or {}
     known = {
-        "pattern": (config["pattern"] or {}).get("name"), "scope": config["scope"], "weights": record["identity"]["model"],
+        "pattern": (config["pattern"] or {}).get("name"), "scope": config["scope"], "weights": model_of(record),
         "calibration.sampling": (config.get("calibration") or {}).get("sampling"),
         **{f"calibration.{key}": calibration.get(key) for key in ("name", "num_samples", "seq_len")}, **record["protocol"],
     }  # fmt: skip

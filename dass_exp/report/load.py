@@ -105,8 +105,14 @@ def _consequent(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(found.get(name), dict):
             found[name] = {key: value for key, value in found[name].items() if key != "batch_size"}
     if "model" in config:
-        found["model"] = {name: config["model"].get(name) for name in ("name", "path", "roles")}
+        found["model"] = {name: config["model"].get(name) for name in ("name", "path", "training_seed", "roles")}
     return found
+
+
+def model_of(record: Record) -> str:
+    """Which weights a record is about; of a model that was trained several times, the recipe: its trainings are repetitions."""
+    identity = record["identity"]
+    return str(identity["trained"]["recipe"] if identity.get("trained") else identity["model"])
 
 
 def documents(results: Path, key: str) -> dict[str, dict[str, list[float]]]:

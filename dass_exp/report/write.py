@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dass_exp.report.console import calibration_label
+from dass_exp.report.load import model_of
 from dass_exp.report.sheet import Entry, Sheet
 
 _UNITS = {"perplexity": "perplexity, lower is better", "acc": "accuracy in %", "acc_norm": "length-normalised accuracy in %", "cost": "cost"}
@@ -30,8 +31,10 @@ def caption(sheet: Sheet) -> str:
         return "No cell of this sweep has a record."
     pruned = [record for record in sheet.records if record["config"]["method"]["name"] != "dense"] or sheet.records
     shown, parts = pruned[0]["protocol"], []
-    models = dict.fromkeys(f"{record['identity']['model']}{_note(record['protocol']['model_note'])}" for record in pruned)
-    parts.append(f"Model {', '.join(models)}, {shown['dtype']}")
+    models = dict.fromkeys(f"{model_of(record)}{_note(record['protocol']['model_note'])}" for record in pruned)
+    trainings = sorted({record["identity"]["trained"]["seed"] for record in pruned if record["identity"].get("trained")})
+    told = f", training seeds {', '.join(map(str, trainings))}" if trainings else ""
+    parts.append(f"Model {', '.join(models)}{told}, {shown['dtype']}")
     parts.append("scope " + ", ".join(dict.fromkeys(record["config"]["scope"] or "none" for record in pruned)))
     calibrations = dict.fromkeys(label for record in pruned if (label := calibration_label(record)))
     if calibrations:
