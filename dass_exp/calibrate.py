@@ -1,16 +1,16 @@
 """The engine: pass calibration tokens through a model block by block, observe, prune, pass on. It knows no method by name.
 
-Each block runs twice: once on its dense weights with observers on, once pruned with observers off for the inputs of the next block.
+Each block runs twice: once on its dense weights with observers on, once pruned with observers off for the inputs of the next block. The second
+pass leaves out what pruning has not changed: attention where only the MLP is pruned, and the last block, whose output nobody reads.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,30 @@ from torch import Tensor, nn
 from dass_exp.capture import Batch, capture, evaluating
 from dass_exp.decoder import Decoder, decoder_of
 from dass_exp.errors import NumericalError, UserError, one_of, whole_number
-from dass_exp.experts import observing_experts
-from dass_exp.families import DOWN, SCOPES
+from dass_exp.families import SCOPES
 from dass_exp.masks import Pattern
 from dass_exp.methods.base import Block, Cut, LinearView, Pruner
+from dass_exp.observe import observing
+from dass_exp.replay import Attention
 from dass_exp.stats import Stat
 
 ENGINE_VERSION = 1  # part of every record's key: raise it when the engine's numbers change
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds on one block: its passes without what observers took, statistics, choosing masks and solving for weights, writing them."""
+
+    forward: float = 0.0
+    statistics: float = 0.0
+    solve: float = 0.0
+    write: float = 0.0
+
+    @classmethod
+    def on(cls, passes: float, stats: Iterable[Stat], pruning: float, linears: Iterable[LinearView]) -> Spent:
+        """From what was measured around the passes and the pruning, and inside the statistics and the views."""
+        statistics, write = sum(stat.seconds for stat in stats), sum(linear.write_s for linear in linears)
+        return cls(passes - statistics, statistics, pruning - write, write)
 
 
 @dataclass
@@ -35,8 +52,9 @@ class BlockReport:
         name: full module name.
         linears: the views that were pruned.
         cuts: what was cut, by the name of the linear.
-        error: relative L2 error of the block's output, pruned against dense, on the same inputs; None without calibration.
-        seconds: time for both passes and the pruning.
+        error: relative L2 error of the block's output, pruned against dense, on the same inputs; None without calibration, and for a block that was
+            not run again.
+        spent: seconds by what they were spent on; on a GPU those of launching, since nothing waits for it.
         starved: experts that saw too few tokens for statistics of their own.
     """
 
@@ -44,7 +62,7 @@ class BlockReport:
     linears: list[LinearView]
     cuts: dict[str, Cut]
     error: float | None
-    seconds: float
+    spent: Spent
     starved: tuple[str, ...] = ()
 
 
@@ -63,6 +81,7 @@ class Options:
         on_block: told about each block as soon as it is pruned.
         min_tokens: an expert of a mixture to which fewer tokens were routed is starved.
         starved: what to do about it: ``level``, rank its weights as if all of its inputs were alike, or ``refuse``, stop.
+        outputs: whether the pruned model's last hidden states are wanted; without, the last block runs once.
     """
 
     scope: str = "mlp"
@@ -71,6 +90,7 @@ class Options:
     on_block: Callable[[BlockReport], None] = _ignore
     min_tokens: int = 32
     starved: str = "level"
+    outputs: bool = False
 
     def __post_init__(self) -> None:
         one_of("scope", self.scope, tuple(SCOPES))
@@ -91,7 +111,7 @@ def prune_model(model: nn.Module, tokens: Tensor | None, method: Pruner, pattern
         options: scope, batch size and whom to tell.
 
     Returns:
-        the hidden states behind the last block, one tensor [sequences, tokens, features] per batch; none without calibration.
+        the hidden states behind the last block, one tensor [sequences, tokens, features] per batch; none without calibration or ``outputs``.
 
     Raises:
         UserError: the family is unknown, the scope is empty, the pattern does not divide an axis, or the tokens are no sequences.
@@ -104,7 +124,8 @@ def prune_model(model: nn.Module, tokens: Tensor | None, method: Pruner, pattern
             start = time.perf_counter()
             units = _units(decoder, index, options.scope, {})
             linears, cuts = _prune_units(units, method, pattern)
-            options.on_block(BlockReport(decoder.names[index], linears, cuts, None, time.perf_counter() - start))
+            spent = Spent.on(0.0, (), time.perf_counter() - start, linears)
+            options.on_block(BlockReport(decoder.names[index], linears, cuts, None, spent))
         return []
     if tokens is None:
         raise UserError(f"method {method.name} needs calibration tokens")
@@ -114,7 +135,7 @@ def prune_model(model: nn.Module, tokens: Tensor | None, method: Pruner, pattern
         batches = capture(model, list(decoder.blocks), tokens, options.batch_size)
         for index in range(len(decoder.blocks)):
             options.on_block(_prune_block(decoder, index, batches, method, pattern, options))
-    return [batch.hidden for batch in batches]
+    return [batch.hidden for batch in batches] if options.outputs else []
 
 
 def check_shapes(decoder: Decoder, method: Pruner, pattern: Pattern, scope: str) -> None:
@@ -138,23 +159,44 @@ def check_shapes(decoder: Decoder, method: Pruner, pattern: Pattern, scope: str)
 def _prune_block(decoder: Decoder, index: int, batches: list[Batch], method: Pruner, pattern: Pattern, options: Options) -> BlockReport:
     start = time.perf_counter()
     module, name = decoder.blocks[index], decoder.names[index]
+    again = options.outputs or index + 1 < len(decoder.blocks)
     with observing(decoder, index, options.scope, method.stat, batches[0].hidden.shape[1]) as stats:
-        dense = deque(batch.through(module, index) for batch in batches)
+        attention = Attention(decoder.attention(index) if again and options.scope == "mlp" else None, stats)
+        with attention.noting():
+            dense = deque(_passed(module, index, batch, attention) for batch in batches)
+    observed = time.perf_counter()
     units = _units(decoder, index, options.scope, stats)
     starved = _feed([unit for unit in units if unit.name != name], options)
     for linear in (linear for unit in units for linear in unit.linears):
         linear.stat.check(linear.name)
     linears, cuts = _prune_units(units, method, pattern)
+    pruned, error = time.perf_counter(), None
+    if again:
+        with attention.replaying() if cuts else nullcontext():
+            error = _pass_on(module, index, batches, dense, changed=bool(cuts))
+        if not error < float("inf"):
+            raise NumericalError(f"{name}: its output holds numbers that are not finite")
+    spent = Spent.on(observed - start + time.perf_counter() - pruned, stats.values(), pruned - observed, linears)
+    return BlockReport(name, linears, cuts, error, spent, starved)
+
+
+def _passed(module: nn.Module, index: int, batch: Batch, attention: Attention) -> Tensor:
+    output = batch.through(module, index)
+    attention.batch_done()
+    return output
+
+
+def _pass_on(module: nn.Module, index: int, batches: list[Batch], dense: deque[Tensor], changed: bool) -> float:
+    """Run the pruned block for the inputs of the next one; the relative L2 error of its output, which is not finite where an output is not."""
     off = total = 0.0
     for batch in batches:
         reference = dense.popleft()  # a dense output is let go as soon as it is compared
-        batch.hidden = batch.through(module, index) if cuts else reference
+        batch.hidden = batch.through(module, index) if changed else reference
         off += (batch.hidden - reference).float().square_().sum().item()
         total += reference.float().square().sum().item()
     if not (off < float("inf") and total < float("inf")):
-        raise NumericalError(f"{name}: its output holds numbers that are not finite")
-    error = (off / total) ** 0.5 if total else 0.0
-    return BlockReport(name, linears, cuts, error, time.perf_counter() - start, starved)
+        return float("nan")
+    return float((off / total) ** 0.5) if total else 0.0
 
 
 def _units(decoder: Decoder, index: int, scope: str, stats: Mapping[str, Stat]) -> list[Block]:
@@ -184,42 +226,3 @@ def _feed(experts: list[Block], options: Options) -> tuple[str, ...]:
         for linear in unit.linears:
             linear.stat.level()
     return tuple(unit.name for unit in starved)
-
-
-@contextmanager
-def observing(decoder: Decoder, index: int, scope: str, kind: type[Stat] | None, tokens: int) -> Iterator[dict[str, Stat]]:
-    """While it is open, statistics of ``kind`` gather at the inputs of the linears in the scope, one per distinct input.
-
-    Args:
-        decoder: of the model.
-        index: of the block.
-        scope: which of its linears.
-        kind: of the statistics; None for none.
-        tokens: length of the sequences.
-
-    Yields:
-        the statistics by the source of the linears (:class:`dass_exp.decoder.Site`).
-    """
-    stats: dict[str, Stat] = {}
-    experts: dict[int, dict[bool, Stat]] = {}
-    with ExitStack() as stack:
-        for site in decoder.sites(index, scope):
-            if kind is None or site.source in stats:
-                continue
-            stat = stats[site.source] = kind(site.matrix.in_features, site.matrix.parameter.device)
-            if site.matrix.expert is None:
-                stack.callback(site.matrix.module.register_forward_pre_hook(_observer(stat), with_kwargs=True).remove)
-            else:
-                experts.setdefault(site.matrix.expert, {})[site.role == DOWN] = stat
-        if experts:
-            pairs = {expert: (of[False], of[True]) for expert, of in experts.items()}
-            stack.enter_context(observing_experts(decoder.experts(index), decoder.family.experts, pairs, tokens))  # type: ignore[arg-type]
-        yield stats
-
-
-def _observer(stat: Stat) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-    def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        del module
-        stat.update(args[0] if args else kwargs["input"])
-
-    return observe

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dass_exp.errors import UserError
-from dass_exp.families import DOWN, GATE, GLU, INPUT_OF, SCOPES, UP, Experts, Family, Role, assumed_family, family_of, unknown_family
+from dass_exp.families import ATTENTION, DOWN, GATE, GLU, INPUT_OF, SCOPES, UP, Experts, Family, Role, assumed_family, family_of, unknown_family
 from dass_exp.matrices import Matrix
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,14 @@ class Decoder:
             yield Site(f"{name}.{place.path}" + (f".{role.value}" if rows is not None else ""), role, matrix, INPUT_OF[role], name)
         if experts is not None and SCOPES[scope] & GLU:
             yield from self._expert_sites(f"{name}.{self._table().path}", experts)
+
+    def attention(self, index: int) -> nn.Module | None:
+        """The module that holds the attention of block ``index`` and nothing of its MLP; None where there is no such module."""
+        parents = {role: place.path.rpartition(".")[0] for role, place in self.family.places.items()}
+        parent, *others = {path for role, path in parents.items() if role in ATTENTION}
+        if others or not parent or any(f"{path}.".startswith(f"{parent}.") for role, path in parents.items() if role not in ATTENTION):
+            return None
+        return self.blocks[index].get_submodule(parent)
 
     def experts(self, index: int) -> nn.Module | None:
         """The module that holds the experts of block ``index``; None for a block without."""

@@ -32,7 +32,7 @@ class Layer:
         excess: zeros beyond the mask (weights that were zero before, dead columns).
         underfull: N:M groups with fewer than n non-zeros.
         score_low, score_high: range of the scores.
-        block_error: relative L2 error of the block's output, None without calibration.
+        block_error: relative L2 error of the block's output, None without calibration and in the last block.
         seconds: time to score, rank and cut.
         damping_retries: how often damping was raised (SparseGPT).
         tokens: how many the statistic of its input saw; None without calibration.

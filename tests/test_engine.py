@@ -134,7 +134,7 @@ def masks_of(model: nn.Module, tokens: Tensor | None, method: Pruner, options: O
 def test_with_nothing_cut_the_hidden_states_are_the_models_own(family, attention, batch_size, tiny_model, tokens):
     model = tiny_model(family, **({"attn_implementation": attention} if attention else {}))
     expected = own(model, tokens)
-    found = normed(model, prune_model(model, tokens, Cutless(), NM(2, 4), Options("all", batch_size)))
+    found = normed(model, prune_model(model, tokens, Cutless(), NM(2, 4), Options("all", batch_size, outputs=True)))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     if batch_size == len(tokens):
         assert torch.equal(found, expected)
@@ -153,7 +153,7 @@ def test_a_pattern_that_keeps_everything_changes_no_hidden_state(family, method,
     model = tiny_model(family)
     expected = own(model, tokens)
     reports: list[BlockReport] = []
-    hidden = prune_model(model, tokens, method, NM(4, 4), Options("all", 5, on_block=reports.append))
+    hidden = prune_model(model, tokens, method, NM(4, 4), Options("all", 5, on_block=reports.append, outputs=True))
     torch.testing.assert_close(normed(model, hidden), expected, rtol=0, atol=1e-5)
     assert torch.equal(own(model, tokens), expected)
     assert [report.error for report in reports] == [0.0, 0.0]
@@ -164,7 +164,7 @@ def test_a_pattern_that_keeps_everything_changes_no_hidden_state(family, method,
 def test_pruned_activations_are_passed_on(family, method, tiny_model, tokens):
     model = tiny_model(family)
     dense = own(model, tokens)
-    hidden = prune_model(model, tokens, method_of(method), NM(2, 4), Options("all", 2))
+    hidden = prune_model(model, tokens, method_of(method), NM(2, 4), Options("all", 2, outputs=True))
     assert [len(part) for part in hidden] == [2, 2, 1]
     torch.testing.assert_close(normed(model, hidden), own(model, tokens), rtol=0, atol=1e-5)
     assert not torch.allclose(own(model, tokens), dense, atol=1e-2)
@@ -175,14 +175,14 @@ def test_pruned_activations_are_passed_on(family, method, tiny_model, tokens):
 def test_each_batch_meets_the_arguments_that_belong_to_it_and_to_the_block(by_name, batch_size, tokens):
     model = TokenModel(by_name=by_name)
     expected = own(model, tokens)
-    hidden = prune_model(model, tokens, Cutless(), NM(2, 4), Options("all", batch_size, ROLES))
+    hidden = prune_model(model, tokens, Cutless(), NM(2, 4), Options("all", batch_size, ROLES, outputs=True))
     torch.testing.assert_close(normed(model, hidden), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("by_name", [False, True])
 def test_pruned_activations_are_passed_on_where_arguments_depend_on_the_tokens(by_name, tokens):
     model = TokenModel(by_name=by_name)
-    hidden = prune_model(model, tokens, Wanda(), NM(2, 4), Options("all", 2, ROLES))
+    hidden = prune_model(model, tokens, Wanda(), NM(2, 4), Options("all", 2, ROLES, outputs=True))
     torch.testing.assert_close(normed(model, hidden), own(model, tokens), rtol=0, atol=1e-5)
 
 
@@ -278,7 +278,7 @@ def test_gate_and_up_share_one_statistic(tiny_model, tokens):
 def test_the_block_error_is_that_of_its_output_on_the_same_inputs(scope, tiny_model, tokens):
     model, reports = tiny_model("gemma2"), []
     dense = copy.deepcopy(model)
-    prune_model(model, tokens, Wanda(), NM(2, 4), Options(scope, 2, on_block=reports.append))
+    prune_model(model, tokens, Wanda(), NM(2, 4), Options(scope, 2, on_block=reports.append, outputs=True))
     for index, report in enumerate(reports):
         expected = block_output(dense, index, tokens).double()
         dense.model.layers[index] = model.model.layers[index]  # the next block is measured on pruned inputs
@@ -360,7 +360,7 @@ def test_dropout_is_off_meanwhile_and_the_mode_is_restored(training, tiny_model,
     model = tiny_model("llama", attention_dropout=0.5)
     expected = own(model, tokens)
     model.train(training)
-    hidden = prune_model(model, tokens, Cutless(), NM(2, 4), Options())
+    hidden = prune_model(model, tokens, Cutless(), NM(2, 4), Options(outputs=True))
     assert model.training == training
     torch.testing.assert_close(normed(model, hidden), expected, rtol=0, atol=1e-5)
 
@@ -376,7 +376,8 @@ def test_the_mode_of_each_module_is_restored(tiny_model, tokens):
 
 def test_no_gradient_is_recorded(tiny_model, tokens):
     model = tiny_model("llama")
-    hidden = prune_model(model, tokens, Wanda(), NM(2, 4), Options())
+    hidden = prune_model(model, tokens, Wanda(), NM(2, 4), Options(outputs=True))
+    assert hidden
     assert not any(part.requires_grad for part in hidden)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 

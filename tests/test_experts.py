@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dass_exp.calibrate import BlockReport, Options, observing, prune_model
+from dass_exp.calibrate import BlockReport, Options, prune_model
 from dass_exp.capture import capture
 from dass_exp.decoder import decoder_of
 from dass_exp.errors import NumericalError, UserError
@@ -16,6 +16,7 @@ from dass_exp.masks import NM
 from dass_exp.methods.dass import Dass
 from dass_exp.methods.sparsegpt import SparseGPT
 from dass_exp.methods.wanda import Wanda
+from dass_exp.observe import observing
 from dass_exp.stats import Gram, InputNorm
 from dass_exp.verify import verify
 

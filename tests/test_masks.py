@@ -40,6 +40,16 @@ def slow_keep(pattern: Pattern, scores: Tensor, dim: int | None) -> Tensor:
 # --- N:M
 
 
+WAYS = {"_at_once": (1 << 13, 16), "_by_pairs": (0, 99), "_by_sort": (0, 0)}  # the limits that lead to each on small matrices
+
+
+def only(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make N:M masks in one way."""
+    small, pairs = WAYS[way]
+    monkeypatch.setattr(masks, "_SMALL", small)
+    monkeypatch.setattr(masks, "_PAIRWISE_LIMIT", pairs)
+
+
 @pytest.mark.parametrize("dim", [1, None])
 def test_nm_keeps_the_highest_of_each_group_of_a_row(dim):
     assert torch.equal(NM(2, 4).keep(torch.tensor(ROW), dim), mask(ROW_2OF4))
@@ -65,22 +75,23 @@ def test_the_two_axes_of_one_matrix_differ():
         ([0, 0, 2, 2], [0, 0, 1, 1]),
     ],
 )
-@pytest.mark.parametrize("limit", [0, 16])
-def test_of_equal_scores_nm_keeps_the_lower_index(row, kept, limit, monkeypatch):
-    monkeypatch.setattr(masks, "_PAIRWISE_LIMIT", limit)
+@pytest.mark.parametrize("way", WAYS)
+def test_of_equal_scores_nm_keeps_the_lower_index(row, kept, way, monkeypatch):
+    only(way, monkeypatch)
     scores = torch.tensor([row], dtype=torch.float32)
     assert torch.equal(NM(2, 4).keep(scores, 1), mask([kept]))
     assert torch.equal(NM(2, 4).keep(scores.T, 0), mask([kept]).T)
 
 
-def test_small_groups_are_compared_in_pairs_and_large_ones_sorted(monkeypatch):
+def test_few_numbers_are_compared_at_once_small_groups_in_pairs_and_large_ones_sorted(monkeypatch):
     taken = []
-    for way in ("_by_pairs", "_by_sort"):
+    for way in WAYS:
         inner: Callable[[NM, Tensor], Tensor] = getattr(NM, way)
         monkeypatch.setattr(NM, way, lambda self, tiles, way=way, inner=inner: taken.append(way) or inner(self, tiles))
-    NM(8, 16).keep(torch.rand(2, 32), 1)
-    NM(8, 17).keep(torch.rand(2, 34), 1)
-    assert taken == ["_by_pairs", "_by_sort"]
+    NM(8, 16).keep(torch.rand(2, 4096), 1)
+    NM(8, 16).keep(torch.rand(3, 4096), 1)
+    NM(8, 32).keep(torch.rand(3, 4096), 1)
+    assert taken == ["_at_once", "_by_pairs", "_by_sort"]
 
 
 @pytest.mark.parametrize(("dim", "side", "size"), [(1, "input", 6), (None, "input", 6), (0, "output", 10)])
@@ -160,11 +171,14 @@ def cases(draw: st.DrawFn) -> tuple[Pattern, Tensor, int | None]:
     return pattern, torch.tensor(values, dtype=torch.float32).view(rows, columns), dim
 
 
-@given(cases())
-def test_masks_agree_with_a_slow_loop(case):
+@pytest.mark.parametrize("way", WAYS)
+@given(case=cases())
+def test_masks_agree_with_a_slow_loop(way, case):
     pattern, scores, dim = case
     before = scores.clone()
-    kept = pattern.keep(scores, dim)
+    with pytest.MonkeyPatch.context() as patched:
+        only(way, patched)
+        kept = pattern.keep(scores, dim)
     assert kept.dtype == torch.bool
     assert torch.equal(kept, slow_keep(pattern, scores, dim))
     assert pattern.violations(kept, dim) == 0

@@ -310,7 +310,7 @@ def test_contract(name, pattern, scope, family, tiny_model, tokens, attached):
     state = copy.deepcopy(model.state_dict())
     before = {site.name: site.matrix.weight.clone() for site in sites_of(model, "all")}
     reports: list[BlockReport] = []
-    prune_model(model, tokens, method, pattern, Options(scope, batch_size=3, on_block=reports.append, min_tokens=1))
+    prune_model(model, tokens, method, pattern, Options(scope, batch_size=3, on_block=reports.append, min_tokens=1, outputs=True))
 
     layers = [layer for report in reports for layer in verify(report, pattern)]
     scoped = {site.name: site.role for site in sites_of(model, scope)}

@@ -148,7 +148,8 @@ def test_each_layer_says_what_was_done_to_it(cell):
         ("gate", "output", False), ("up", "output", False), ("down", "input", True),
     }  # fmt: skip
     assert all(0 <= layer["score_low"] < layer["score_high"] for layer in layers)
-    assert all(layer["block_error"] > 0 for layer in layers)
+    assert [layer["block_error"] is None for layer in layers] == [False] * 3 + [True] * 3  # nobody reads what the last block gives
+    assert all(layer["block_error"] > 0 for layer in layers[:3])
 
 
 def test_a_4_of_8_mask_is_not_said_to_run_on_a_2_of_4_kernel(cell):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dass_exp import prune
-from dass_exp.calibrate import BlockReport
+from dass_exp.calibrate import BlockReport, Spent
 from dass_exp.errors import NumericalError, UserError
 from dass_exp.families import Q
 from dass_exp.masks import NM, Pattern, Unstructured
@@ -48,7 +48,7 @@ def checked(weight: Tensor, cut: Cut, pattern: Pattern) -> Layer:
     """The verified entry of a single linear."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight.data = weight
-    (layer,) = verify(BlockReport("layer", [LinearView("layer.q", Q, Matrix.of(linear), None)], {"layer.q": cut}, None, 0.0), pattern)
+    (layer,) = verify(BlockReport("layer", [LinearView("layer.q", Q, Matrix.of(linear), None)], {"layer.q": cut}, None, Spent()), pattern)
     return layer
 
 
@@ -205,4 +205,4 @@ def test_linears_with_one_input_share_one_factor(scope, inputs_of_a_block, tiny_
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda *args, **kwargs: calls.append(args) or inner(*args, **kwargs))
     layers = prune(tiny_model("llama"), tokens, "sparsegpt", scope=scope).layers
     assert sum(layer.damping_retries for layer in layers) == 0
-    assert len(calls) == 2 * 2 * inputs_of_a_block  # two blocks; the Hessian and its inverse
+    assert len(calls) == 2 * inputs_of_a_block  # two blocks

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dass_exp.errors import NumericalError
-from dass_exp.stats import Gram, InputNorm, Stat
+from dass_exp.stats import Factor, Gram, InputNorm, Stat
 
 CPU = torch.device("cpu")
 
@@ -88,26 +88,62 @@ def hessian(inputs: Tensor, damping: float) -> Tensor:
     return matrix + damping * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=torch.float64)
 
 
+def root(factor: Factor, tile: int) -> Tensor:
+    """R, put together again from the feedback, float64: a tile on the diagonal is R there over its diagonal, those above were divided by it."""
+    feedback, whole = factor.feedback.double(), torch.zeros_like(factor.feedback, dtype=torch.float64)
+    for start in range(0, len(whole), tile):
+        now = slice(start, start + tile)
+        whole[now, now] = feedback[now, now] * factor.diagonal[now]
+        whole[:start, now] = feedback[:start, now] @ whole[now, now]
+    return whole
+
+
+@pytest.mark.parametrize("tile", [1, 2, 4, 6, 128])
 @pytest.mark.parametrize("damping", [0.0, 0.01, 0.5])
-def test_the_factor_is_the_upper_cholesky_factor_of_the_inverse_hessian(damping, inputs):
+def test_the_factor_is_that_of_the_hessian(damping, tile, inputs):
     inputs[:, :, 2] = 0
-    upper, retries = observed(Gram, inputs).inverse_factor(damping)
-    upper = upper.double()
-    assert retries == 0
-    assert torch.equal(upper, upper.triu())
-    assert bool((upper.diagonal() > 0).all())
-    torch.testing.assert_close(upper.T @ upper @ hessian(inputs, damping), torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-4)
+    factor = observed(Gram, inputs).factor(damping, tile)
+    upper = root(factor, tile)
+    assert factor.retries == 0
+    assert torch.equal(factor.feedback, factor.feedback.triu())
+    torch.testing.assert_close(factor.feedback.diagonal(), torch.ones(6))
+    assert bool((factor.diagonal > 0).all())
+    torch.testing.assert_close(upper @ upper.T, hessian(inputs, damping), rtol=1e-5, atol=1e-4)
 
 
-def test_the_factor_is_made_once_for_each_damping_and_anew_after_more_inputs(inputs):
+def test_the_feedback_by_hand():
+    """R = [[2, 3, 4], [0, 5, 6], [0, 0, 7]] and H = R R^T: without damping, tiles of two and one columns."""
+    stat, upper = Gram(3, torch.device("cpu")), torch.tensor([[2.0, 3.0, 4.0], [0.0, 5.0, 6.0], [0.0, 0.0, 7.0]])
+    stat.upper, stat.sequences = upper @ upper.T, 2
+    factor = stat.factor(0.0, 2)
+    torch.testing.assert_close(factor.diagonal, torch.tensor([2.0, 5.0, 7.0]))
+    torch.testing.assert_close(factor.feedback, torch.tensor([[1.0, 3 / 5, 4 / 7], [0.0, 1.0, 6 / 7], [0.0, 0.0, 1.0]]))
+    torch.testing.assert_close(stat.factor(0.0, 1).feedback, torch.tensor([[1.0, 3 / 5, 4 / 7], [0.0, 1.0, 6 / 7], [0.0, 0.0, 1.0]]))
+    wide = Gram(4, torch.device("cpu"))
+    upper = torch.tensor([[2.0, 3.0, 4.0, 1.0], [0.0, 5.0, 6.0, 2.0], [0.0, 0.0, 7.0, 14.0], [0.0, 0.0, 0.0, 2.0]])
+    wide.upper, wide.sequences = upper @ upper.T, 2
+    corner = torch.tensor([[1 / 7, -1.0], [0.0, 0.5]])  # the inverse of [[7, 14], [0, 2]]
+    torch.testing.assert_close(wide.factor(0.0, 2).feedback[:2, 2:], upper[:2, 2:] @ corner, rtol=1e-5, atol=1e-5)
+
+
+def test_the_factor_is_made_once_for_each_damping_and_tile_and_anew_after_more_inputs(inputs):
     stat = observed(Gram, inputs)
-    before = stat.matrix.clone()
-    first = stat.inverse_factor(0.01)[0]
-    assert stat.inverse_factor(0.01)[0] is first
-    assert not torch.equal(stat.inverse_factor(0.1)[0], first)
+    before = stat.matrix
+    first = stat.factor(0.01, 4)
+    assert stat.factor(0.01, 4) is first
+    assert not torch.equal(stat.factor(0.1, 4).feedback, first.feedback)
+    assert not torch.equal(stat.factor(0.01, 2).feedback, first.feedback)
     assert torch.equal(stat.matrix, before)
     stat.update(3 * inputs)
-    assert not torch.equal(stat.inverse_factor(0.01)[0], first)
+    assert not torch.equal(stat.factor(0.01, 4).feedback, first.feedback)
+
+
+@pytest.mark.parametrize("features", [6, 256, 300, 600])
+def test_a_gram_matrix_that_is_added_up_in_bands_is_whole(features):
+    inputs = torch.randn(3, 7, features, generator=torch.Generator().manual_seed(0))
+    found, rows = observed(Gram, inputs).matrix, inputs.double().flatten(0, 1)
+    assert torch.equal(found, found.T)
+    torch.testing.assert_close(found.double(), rows.T @ rows, rtol=1e-4, atol=1e-4)
 
 
 def twins() -> Tensor:
@@ -116,26 +152,27 @@ def twins() -> Tensor:
 
 
 def test_damping_starts_at_a_millionth_when_an_undamped_matrix_is_singular():
-    upper, retries = observed(Gram, twins()).inverse_factor(0.0)
-    assert retries == 1
-    assert bool(torch.isfinite(upper).all())
-    assert upper[0, 0].item() == pytest.approx(hessian(twins(), 1e-6).inverse()[0, 0].item() ** 0.5, rel=0.1)
+    factor = observed(Gram, twins()).factor(0.0, 1)
+    assert factor.retries == 1
+    assert bool(torch.isfinite(factor.feedback).all())
+    assert 1 / factor.diagonal[0].item() == pytest.approx(hessian(twins(), 1e-6).inverse()[0, 0].item() ** 0.5, rel=0.1)
 
 
 def test_damping_rises_tenfold_until_the_matrix_is_positive_definite():
     stat = observed(Gram, twins())
-    stat.matrix = torch.tensor([[4.0, 4.3], [4.3, 4.0]])  # the lowest eigenvalue is -0.3: more than 0.075 of the mean is needed
-    upper, retries = stat.inverse_factor(0.01)
-    assert retries == 1
-    torch.testing.assert_close(upper.T @ upper, torch.tensor([[4.4, 4.3], [4.3, 4.4]]).inverse(), rtol=1e-3, atol=1e-3)
-    assert stat.inverse_factor(0.0)[1] == 6  # from a millionth to a tenth
+    stat.upper = torch.tensor([[4.0, 4.3], [4.3, 4.0]])  # the lowest eigenvalue is -0.3: more than 0.075 of the mean is needed
+    factor = stat.factor(0.01, 1)
+    assert factor.retries == 1
+    upper = root(factor, 1)
+    torch.testing.assert_close(upper @ upper.T, torch.tensor([[4.4, 4.3], [4.3, 4.4]]).double(), rtol=1e-3, atol=1e-3)
+    assert stat.factor(0.0, 1).retries == 6  # from a millionth to a tenth
 
 
 def test_giving_up_on_a_singular_matrix_says_how_often_it_was_damped():
     stat = observed(Gram, twins())
-    stat.matrix = -torch.eye(2)
+    stat.upper = -torch.eye(2)
     with pytest.raises(NumericalError, match="stayed singular after its damping was raised 2 times"):
-        stat.inverse_factor(0.01, tries=2)
+        stat.factor(0.01, 1, tries=2)
 
 
 @pytest.mark.parametrize("features", [96, 576])
@@ -147,7 +184,7 @@ def test_the_factor_does_not_depend_on_the_number_of_threads(features):
         torch.set_num_threads(threads)
         gram = Gram(features, torch.device("cpu"))
         gram.update(inputs)
-        factors.append(gram.inverse_factor(0.01)[0])
+        factors.append(gram.factor(0.01, 4).feedback)
         assert torch.get_num_threads() == threads
     assert torch.equal(factors[0], factors[1])
     assert torch.equal(factors[0], factors[2])

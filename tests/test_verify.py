@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dass_exp.calibrate import BlockReport
+from dass_exp.calibrate import BlockReport, Spent
 from dass_exp.errors import NumericalError
 from dass_exp.families import DOWN, GATE, Q, Role
 from dass_exp.masks import NM, Pattern, Unstructured
@@ -25,7 +25,7 @@ def linear(weight: Tensor, name: str = "block.down", role: Role = DOWN) -> Linea
 
 def verified(weight: Tensor, keep: Tensor, pattern: Pattern, dim: int | None = 1, columns: int | None = None) -> Layer:
     view = linear(weight)
-    (layer,) = verify(BlockReport("block", [view], {view.name: Cut(keep, dim, 0.5, 8.0, columns, retries=2, seconds=0.25)}, 0.125, 1.0), pattern)
+    (layer,) = verify(BlockReport("block", [view], {view.name: Cut(keep, dim, 0.5, 8.0, columns, retries=2, seconds=0.25)}, 0.125, Spent()), pattern)
     return layer
 
 
@@ -155,7 +155,7 @@ def test_a_linear_that_was_not_pruned(weight):
     views = [linear(weight, "block.gate", GATE), linear(weight, "block.q", Q)]
     cuts = {"block.gate": Cut(weight != 0, 1, 0.0, 1.0)}
     with pytest.raises(VerificationError, match=r"block\.q: it lies in the scope, and the method did not prune it"):
-        verify(BlockReport("block", views, cuts, None, 0.0), NM(2, 4))
+        verify(BlockReport("block", views, cuts, None, Spent()), NM(2, 4))
 
 
 @pytest.mark.parametrize("keep", [torch.ones(2, 4, dtype=torch.bool), torch.tensor(WEIGHT)], ids=["shape", "dtype"])

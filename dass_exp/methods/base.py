@@ -28,6 +28,9 @@ class LinearView:
         role: what the linear does in its block.
         matrix: where its weight is.
         stat: what the engine observed at its input, None for a method that asks for nothing.
+
+    Attributes:
+        write_s: seconds spent on changing the weight.
     """
 
     def __init__(self, name: str, role: Role, matrix: Matrix, stat: Stat | None) -> None:
@@ -35,6 +38,7 @@ class LinearView:
         self.role = role
         self._matrix = matrix
         self._stat = stat
+        self.write_s = 0.0
 
     @property
     def weight(self) -> Tensor:
@@ -55,11 +59,15 @@ class LinearView:
 
     def zero(self, keep: Tensor) -> None:
         """Set the weights to zero where ``keep`` (bool [out, in]) is False; the others stay as they are, bit for bit."""
+        start = time.perf_counter()
         self._matrix.zero(keep)
+        self.write_s += time.perf_counter() - start
 
     def write(self, weight: Tensor) -> None:
         """Replace the weight by ``weight`` [out, in], rounded to the model's dtype."""
+        start = time.perf_counter()
         self._matrix.write(weight)
+        self.write_s += time.perf_counter() - start
 
 
 class Block:

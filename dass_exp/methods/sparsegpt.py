@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +31,7 @@ class SparseGPT(Pruner):
     blocksize: int = 128
     damping: float = 0.01
     stat = Gram
-    version = 2  # 2: the factorisation does not depend on the number of threads
+    version = 3  # 2: the factorisation does not depend on the number of threads; 3: the Hessian itself is factorised, not its inverse
 
     def __post_init__(self) -> None:
         whole_number("method.blocksize", self.blocksize, least=1)
@@ -53,58 +52,51 @@ class SparseGPT(Pruner):
     def prune_linear(self, linear: LinearView, block: Block, pattern: Pattern) -> Cut:
         del block
         gram: Gram = linear.stat
-        factor, retries = gram.inverse_factor(self.damping)
-        # Transposed, a column of W is a contiguous row, and the loop below reads and writes memory in order.
-        weight = linear.weight.T.float().contiguous()
-        weight[gram.dead] = 0
-        keep = torch.empty_like(weight, dtype=torch.bool)
-        width = self.columns(pattern)
-        low, high = float("inf"), float("-inf")
-        for start in range(0, len(weight), width):
-            end = min(start + width, len(weight))
-            slab, corner = weight[start:end], factor[start:end, start:end]
-            errors = torch.empty_like(slab)
-            for tile, scores, kept in self._tiles(slab, corner.diagonal(), pattern):
-                lowest, highest = finite_range(scores, linear.name)
-                low, high = min(low, lowest), max(high, highest)
-                keep[start + tile.start : start + tile.stop] = kept
-                _absorb(slab, kept, corner, errors, tile)
-            weight[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
-        linear.write(weight.T)
+        columns = self.columns(pattern)
+        tile = pattern.m if isinstance(pattern, NM) else columns
+        factor = gram.factor(self.damping, tile)
+        # Transposed, a column of W is a contiguous row, and the loops below read and write memory in order.
+        dense = linear.weight.T.float().contiguous()
+        dense[gram.dead] = 0
+        pruned, lost = torch.empty_like(dense), torch.empty_like(dense)
+        keep = torch.empty_like(dense, dtype=torch.bool)
+        ranges: list[Tensor] = []
+        for start in range(0, len(dense), columns):
+            slab = slice(start, min(start + columns, len(dense)))
+            torch.addmm(dense[slab], factor.feedback[:start, slab].T, lost[:start], out=pruned[slab])
+            for first in range(slab.start, slab.stop, tile):
+                last = min(first + tile, slab.stop)
+                now = slice(first, last)
+                scores = (pruned[now] * factor.diagonal[now, None]).square_()  # w^2 / U_jj^2
+                ranges += torch.aminmax(scores)
+                keep[now] = pattern.keep(scores, 0 if isinstance(pattern, NM) else None)
+                _cut(pruned[now], keep[now], factor.feedback[now, now])
+                torch.sub(dense[now], pruned[now], out=lost[now])
+                pruned[last : slab.stop].addmm_(factor.feedback[now, last : slab.stop].T, lost[now])
+        low, high = finite_range(torch.stack(ranges), linear.name)
+        linear.write(pruned.T)
         dim = self.group(linear.role, pattern)
-        return Cut(keep.T.contiguous(), dim, low, high, None if dim == 1 else width, retries)
-
-    def _tiles(self, slab: Tensor, diagonal: Tensor, pattern: Pattern) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """The runs of columns whose mask is chosen at once, with their scores and mask, [columns, out].
-
-        A generator, since the mask of a tile depends on what the tiles before it left.
-        """
-        width = pattern.m if isinstance(pattern, NM) else len(slab)
-        for start in range(0, len(slab), width):
-            tile = slice(start, start + width)
-            scores = (slab[tile] / diagonal[tile, None]).square_()
-            yield tile, scores, pattern.keep(scores, 0 if isinstance(pattern, NM) else None)
+        return Cut(keep.T.contiguous(), dim, low, high, None if dim == 1 else columns, factor.retries)
 
 
-def _absorb(slab: Tensor, kept: Tensor, corner: Tensor, errors: Tensor, tile: slice) -> None:
-    """Zero the pruned weights of a tile, column by column, and spread each error over the columns to its right.
+def _cut(weight: Tensor, kept: Tensor, feedback: Tensor) -> None:
+    """Zero the weights of a tile that do not stay, column by column, and let the columns to the right of each make up for it.
 
-    Columns of one strip see each error at once; those to the right of the strip get the errors of the whole strip in one product.
+    Columns of one strip see each loss at once; those to the right of the strip see that of the whole strip in one product.
 
     Args:
-        slab: float32 [columns, out], changed in place.
-        kept: bool [tile, out].
-        corner: the factor's rows and columns of this slab, upper triangular.
-        errors: float32 [columns, out], filled for the tile: the error of each column over its diagonal entry.
-        tile: the columns to go through.
+        weight: float32 [columns, out], changed in place.
+        kept: bool [columns, out].
+        feedback: float32 [columns, columns], that of the tile.
     """
-    stop = min(tile.stop, len(slab))
-    for first in range(tile.start, stop, _STRIP):
-        last = min(first + _STRIP, stop)
+    lost = torch.empty_like(weight)
+    rows, stays, losses, before = weight.unbind(), kept.unbind(), lost.unbind(), weight.clone().unbind()
+    for first in range(0, len(rows), _STRIP):
+        last = min(first + _STRIP, len(rows))
         for column in range(first, last):
-            stays = kept[column - tile.start]
-            error = torch.mul(slab[column], ~stays, out=errors[column])
-            error /= corner[column, column]
-            slab[column].mul_(stays)
-            slab[column + 1 : last].addr_(corner[column, column + 1 : last], error, alpha=-1)
-        slab[last:].addmm_(corner[first:last, last:].T, errors[first:last], alpha=-1)
+            rows[column].mul_(stays[column])
+            if column + 1 < len(rows):
+                torch.sub(before[column], rows[column], out=losses[column])
+                weight[column + 1 : last].addr_(feedback[column, column + 1 : last], losses[column])
+        if last < len(rows):
+            weight[last:].addmm_(feedback[first:last, last:].T, lost[first:last])

@@ -1,0 +1,74 @@
+"""The attention of a block, noted in its first pass and played back in the second: pruning the MLP behind or beside it does not change it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from dass_exp.capture import standing_in
+from dass_exp.stats import Stat
+
+
+class Attention:
+    """What a block's attention gave, a batch at a time.
+
+    It is played back only if it cannot have depended on what is pruned: it ran once for each batch, before any linear that is pruned had run.
+
+    Args:
+        module: of the attention; None for a block without one apart from its MLP: nothing is noted then, and nothing played back.
+        stats: of the linears that are to be pruned; they tell which of them have run.
+    """
+
+    def __init__(self, module: nn.Module | None, stats: Mapping[str, Stat]) -> None:
+        self._module = module
+        self._stats = stats
+        self._outputs: deque[Any] = deque()
+        self._batches = 0
+        self._seen = 0
+        self._usable = module is not None
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """While it is open, outputs are noted; they are kept on their device, [sequences, tokens, features] each."""
+        if self._module is None:
+            yield
+            return
+        hook = self._module.register_forward_hook(self._note)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def batch_done(self) -> None:
+        """The block has run for one more batch."""
+        self._batches += 1
+        self._seen = self._tokens()
+        if len(self._outputs) != self._batches:
+            self._refuse()
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """While it is open, the attention gives what it gave before, batch by batch, and computes nothing."""
+        if self._module is None or not self._usable:
+            yield
+            return
+        with standing_in(self._module, lambda *args, **kwargs: self._outputs.popleft()):
+            yield
+
+    def _note(self, module: nn.Module, args: Any, output: Any) -> None:
+        del module, args
+        if self._tokens() != self._seen:
+            self._refuse()
+        if self._usable:
+            self._outputs.append(output)
+
+    def _refuse(self) -> None:
+        self._usable = False
+        self._outputs.clear()
+
+    def _tokens(self) -> int:
+        return sum(stat.tokens for stat in self._stats.values())
