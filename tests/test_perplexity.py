@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dass_exp.errors import NumericalError, UserError
+from dass_exp.evaluate import head
 from dass_exp.evaluate import perplexity as module
 from dass_exp.evaluate.perplexity import Perplexity, perplexity
 from dass_exp.families import FAMILIES
@@ -30,7 +31,8 @@ class Table(nn.Module):
     def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
         assert not use_cache
         assert not self.training
-        return SimpleNamespace(last_hidden_state=nn.functional.one_hot(input_ids, self.head.in_features).float())
+        hidden = nn.functional.one_hot(input_ids, self.head.in_features).float()
+        return SimpleNamespace(last_hidden_state=hidden, logits=self.head(hidden))
 
 
 HALVES = torch.tensor([[1 / 2, 1 / 4, 1 / 4], [1 / 8, 3 / 4, 1 / 8], [1 / 3, 1 / 3, 1 / 3]])
@@ -76,8 +78,9 @@ def test_a_head_in_pieces_gives_the_same(family, rows, tiny_model, tokens, monke
     model = tiny_model(family)
     whole = perplexity(model, tokens, batch_size=2).window_nll
     heads = []
-    model.lm_head.register_forward_hook(lambda head, args, output: heads.append(len(output)))
-    monkeypatch.setattr(module, "_LOGITS", int(rows * model.config.vocab_size))
+    model.lm_head.register_forward_hook(lambda module, args, output: heads.append(len(output)))
+    monkeypatch.setattr(module, "check_head", lambda model, tokens: None)
+    monkeypatch.setattr(head, "_LOGITS", int(rows * model.config.vocab_size))
     assert perplexity(model, tokens, batch_size=2).window_nll == pytest.approx(whole, rel=1e-6)
     assert max(heads) == max(1, int(rows))
     assert sum(heads) == 5 * 11

@@ -12,6 +12,7 @@ from support import contains, tiny_fixture  # noqa: F401 - a fixture
 
 from dass_exp import assets
 from dass_exp.errors import UserError
+from dass_exp.evaluate import zeroshot
 from dass_exp.evaluate.zeroshot import Options, ZeroShot, _write_task, check_tasks, zero_shot
 
 TASKS = ("hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "boolq", "openbookqa")
@@ -148,16 +149,14 @@ def test_no_examples_are_shown(lm_eval_tasks, loaded, monkeypatch):
 
 @pytest.mark.parametrize("bos", [True, False])
 def test_the_token_at_the_head_of_a_request_follows_the_policy(loaded, monkeypatch, bos):
-    from lm_eval.models.huggingface import HFLM
-
     seen: list[list[int]] = []
-    real = HFLM._loglikelihood_tokens
+    real = zeroshot.score_continuations
 
-    def watching(self, requests, *args, **settings):
-        seen.extend(context for _, context, _ in requests)
-        return real(self, requests, *args, **settings)
+    def watching(model, requests, *rest):
+        seen.extend(context for context, _ in requests)
+        return real(model, requests, *rest)
 
-    monkeypatch.setattr(HFLM, "_loglikelihood_tokens", watching)
+    monkeypatch.setattr(zeroshot, "score_continuations", watching)
     zero_shot(*loaded, ["piqa"], 2, "offline", Options(bos=bos))
     assert len(seen) == 4
     assert {context[0] == loaded[1].bos_token_id for context in seen} == {bos}

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dass_exp.capture import evaluating
 from dass_exp.errors import NumericalError, UserError
-
-_LOGITS = 1 << 25  # numbers of logits held at once: 128 MiB in float32, whatever the vocabulary
+from dass_exp.evaluate.head import check_head, last_hidden, losses
 
 _HIGHEST = 700.0  # nats per token: exp of more is no float
 
@@ -47,40 +46,20 @@ def perplexity(model: Any, tokens: Tensor, batch_size: int = 4) -> Perplexity:
         batch_size: windows that pass through the model together.
 
     Raises:
-        UserError: a window has fewer than two tokens.
+        UserError: a window has fewer than two tokens, or the model's logits are not those of its head.
         NumericalError: a likelihood, or the perplexity, is not finite.
     """
     if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < 2:
         raise UserError(f"tokens of shape {list(tokens.shape)}: expected [windows, tokens], each window with at least two tokens")
     device = next(model.parameters()).device
-    trunk, config = getattr(model, "base_model", model), model.config.get_text_config()
-    head, cap = model.get_output_embeddings(), getattr(config, "final_logit_softcapping", None)
     window_nll: list[float] = []
     with evaluating(model):
+        check_head(model, tokens)
         for part in tokens.split(batch_size):
             ids = part.to(device)
-            hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-            losses = _losses(head, hidden.reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1), cap)
-            window_nll += losses.view(len(ids), -1).double().mean(1).tolist()
+            hidden = last_hidden(model, ids)[:, :-1]
+            found = losses(model, hidden.reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1))
+            window_nll += found.view(len(ids), -1).double().mean(1).tolist()
     if not sum(window_nll) / len(window_nll) < _HIGHEST:
         raise NumericalError("perplexity: the model's logits hold numbers that are not finite")
     return Perplexity(window_nll, tokens.shape[1] - 1)
-
-
-def _losses(head: Any, hidden: Tensor, targets: Tensor, cap: float | None) -> Tensor:
-    """float32 [positions]: negative log-likelihood of each target.
-
-    Args:
-        head: maps features to the vocabulary.
-        hidden: [positions, features].
-        targets: int64 [positions].
-        cap: soft cap of the logits (Gemma 2), or None.
-    """
-    rows = max(1, _LOGITS // head.weight.shape[0])
-    losses = []
-    for start in range(0, len(hidden), rows):
-        logits = head(hidden[start : start + rows]).float()
-        if cap:
-            logits = torch.tanh_(logits.div_(cap)).mul_(cap)
-        losses.append(nn.functional.cross_entropy(logits, targets[start : start + rows], reduction="none"))
-    return torch.cat(losses)

@@ -20,6 +20,7 @@ from torch import nn
 
 from dass_exp import assets
 from dass_exp.errors import UserError
+from dass_exp.evaluate.continuations import score_continuations
 
 # lm-eval's file of each offline task, and what its data need beside another place
 _INSTALLED = {
@@ -96,7 +97,9 @@ def zero_shot(model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int
     from lm_eval.tasks import TaskManager
 
     class Quiet(HFLM):
-        """HFLM without its progress bar, and with the beginning-of-sequence token where it is asked for, whatever the tokenizer adds by itself."""
+        """HFLM without its progress bar, with the beginning-of-sequence token where it is asked for, whatever the tokenizer adds by itself, and without
+        the logits of a whole batch, of which it reads a few (Gemma's words alone made them 6 GB).
+        """
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **settings: Any) -> list[int]:
             ids = super().tok_encode(string, add_special_tokens=False, **settings)
@@ -105,6 +108,9 @@ def zero_shot(model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+        def _loglikelihood_tokens(self, requests: Any, **settings: Any) -> list[tuple[float, bool]]:
+            return score_continuations(model, [(context, answer) for _, context, answer in requests], options.batch_size, self.max_length)
 
     with tempfile.TemporaryDirectory() as folder, _quiet():
         if data == "offline":
