@@ -132,7 +132,7 @@ def test_logits_that_are_not_finite_stop_the_run(bad, tiny_model, tokens):
 def test_a_token_that_is_held_impossible_stops_the_run():
     """Its likelihood is infinite, not NaN."""
     model = Table(HALVES)
-    model.head.register_forward_hook(lambda head, args, logits: logits.index_fill(1, torch.tensor([1]), -math.inf))
+    model.head.register_forward_hook(lambda head, args, logits: logits.index_fill(-1, torch.tensor([1]), -math.inf))
     assert perplexity(model, torch.tensor([[0, 2, 0]])).predicted == 2
     with pytest.raises(NumericalError, match="not finite"):
         perplexity(model, torch.tensor([[0, 1, 2]]))
