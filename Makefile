@@ -1,7 +1,7 @@
 # Thin on purpose: each target builds .venv by itself when it is missing or stale.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo report tiny-models test test-all check clean
+.PHONY: help demo report bench tiny-models test test-all check clean
 
 PYTHON ?= python3
 STAMP := .venv/.stamp
@@ -23,6 +23,9 @@ demo: $(STAMP)  ## prune SmolLM2-135M 2:4 with every method and print the compar
 
 report: $(STAMP)  ## write the tables, pictures and page of every sweep that was run
 	@$(RUN)dass-report
+
+bench: $(STAMP)  ## time every method against the passes that none can avoid (a quarter of an hour on an idle machine)
+	@$(RUN)python -m dass_exp.speed
 
 tiny-models: $(STAMP)  ## train the twelve tiny models of sweeps/glu_variants.yaml (about an hour on 2 cores, once; goes on where it was stopped)
 	@$(RUN)python -m dass_exp.train

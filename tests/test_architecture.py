@@ -49,6 +49,10 @@ LAYERS = [
     ["report/figures", "report/page"],
     ["report/cli"],
     ["api", "__main__"],
+    ["speed/__init__", "speed/floor", "speed/table"],
+    ["speed/measure", "speed/picture"],
+    ["speed/scoring", "speed/sweep"],
+    ["speed/__main__"],
     ["__init__"],
 ]
 EDGES = {"wandb": "track", "lm_eval": "evaluate/zeroshot", "datasets": "data"}

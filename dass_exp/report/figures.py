@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#BBBBBB")  # Okabe and Ito: told apart by the colour-blind
-_HATCHES = ("", "///", "\\\\\\", "xxx", "---", "|||", "+++", "/")  # straight lines: circles make an SVG ten times as large
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#BBBBBB")  # Okabe and Ito: told apart by the colour-blind
+HATCHES = ("", "///", "\\\\\\", "xxx", "---", "|||", "+++", "/")  # straight lines: circles make an SVG ten times as large
 _DASHES: tuple[Any, ...] = ("-", "-.", ":", (0, (7, 1)), (0, (3, 1, 1, 1, 1, 1)))
 _UNITS = {"perplexity": "perplexity", "acc": "accuracy %", "acc_norm": "length-normalised accuracy %", "cost": "seconds or GB"}
 _AXES = {"num_samples": "calibration sequences", "seq_len": "tokens per calibration sequence", "sparsity": "sparsity %"}
@@ -41,9 +41,9 @@ def draw(sheet: Sheet, folder: Path) -> list[Path]:
     if sheet.figure is None:
         return []
     kind = one_of(f"{sheet.name}: figure.kind", sheet.figure.get("kind"), ("bars", "line"))
-    with _canvas() as figure:
+    with canvas() as figure:
         drawn = _bars(sheet, figure) if kind == "bars" else _lines(sheet, str(sheet.figure["x"]), figure)
-        return _save(figure, sheet.title, folder / sheet.name) if drawn else []
+        return save(figure, sheet.title, folder / sheet.name) if drawn else []
 
 
 def draw_layers(record: Record, folder: Path) -> list[Path]:
@@ -66,7 +66,7 @@ def draw_layers(record: Record, folder: Path) -> list[Path]:
         return []
     config = record["config"]
     title = (config["model"]["name"], method_label(config), pattern_label(config), scope_label(config))
-    with _canvas() as figure:
+    with canvas() as figure:
         upper, lower = figure.subplots(2, 1, sharex=True)
         upper.plot(*zip(*sorted(errors.items()), strict=True), **_look(0))
         upper.set(ylabel="relative error of\nthe block's output", ylim=(0, None))
@@ -75,7 +75,7 @@ def draw_layers(record: Record, folder: Path) -> list[Path]:
         lower.set(xlabel="index of the block", ylabel="sparsity %", ylim=(0, 105))
         lower.xaxis.get_major_locator().set_params(integer=True)
         _legend(figure, lower)
-        return _save(figure, ", ".join(filter(None, title)), folder / f"layers-{record['key']}")
+        return save(figure, ", ".join(filter(None, title)), folder / f"layers-{record['key']}")
 
 
 def _bars(sheet: Sheet, figure: Figure) -> bool:
@@ -92,7 +92,7 @@ def _bars(sheet: Sheet, figure: Figure) -> bool:
         for number, row in enumerate(pruned):
             shift, width = (number - (len(pruned) - 1) / 2) * 0.8 / len(pruned), 0.8 / len(pruned)
             drawn = {place + shift: finite[(row, column)] for place, column in enumerate(sheet.columns) if (row, column) in finite}
-            look = {"color": _COLOURS[number % len(_COLOURS)], "hatch": _HATCHES[number % len(_HATCHES)], "edgecolor": "black", "linewidth": 0.8}
+            look = {"color": COLOURS[number % len(COLOURS)], "hatch": HATCHES[number % len(HATCHES)], "edgecolor": "black", "linewidth": 0.8}
             pane.bar(list(drawn), [entry.mean for entry in drawn.values()], width, label=" " + row.removeprefix(f"{model} "), **look)
             _error_bars(pane, drawn)
             for place, entry in enumerate(sheet.cells.get((row, column)) for column in sheet.columns):
@@ -150,7 +150,7 @@ def _lines(sheet: Sheet, axis: str, figure: Figure) -> bool:
 
 def _look(number: int) -> dict[str, Any]:
     marks = {"marker": "os^DvPX*"[number % 8], "markersize": 6, "markeredgecolor": "black", "markeredgewidth": 0.6}
-    return {"color": _COLOURS[number % len(_COLOURS)], "linestyle": _DASHES[number % len(_DASHES)], "linewidth": 1.6, **marks}
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": _DASHES[number % len(_DASHES)], "linewidth": 1.6, **marks}
 
 
 def _spread(entry: Entry) -> float | None:
@@ -191,7 +191,7 @@ def _legend(figure: Figure, *panes: Axes) -> None:
 
 
 @contextmanager
-def _canvas() -> Iterator[Figure]:
+def canvas() -> Iterator[Figure]:
     """A figure in the project's style; no pyplot, so no window and no global figure."""
     import matplotlib.style
     from matplotlib.figure import Figure
@@ -202,7 +202,7 @@ def _canvas() -> Iterator[Figure]:
         yield Figure(figsize=(7, 5))
 
 
-def _save(figure: Figure, title: str, path: Path) -> list[Path]:
+def save(figure: Figure, title: str, path: Path) -> list[Path]:
     """Write the SVG, the same byte for byte each time, and the PNG; each under a temporary name first."""
     figure.suptitle(textwrap.fill(title, int(10 * figure.get_figwidth())))
     path.parent.mkdir(parents=True, exist_ok=True)
