@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dass_exp import assets, models
+from dass_exp import assets, models, sources
 from dass_exp.calibrate import BlockReport, Options, prune_model
 from dass_exp.components import build, choice
 from dass_exp.config import ModelConfig
@@ -51,7 +51,7 @@ def load(path: str = "offline:smollm2_135m", **settings: Any) -> tuple[nn.Module
     Raises:
         UserError: it cannot be loaded.
     """
-    path = models.OFFLINE + path if path in assets.MODELS else path
+    path = sources.OFFLINE + path if path in assets.MODELS else path
     spec = models.identify(ModelConfig(name=path.rsplit("/", 1)[-1], path=path, **settings))
     return models.load_model(spec), models.load_tokenizer(spec)
 

@@ -96,7 +96,7 @@ class EvalConfig:
 
 @dataclass
 class RunConfig:
-    """Everything that defines one run. ``repeat`` numbers the runs of one cell whose cost is measured more than once."""
+    """Everything that defines one run. ``repeat`` numbers runs of one cell whose cost is measured more than once; ``save`` is a folder for its model."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     method: Any = MISSING
@@ -114,6 +114,7 @@ class RunConfig:
     plan: bool = False
     repeat: int = 0
     save_masks: bool = False
+    save: str | None = None
     results_dir: str = "results"
     plugins: list[str] = field(default_factory=list)
 

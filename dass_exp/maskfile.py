@@ -16,6 +16,8 @@ from torch import Tensor
 
 from dass_exp.errors import UserError
 
+MASKS = "masks.safetensors"
+
 _FORMAT = "dass_exp masks, packed along the input axis, first weight in the lowest bit"
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from dass_exp.maskfile import PackedMask, write_masks
+from dass_exp.maskfile import MASKS, PackedMask, write_masks
 from dass_exp.paths import project_root
 from dass_exp.schema import problem_of
 
@@ -43,7 +43,7 @@ class Store:
 
     def masks(self, key: str) -> Path:
         """The masks of this run, where they were asked for."""
-        return self.runs / key / "masks.safetensors"
+        return self.runs / key / MASKS
 
     def find(self, key: str) -> Record | None:
         """The finished record of this key, or None. A file that is no record (a hand edit gone wrong) counts as none."""
@@ -82,7 +82,7 @@ class Store:
         folder = self.runs / record["key"]
         folder.mkdir(parents=True, exist_ok=True)
         if masks is not None:
-            scratch = folder / "masks.safetensors.partial"
+            scratch = folder / f"{MASKS}.partial"
             try:
                 write_masks(masks, scratch)
                 _settle(scratch, self.masks(record["key"]))

@@ -11,6 +11,7 @@ import torch
 
 from dass_exp.bench import Bench, Observer, Shelf, Silent
 from dass_exp.calibrate import BlockReport, Options, prune_model
+from dass_exp.checkpoint import check_room, is_saved, save_checkpoint
 from dass_exp.config import Settings
 from dass_exp.evaluate.perplexity import Perplexity, perplexity
 from dass_exp.evaluate.zeroshot import Options as ZeroShotOptions
@@ -19,7 +20,7 @@ from dass_exp.key import key_of
 from dass_exp.maskfile import PackedMask
 from dass_exp.methods.dense import Dense
 from dass_exp.record import PeakMemory, Record, Store
-from dass_exp.summarise import Made, compose, described
+from dass_exp.summarise import Made, compose, described, manifest
 from dass_exp.verify import Layer, verify
 
 
@@ -61,7 +62,7 @@ def _run(settings: Settings, bench: Bench) -> Outcome:
             return outcome
         with store.noting_failure(key, described(settings, bench.spec)):
             dense = _dense(settings, bench)
-            made, masks = _make(settings, bench)
+            made, masks = _make(settings, bench, key)
             record = compose(key, settings, bench.spec, made)
             path = store.write(record, {"documents.json": made.zeroshot.documents} if made.zeroshot else {}, masks)
     settings.tracker.track(record, settings.config.results_dir)
@@ -69,8 +70,10 @@ def _run(settings: Settings, bench: Bench) -> Outcome:
 
 
 def _found(settings: Settings, bench: Bench, store: Store, key: str) -> Outcome | None:
-    record = None if settings.config.rerun else store.find(key)
-    if record is None or (settings.config.save_masks and settings.method.uses and not store.masks(key).is_file()):
+    config = settings.config
+    saved = config.save is None or is_saved(config.save, key)  # whatever else lies there must be said before anything is run
+    record = None if config.rerun else store.find(key)
+    if record is None or not saved or (config.save_masks and settings.method.uses and not store.masks(key).is_file()):
         return None
     return Outcome(record, store.path(key), _dense(settings, bench), found=True)
 
@@ -80,17 +83,22 @@ def _dense(settings: Settings, bench: Bench) -> Record | None:
     evaluation = settings.config.eval
     if not settings.method.uses or (evaluation.perplexity is None and evaluation.zeroshot is None):
         return None
-    config = dataclasses.replace(settings.config, rerun=False, repeat=0)
+    config = dataclasses.replace(settings.config, rerun=False, repeat=0, save=None)
     return _run(dataclasses.replace(settings, config=config, method=Dense()), bench).record
 
 
-def _make(settings: Settings, bench: Bench) -> tuple[Made, dict[str, PackedMask] | None]:
-    memory = PeakMemory()
-    with bench.borrowed(settings.config.scope if settings.method.uses else None) as model:
+def _make(settings: Settings, bench: Bench, key: str) -> tuple[Made, dict[str, PackedMask] | None]:
+    config, memory = settings.config, PeakMemory()
+    with bench.borrowed(config.scope if settings.method.uses else None) as model:
+        if config.save is not None:
+            check_room(config.save, model)
         size = sum(parameter.numel() for parameter in model.parameters())
         start = time.perf_counter()
         pruned = _prune(settings, bench) if settings.method.uses else _Pruned()
         prune_s = time.perf_counter() - start
+        if config.save is not None:
+            with bench.observer.phase(f"saving {config.save}"):
+                save_checkpoint(config.save, model, bench.tokenizer, pruned.masks or {}, manifest(key, settings, bench.spec, bench.bos, pruned.layers))
         start = time.perf_counter()
         scored, tasks = _evaluate(settings, bench)
     cost = {"load_s": bench.load_s, "prune_s": prune_s, "eval_s": time.perf_counter() - start, **memory.read()}
@@ -106,7 +114,7 @@ def _make(settings: Settings, bench: Bench) -> tuple[Made, dict[str, PackedMask]
         decoder_size=bench.decoder.size,
         cost={name: round(value, 3) if isinstance(value, float) else value for name, value in cost.items()},
     )
-    return made, pruned.masks
+    return made, pruned.masks if config.save_masks else None
 
 
 @dataclass
@@ -117,7 +125,7 @@ class _Pruned:
 
 
 def _prune(settings: Settings, bench: Bench) -> _Pruned:
-    config, done = settings.config, _Pruned(masks={} if settings.config.save_masks else None)
+    config, done = settings.config, _Pruned(masks={} if settings.config.save_masks or settings.config.save is not None else None)
     with bench.observer.phase(f"pruning with {settings.method.name}", len(bench.decoder.blocks)) as step:
 
         def on_block(report: BlockReport) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,19 @@ def compose(key: str, settings: Settings, spec: ModelSpec, made: Made) -> Record
         },
         "environment": environment(),
     }
+
+
+def manifest(key: str, settings: Settings, spec: ModelSpec, bos: str, layers: Sequence[Layer]) -> dict[str, Any]:
+    """What is said beside a saved model: the key of its run, how it was made in a line and in full, and its sparsity."""
+    config, method = settings.config, settings.method
+    parts = [f"{name}={value}" for name, value in method.settings().items()]
+    told = " ".join([method.name, *parts, *([settings.pattern.name, f"scope {config.scope}"] if method.uses else []), f"of {spec.identity}"])
+    zeros, size = sum(layer.zeros for layer in layers), sum(layer.size for layer in layers)
+    sparsity = {"scope": zeros / size if size else 0.0, "linears": {layer.name: layer.zeros / layer.size for layer in layers}}
+    return {
+        "key": key, "told": told, "created": now(), "identity": identity_of(settings, spec, bos), "config": described(settings, spec),
+        "sparsity": sparsity, "environment": environment(),
+    }  # fmt: skip
 
 
 def described(settings: Settings, spec: ModelSpec) -> dict[str, Any]:

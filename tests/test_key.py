@@ -79,6 +79,7 @@ OUTSIDE = {
     "threads": "threads=1",
     "rerun": "rerun=true",
     "save_masks": "save_masks=true",
+    "save": "save=/somewhere/else",
     "results_dir": "results_dir=/somewhere/else",
     "plugins": "plugins=[another]",
 }

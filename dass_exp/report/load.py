@@ -13,7 +13,7 @@ from dass_exp.schema import is_config, problem_of
 Record = dict[str, Any]
 
 # Settings that do not tell one cell from another.
-_NOT_THE_CELL = {"results_dir", "tracker", "threads", "rerun", "sweeps", "plugins", "save_masks", "plan", "calibration.batch_size", "eval.batch_size"}
+_NOT_THE_CELL = {"results_dir", "tracker", "threads", "rerun", "sweeps", "plugins", "save_masks", "save", "plan", "calibration.batch_size", "eval.batch_size"}
 
 
 @dataclass(frozen=True)
