@@ -73,6 +73,7 @@ def save_checkpoint(folder: str | Path, model: Any, tokenizer: Any, masks: Mappi
             raise OSError(f"{place}: {error}") from error
         write_masks(masks, made / MASKS)
         for path in made.iterdir():
+            path.chmod(0o644)  # safetensors makes files that only their owner can read
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         write_json(made / MANIFEST, {"schema": 1, **manifest})

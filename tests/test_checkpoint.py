@@ -34,6 +34,7 @@ def test_a_saved_model_is_what_was_scored(cell, place, method):
         assert set(masks) == {layer["name"] for layer in record["sparsity"]["layers"]}
         assert all(not model.get_submodule(name).weight[~keep].any() for name, keep in masks.items())
     assert "tokenizer.json" in {path.name for path in place.iterdir()}
+    assert {path.stat().st_mode & 0o777 for path in place.iterdir() if path.name != "dass_exp.json"} == {0o644}
 
 
 def test_its_config_says_nothing_of_sparsity_and_its_manifest_all(cell, place):
