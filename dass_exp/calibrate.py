@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from dass_exp.masks import Pattern
 from dass_exp.methods.base import Block, Cut, LinearView, Pruner
 from dass_exp.observe import observing
 from dass_exp.replay import Attention
+from dass_exp.source import Resident, Source
 from dass_exp.stats import Stat
 
 ENGINE_VERSION = 1  # part of every record's key: raise it when the engine's numbers change
@@ -66,8 +67,8 @@ class BlockReport:
     starved: tuple[str, ...] = ()
 
 
-def _ignore(report: BlockReport) -> None:
-    del report
+def _ignore(told: object) -> None:
+    del told
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class Options:
         min_tokens: an expert of a mixture to which fewer tokens were routed is starved.
         starved: what to do about it: ``level``, rank its weights as if all of its inputs were alike, or ``refuse``, stop.
         outputs: whether the pruned model's last hidden states are wanted; without, the last block runs once.
+        source: where blocks come from; memory, or a checkpoint that is read block by block.
+        before: called with the index of each block before anything is done to it.
     """
 
     scope: str = "mlp"
@@ -91,6 +94,8 @@ class Options:
     min_tokens: int = 32
     starved: str = "level"
     outputs: bool = False
+    source: Source = field(default_factory=Resident)
+    before: Callable[[int], None] = _ignore
 
     def __post_init__(self) -> None:
         one_of("scope", self.scope, tuple(SCOPES))
@@ -120,20 +125,17 @@ def prune_model(model: nn.Module, tokens: Tensor | None, method: Pruner, pattern
     decoder = decoder_of(model, options.roles)
     check_shapes(decoder, method, pattern, options.scope)
     if method.stat is None:
-        for index in range(len(decoder.blocks)):
-            start = time.perf_counter()
-            units = _units(decoder, index, options.scope, {})
-            linears, cuts = _prune_units(units, method, pattern)
-            spent = Spent.on(0.0, (), time.perf_counter() - start, linears)
-            options.on_block(BlockReport(decoder.names[index], linears, cuts, None, spent))
+        for index in _opened(decoder, options):
+            options.on_block(_prune_unseen(decoder, index, method, pattern, options))
         return []
     if tokens is None:
         raise UserError(f"method {method.name} needs calibration tokens")
     if tokens.ndim != 2 or not tokens.numel():
         raise UserError(f"calibration tokens of shape {list(tokens.shape)}: expected [sequences, tokens] with at least one of each")
     with evaluating(model):
+        options.source.open(0)  # one real call of it tells what blocks return
         batches = capture(model, list(decoder.blocks), tokens, options.batch_size)
-        for index in range(len(decoder.blocks)):
+        for index in _opened(decoder, options):
             options.on_block(_prune_block(decoder, index, batches, method, pattern, options))
     return [batch.hidden for batch in batches] if options.outputs else []
 
@@ -154,6 +156,22 @@ def check_shapes(decoder: Decoder, method: Pruner, pattern: Pattern, scope: str)
                 raise UserError(f"{site.name}: {error}") from error
     if not found:
         raise UserError(f"scope={scope}: this model has no linear in it; choose another of {', '.join(SCOPES)}")
+
+
+def _opened(decoder: Decoder, options: Options) -> Iterator[int]:
+    """The blocks' indices, each block in memory while its turn lasts."""
+    for index in range(len(decoder.blocks)):
+        options.source.open(index)
+        options.before(index)
+        yield index
+        options.source.close(index)
+
+
+def _prune_unseen(decoder: Decoder, index: int, method: Pruner, pattern: Pattern, options: Options) -> BlockReport:
+    """Prune a block by its weights alone."""
+    start = time.perf_counter()
+    linears, cuts = _prune_units(_units(decoder, index, options.scope, {}), method, pattern)
+    return BlockReport(decoder.names[index], linears, cuts, None, Spent.on(0.0, (), time.perf_counter() - start, linears))
 
 
 def _prune_block(decoder: Decoder, index: int, batches: list[Batch], method: Pruner, pattern: Pattern, options: Options) -> BlockReport:

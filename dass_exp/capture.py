@@ -28,10 +28,12 @@ class Batch:
     Args:
         hidden: [sequences, tokens, features], the input of the block that is next.
         calls: the other arguments, one entry per block: masks and rotary tables can differ from block to block.
+        wrapped: whether blocks give a tuple, as older ones do.
     """
 
     hidden: Tensor
     calls: list[Call]
+    wrapped: bool = False
 
     def through(self, block: nn.Module, index: int) -> Tensor:
         """The output of block ``index`` for this batch, called as the model calls it; [sequences, tokens, features]."""
@@ -79,8 +81,30 @@ def capture(model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor, batch
             calls = recorder.calls
             if batches:
                 calls = [_share_call(call, before) for call, before in zip(calls, batches[-1].calls, strict=True)]
-            batches.append(Batch(recorder.hidden[0], calls))
+            batches.append(Batch(recorder.hidden[0], calls, bool(recorder.returns_tuple)))
     return batches
+
+
+def behind(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch, ids: Tensor) -> Tensor:
+    """The model's last hidden states where its last block gave ``batch.hidden``: whatever the model does behind its blocks, none of which is computed.
+
+    Args:
+        model: a transformers causal language model.
+        blocks: its decoder blocks.
+        batch: behind the last of them.
+        ids: int64 [sequences, tokens], of the batch.
+    """
+
+    def given(*args: Any, **kwargs: Any) -> Any:
+        del args, kwargs
+        return (batch.hidden,) if batch.wrapped else batch.hidden
+
+    trunk = getattr(model, "base_model", model)
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(standing_in(block, given))
+        found: Tensor = trunk(input_ids=ids.to(batch.hidden.device), use_cache=False).last_hidden_state
+    return found
 
 
 class _Recorder:
@@ -89,18 +113,18 @@ class _Recorder:
     def __init__(self) -> None:
         self.hidden: list[Tensor] = []
         self.calls: list[Call] = []
-        self._returns_tuple: bool | None = None
+        self.returns_tuple: bool | None = None
 
     def stand_in(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A forward that records in the place of ``forward``."""
 
         def record(*args: Any, **kwargs: Any) -> Any:
             hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-            if self._returns_tuple is None:  # one real call tells: older blocks return a tuple, newer ones a tensor
-                self._returns_tuple = isinstance(forward(hidden, *rest, **kwargs), tuple)
+            if self.returns_tuple is None:  # one real call tells: older blocks return a tuple, newer ones a tensor
+                self.returns_tuple = isinstance(forward(hidden, *rest, **kwargs), tuple)
             self.hidden.append(hidden)
             self.calls.append(Call(rest, dict(kwargs)))
-            return (hidden,) if self._returns_tuple else hidden
+            return (hidden,) if self.returns_tuple else hidden
 
         return record
 

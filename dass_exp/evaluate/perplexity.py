@@ -60,6 +60,15 @@ def perplexity(model: Any, tokens: Tensor, batch_size: int = 4) -> Perplexity:
             hidden = last_hidden(model, ids)[:, :-1]
             found = losses(model, hidden.reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1))
             window_nll += found.view(len(ids), -1).double().mean(1).tolist()
-    if not sum(window_nll) / len(window_nll) < _HIGHEST:
+    return checked(Perplexity(window_nll, tokens.shape[1] - 1))
+
+
+def checked(found: Perplexity) -> Perplexity:
+    """What was found, if it is a number.
+
+    Raises:
+        NumericalError: a likelihood, or the perplexity, is not finite.
+    """
+    if not sum(found.window_nll) / len(found.window_nll) < _HIGHEST:
         raise NumericalError("perplexity: the model's logits hold numbers that are not finite")
-    return Perplexity(window_nll, tokens.shape[1] - 1)
+    return found

@@ -1,0 +1,69 @@
+"""Perplexity of the dense and of the pruned model from one walk through the blocks: windows go through each beside the calibration tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dass_exp.capture import Batch, behind, capture, evaluating
+from dass_exp.decoder import decoder_of
+from dass_exp.evaluate.head import losses
+from dass_exp.evaluate.perplexity import Perplexity, checked
+
+
+class Alongside:
+    """Two sets of hidden states of the same windows, one for each of the two models.
+
+    Args:
+        model: a transformers causal language model, whose blocks need not be in memory.
+        windows: int64 [windows, tokens].
+        batch_size: windows that pass through a block together.
+        roles: the roles of a family that the table does not know.
+    """
+
+    def __init__(self, model: Any, windows: Tensor, batch_size: int, roles: Any = None) -> None:
+        self._model, self._windows, self._batch_size = model, windows, batch_size
+        self._blocks = list(decoder_of(model, roles).blocks)
+        self._dense: list[Batch] = []
+        self._pruned: list[Batch] = []
+
+    @torch.no_grad()
+    def before(self, index: int) -> None:
+        """Block ``index`` is in memory and dense."""
+        with evaluating(self._model):
+            if index == 0:
+                self._dense = capture(self._model, self._blocks, self._windows, self._batch_size)
+                self._pruned = [Batch(batch.hidden, batch.calls, batch.wrapped) for batch in self._dense]
+            self._pass(self._dense, index)
+
+    @torch.no_grad()
+    def after(self, index: int) -> None:
+        """Block ``index`` is in memory and pruned."""
+        with evaluating(self._model):
+            self._pass(self._pruned, index)
+
+    @torch.no_grad()
+    def dense(self) -> Perplexity:
+        """Of the dense model, once all blocks have passed."""
+        return self._read(self._dense)
+
+    @torch.no_grad()
+    def pruned(self) -> Perplexity:
+        """Of the pruned model, once all blocks have passed."""
+        return self._read(self._pruned)
+
+    def _pass(self, batches: list[Batch], index: int) -> None:
+        for batch in batches:
+            batch.hidden = batch.through(self._blocks[index], index)
+
+    def _read(self, batches: list[Batch]) -> Perplexity:
+        window_nll: list[float] = []
+        with evaluating(self._model):
+            for batch, part in zip(batches, self._windows.split(self._batch_size), strict=True):
+                ids = part.to(batch.hidden.device)
+                hidden = behind(self._model, self._blocks, batch, ids)[:, :-1]
+                found = losses(self._model, hidden.reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1))
+                window_nll += found.view(len(ids), -1).double().mean(1).tolist()
+        return checked(Perplexity(window_nll, self._windows.shape[1] - 1))

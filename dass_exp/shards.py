@@ -1,0 +1,106 @@
+"""Weights of a checkpoint folder, some at a time. No file stays open: an open mapping keeps every page that was touched in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dass_exp.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+
+
+class Shards:
+    """The tensors of a folder of safetensors, one file or several with an index.
+
+    Args:
+        folder: of the checkpoint.
+
+    Raises:
+        UserError: it holds no such file, or one that its index names is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = _files(folder)
+        self._shapes: dict[str, tuple[int, int]] = {}  # numbers and bytes of a number, by tensor
+        for file in sorted(set(self._files.values())):
+            self._shapes |= self._look_into(file)
+        if missing := sorted(set(self._files) - set(self._shapes)):
+            raise UserError(f"model.path={folder}: {self._files[missing[0]]} does not hold {missing[0]}, which the index says; fetch it again")
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors, as they are stored."""
+        return list(self._files)
+
+    def count(self, names: Iterable[str]) -> int:
+        """Numbers in these tensors together."""
+        return sum(self._shapes[name][0] for name in names)
+
+    def size(self, names: Iterable[str]) -> int:
+        """Bytes of these tensors as they lie in the files."""
+        return sum(count * width for count, width in (self._shapes[name] for name in names))
+
+    def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Some tensors in memory of their own, floating ones as ``dtype``.
+
+        Raises:
+            UserError: a file is missing or damaged; the message names it.
+        """
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._files[name], []).append(name)
+        found: dict[str, Tensor] = {}
+        for file, wanted in by_file.items():
+            try:
+                with safe_open(self.folder / file, framework="pt") as shard:
+                    for name in wanted:
+                        tensor = shard.get_tensor(name)
+                        kind = dtype if tensor.is_floating_point() else tensor.dtype
+                        found[name] = tensor.to(kind, copy=True)  # not the mapping's own memory
+            except (OSError, SafetensorError) as error:
+                raise _unreadable(self.folder, file, error) from error
+        return found
+
+    def _look_into(self, file: str) -> Mapping[str, tuple[int, int]]:
+        try:
+            with safe_open(self.folder / file, framework="pt") as shard:
+                slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - it is no mapping
+                return {name: (_product(part.get_shape()), _BYTES.get(part.get_dtype(), 4)) for name, part in slices.items()}
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(self.folder, file, error) from error
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """The file of each tensor."""
+    try:
+        if (folder / INDEX).is_file():
+            found = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            return {str(name): str(file) for name, file in found.items()}
+        with safe_open(folder / SINGLE, framework="pt") as single:
+            return dict.fromkeys(single.keys(), SINGLE)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"model.path={folder}: its {INDEX} cannot be read ({error}); fetch it again") from error
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(folder, SINGLE, error) from error
+
+
+def _unreadable(folder: Path, file: str, error: Exception) -> UserError:
+    if not (folder / file).exists():
+        return UserError(f"model.path={folder}: {file} is missing; fetch it again")
+    return UserError(f"model.path={folder}: {file} is damaged ({' '.join(str(error).split())}); fetch it again")
+
+
+def _product(shape: Iterable[int]) -> int:
+    total = 1
+    for side in shape:
+        total *= side
+    return total

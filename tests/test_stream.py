@@ -1,0 +1,149 @@
+"""A model that is read block by block is pruned and scored to the same numbers as one in memory."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dass_exp.api import method_of
+from dass_exp.calibrate import Options, prune_model
+from dass_exp.decoder import decoder_of
+from dass_exp.errors import UserError
+from dass_exp.evaluate.alongside import Alongside
+from dass_exp.evaluate.perplexity import perplexity
+from dass_exp.families import FAMILIES
+from dass_exp.masks import NM
+from dass_exp.shards import Shards
+from dass_exp.source import Streamed, empty_model
+
+STREAMED = sorted(name for name, family in FAMILIES.items() if family.experts is None)
+CPU = torch.device("cpu")
+
+
+def opened(folder, dtype=torch.float32):
+    """The empty model of a folder, and its shards."""
+    config, shards = AutoConfig.from_pretrained(folder), Shards(folder)
+    return empty_model(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype), shards, CPU, dtype), shards
+
+
+def saved(model, folder, **settings):
+    model.save_pretrained(folder, **settings)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["dass", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("family", STREAMED)
+def test_weights_are_identical_and_both_perplexities_are_those_of_the_models(family, method, tiny_model, tokens, tmp_path):
+    resident, windows = tiny_model(family), tokens.flip(0)[:4]
+    folder = saved(resident, tmp_path / "model")
+    dense = perplexity(resident, windows, 2).window_nll
+    prune_model(resident, tokens, method_of(method), NM(2, 4), Options("all", 2))
+    expected = {name: tensor for name, tensor in resident.state_dict().items() if name.startswith(tuple(f"{block}." for block in decoder_of(resident).names))}
+
+    model, shards = opened(folder)
+    found: dict[str, torch.Tensor] = {}
+    source = Streamed(model, shards, CPU, torch.float32, lambda index, weights: found.update(copy.deepcopy(dict(weights))))
+    beside = Alongside(model, windows, 2)
+    done = []
+    options = Options("all", 2, source=source, before=beside.before, on_block=lambda report: done.append(beside.after(len(done))))
+    prune_model(model, tokens, method_of(method), NM(2, 4), options)
+    source.stop()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    assert beside.dense().window_nll == pytest.approx(dense, rel=1e-6)
+    assert beside.pruned().window_nll == pytest.approx(perplexity(resident, windows, 2).window_nll, rel=1e-6)
+    assert all(parameter.is_meta for block in decoder_of(model).blocks for parameter in block.parameters())
+
+
+def test_two_blocks_are_in_memory_at_most(tiny_model, tokens, tmp_path):
+    folder = saved(tiny_model("llama", num_hidden_layers=6), tmp_path / "model")
+    model, shards = opened(folder)
+    blocks, seen = model.model.layers, []
+    source = Streamed(model, shards, CPU, torch.float32)
+
+    def note(index):
+        seen.append([number for number, block in enumerate(blocks) if not next(block.parameters()).is_meta])
+
+    prune_model(model, tokens, method_of("wanda"), NM(2, 4), Options("mlp", 2, source=source, before=note))
+    assert seen == [[index] for index in range(6)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_several_shards_are_read_as_one(family, tiny_model, tmp_path):
+    model = tiny_model(family)
+    folder = saved(model, tmp_path / "model", max_shard_size="8KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    shards, state = Shards(folder), model.state_dict()
+    names = [name for name in state if name in shards.names]
+    found = shards.read(names, torch.float32)
+    assert all(torch.equal(found[name], state[name]) for name in names)
+    assert shards.count(names) == sum(state[name].numel() for name in names)
+    assert shards.size(names) == 4 * shards.count(names)
+
+
+def test_what_is_read_is_in_memory_of_its_own(tiny_model, tmp_path):
+    folder = saved(tiny_model("llama"), tmp_path / "model")
+    found = Shards(folder).read(["model.norm.weight"], torch.float32)["model.norm.weight"]
+    before = found.clone()
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    (folder / "model.safetensors").write_bytes(b"\0" * (folder / "model.safetensors").stat().st_size)
+    assert torch.equal(found, before)
+
+
+@pytest.mark.parametrize("harm", ["missing", "cut", "unlisted", "index"])
+def test_a_missing_or_damaged_shard_is_named(harm, tiny_model, tmp_path):
+    folder = saved(tiny_model("llama"), tmp_path / "model", max_shard_size="8KB")
+    victim = sorted(folder.glob("*.safetensors"))[1]
+    index = folder / "model.safetensors.index.json"
+    if harm == "missing":
+        victim.unlink()
+    elif harm == "cut":
+        victim.write_bytes(victim.read_bytes()[:-7])
+    elif harm == "unlisted":
+        content = json.loads(index.read_text())
+        content["weight_map"]["model.extra.weight"] = victim.name
+        index.write_text(json.dumps(content))
+    else:
+        index.write_text("{}")
+    with pytest.raises(UserError) as caught:
+        Shards(folder)
+    assert "\n" not in str(caught.value)
+    assert (victim.name if harm != "index" else index.name) in str(caught.value)
+
+
+def test_a_shard_that_goes_bad_on_the_way_is_named(tiny_model, tokens, tmp_path):
+    folder = saved(tiny_model("llama"), tmp_path / "model", max_shard_size="8KB")
+    model, shards = opened(folder)
+    last = shards._files["model.layers.1.mlp.down_proj.weight"]
+    (folder / last).write_bytes(b"nothing")
+    with pytest.raises(UserError, match=f"{last} is damaged"):
+        prune_model(model, tokens, method_of("wanda"), NM(2, 4), Options("mlp", source=Streamed(model, shards, CPU, torch.float32)))
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(STREAMED)))
+def test_a_mixture_is_refused_in_a_line(family, tiny_model, tmp_path):
+    folder = saved(tiny_model(family), tmp_path / "model")
+    with pytest.raises(UserError, match=r"experts are stored one by one.*set model\.placement=resident"):
+        opened(folder)
+
+
+def test_a_checkpoint_without_the_prefix_of_the_model_is_read(tiny_model, tokens, tmp_path):
+    """GPT-2's on the hub has no ``transformer.`` before its names."""
+    model = tiny_model("gpt2")
+    folder = saved(model, tmp_path / "model")
+    weights = {name.removeprefix("transformer."): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    streamed, shards = opened(folder)
+    source = Streamed(streamed, shards, CPU, torch.float32)
+    beside = Alongside(streamed, tokens, 5)
+    for index in range(2):
+        source.open(index)
+        beside.before(index)
+        source.close(index)
+    assert beside.dense().window_nll == pytest.approx(perplexity(model, tokens, 5).window_nll, rel=1e-6)
