@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -19,6 +21,9 @@ from dass_exp.config import Settings
 from dass_exp.decoder import Decoder, decoder_of
 from dass_exp.errors import UserError
 from dass_exp.matrices import Matrix
+from dass_exp.memory import Needs, Work, available, needs, placed
+
+log = logging.getLogger(__name__)
 
 Thing = TypeVar("Thing")
 
@@ -79,6 +84,11 @@ def shelf_of_process() -> Shelf:
     return Shelf()
 
 
+def _small(folder: Path, device: torch.device) -> bool:
+    """Whether a model is so far from filling the memory that nothing need be computed."""
+    return 16 * sum(file.stat().st_size for file in folder.glob("*.safetensors")) < available(device)
+
+
 def _placed(spec: models.ModelSpec) -> tuple[str, str, str]:
     return spec.identity, spec.dtype_name, str(spec.device)
 
@@ -114,6 +124,34 @@ class Bench:
         if self.shelf is not None:
             self.shelf.put(self.spec, model)
         return model
+
+    @cached_property
+    def needs(self) -> Needs:
+        """What the run needs of memory."""
+        settings, scored = self.settings, self.settings.config.eval.perplexity
+        stat = settings.method.stat
+        work = Work(settings.config.scope if settings.method.uses else None, stat, settings.config.calibration.batch_size, self.spec.dtype)
+        calibration = (settings.cut.num_samples, settings.cut.seq_len) if stat else (0, 0)
+        model = models.skeleton(self.spec)
+        windows = (len(self.windows.ids), scored.context) if scored is not None and self.windows is not None else (0, 0)
+        return needs(decoder_of(model, self.spec.roles), model, calibration, windows, work)
+
+    @cached_property
+    def streams(self) -> bool:
+        """Whether the model is read block by block.
+
+        Raises:
+            UserError: the run fits in memory in no way.
+        """
+        if self.shelf is not None and self.shelf.model(self.spec) is not None:
+            return False
+        asked, source = self.settings.config.model.placement, Path(self.spec.source)
+        if asked == "resident" or (asked == "auto" and source.is_dir() and _small(source, self.spec.device)):
+            return False
+        placement, why = placed(self.settings.config.model.placement, self.needs, available(self.spec.device))
+        if why:
+            log.warning("model.placement=auto: %s", why)
+        return placement == "stream"
 
     @property
     def decoder(self) -> Decoder:

@@ -24,9 +24,8 @@ from dass_exp.track import Tracker
 class ModelConfig:
     """Which model: ``path`` is a hub id, a folder, ``offline:NAME`` or ``tiny:NAME``. ``bos`` is auto, never, stream or window.
 
-    ``training_seed`` picks one of the trainings of a tiny model, null the first; tables average over them as over seeds.
-
-    ``license``, ``parameters`` and ``context`` tell a user what to expect; no number depends on them.
+    ``placement`` is resident, stream (block by block from the disk), or auto: as the memory at hand allows. ``training_seed`` picks a training of a tiny
+    model, null the first; tables average over them. ``license``, ``parameters`` and ``context`` tell a user what to expect; no number depends on them.
     """
 
     name: str = MISSING
@@ -34,6 +33,7 @@ class ModelConfig:
     revision: str | None = None
     dtype: str = "auto"
     device: str = "auto"
+    placement: str = "auto"
     bos: str = "auto"
     training_seed: int | None = None
     roles: Any = None  # a mapping; typed so, Hydra could not set it from the command line

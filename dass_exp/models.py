@@ -13,7 +13,9 @@ from torch import nn
 from dass_exp.decoder import decoder_of
 from dass_exp.errors import UserError, one_of
 from dass_exp.families import BOS_POLICIES, Family, family_of
-from dass_exp.sources import explained, locate, quiet
+from dass_exp.shards import Shards
+from dass_exp.source import Streamed, empty_model
+from dass_exp.sources import explained, folder_of, locate, quiet
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -73,6 +75,7 @@ def identify(settings: Any) -> ModelSpec:
     device = _device(settings.device)
     one_of("model.dtype", settings.dtype, ("auto", *_DTYPES))
     one_of("model.bos", settings.bos, ("auto", *BOS_POLICIES))
+    one_of("model.placement", settings.placement, ("auto", "resident", "stream"))
     found = locate(settings)
     spec = ModelSpec(
         **found, name=settings.name, dtype=_dtype(settings.dtype, found["config"], device), device=device,
@@ -104,6 +107,22 @@ def load_model(spec: ModelSpec) -> nn.Module:
             spec.source, revision=spec.revision, trust_remote_code=spec.trust_remote_code, dtype=spec.dtype, use_safetensors=True
         )
     return model.to(spec.device).eval()
+
+
+def load_streamed(spec: ModelSpec) -> tuple[nn.Module, Streamed]:
+    """The model without its blocks, and where those come from, one after the other.
+
+    Raises:
+        UserError: a file of it is missing or damaged, or it is stored otherwise than the model holds it.
+    """
+    with quiet(), explained(spec.source):
+        shards = Shards(folder_of(spec.source, spec.revision))
+
+        def build() -> Any:
+            return transformers.AutoModelForCausalLM.from_config(spec.config, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
+
+        model = empty_model(build, shards, spec.device, spec.dtype)
+    return model, Streamed(model, shards, spec.device, spec.dtype)
 
 
 def skeleton(spec: ModelSpec) -> nn.Module:

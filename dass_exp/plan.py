@@ -48,6 +48,8 @@ def plan(settings: Settings, shelf: Shelf | None = None) -> Plan:
             raise
         return Plan("", done=False, seconds=None, basis=f"the model is not at hand: {error}", needs=wanted)
     bench.check(settings)
+    memory = f"this run: {bench.needs.resident / 1e9:.1f} GB with the model in memory, {bench.needs.streamed / 1e9:.1f} GB block by block ({bench.needs.told()})"
+    wanted = f"{wanted}; {memory}" if wanted else memory
     store = Store(settings.config.results_dir)
     key = key_of(settings, bench.spec, bench.bos)
     if not settings.config.rerun and store.find(key) is not None:
@@ -65,7 +67,7 @@ def _needs(settings: Settings) -> str:
     if model.parameters is None:
         return ""
     half = 2e-9 * model.parameters
-    seen = f", and the activations of {cut.num_samples} x {cut.seq_len} calibration tokens twice" if settings.method.stat else ""
+    seen = f", and the activations of {cut.num_samples} x {cut.seq_len} calibration tokens three times" if settings.method.stat else ""
     return (
         f"{model.name} ({model.path}): {model.parameters / 1e9:.3g} billion parameters, {half:.1f} GB of memory in float16 or bfloat16, "
         f"{2 * half:.1f} GB in float32 (what dtype=auto is on a CPU){seen}; license: {model.license}; sequences up to {model.context} tokens; "

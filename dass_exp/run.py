@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from dass_exp import models
 from dass_exp.bench import Bench, Observer, Shelf, Silent
-from dass_exp.calibrate import BlockReport, Options, prune_model
-from dass_exp.checkpoint import check_room, is_saved, save_checkpoint
+from dass_exp.checkpoint import Growing, check_room, is_saved, save_checkpoint
 from dass_exp.config import Settings
 from dass_exp.evaluate.perplexity import Perplexity, perplexity
 from dass_exp.evaluate.zeroshot import Options as ZeroShotOptions
@@ -19,9 +22,11 @@ from dass_exp.evaluate.zeroshot import ZeroShot, zero_shot
 from dass_exp.key import key_of
 from dass_exp.maskfile import PackedMask
 from dass_exp.methods.dense import Dense
+from dass_exp.pruning import Pruned, prune_in_memory, walk
 from dass_exp.record import PeakMemory, Record, Store
 from dass_exp.summarise import Made, compose, described, manifest
-from dass_exp.verify import Layer, verify
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,12 @@ def run(settings: Settings, observer: Observer | None = None, shelf: Shelf | Non
     """
     if settings.config.threads:
         torch.set_num_threads(settings.config.threads)
-    return _run(settings, Bench(settings, observer or Silent(), shelf))
+    bench = Bench(settings, observer or Silent(), shelf)
+    if settings.config.eval.zeroshot is not None and bench.streams:
+        log.warning("the model is read block by block, so zero-shot tasks are left out; save=FOLDER keeps it, to be scored where it fits in memory")
+        without = dataclasses.replace(settings.config, eval=dataclasses.replace(settings.config.eval, zeroshot=None))
+        settings = bench.settings = dataclasses.replace(settings, config=without)
+    return _run(settings, bench)
 
 
 def _run(settings: Settings, bench: Bench) -> Outcome:
@@ -61,10 +71,12 @@ def _run(settings: Settings, bench: Bench) -> Outcome:
         if (outcome := _found(settings, bench, store, key)) is not None:  # another process may have done it while this one waited
             return outcome
         with store.noting_failure(key, described(settings, bench.spec)):
-            dense = _dense(settings, bench)
-            made, masks = _make(settings, bench, key)
-            record = compose(key, settings, bench.spec, made)
-            path = store.write(record, {"documents.json": made.zeroshot.documents} if made.zeroshot else {}, masks)
+            dense = None if bench.streams else _dense(settings, bench)
+            done = _walk(settings, bench, key) if bench.streams else _make(settings, bench, key)
+            record = compose(key, settings, bench.spec, done.made)
+            path = store.write(record, {"documents.json": done.made.zeroshot.documents} if done.made.zeroshot else {}, done.masks)
+    if done.beside is not None:
+        dense = _dense(settings, bench, done.beside)
     settings.tracker.track(record, settings.config.results_dir)
     return Outcome(record, path, dense, found=False)
 
@@ -78,31 +90,71 @@ def _found(settings: Settings, bench: Bench, store: Store, key: str) -> Outcome 
     return Outcome(record, store.path(key), _dense(settings, bench), found=True)
 
 
-def _dense(settings: Settings, bench: Bench) -> Record | None:
-    """The dense record of the same model and evaluation, made on demand."""
+def _dense(settings: Settings, bench: Bench, beside: Made | None = None) -> Record | None:
+    """The dense record of the same model and evaluation: found, written from what was scored beside a pruned model, or made on demand."""
     evaluation = settings.config.eval
     if not settings.method.uses or (evaluation.perplexity is None and evaluation.zeroshot is None):
         return None
     config = dataclasses.replace(settings.config, rerun=False, repeat=0, save=None)
-    return _run(dataclasses.replace(settings, config=config, method=Dense()), bench).record
+    settings = dataclasses.replace(settings, config=config, method=Dense())
+    if beside is not None:
+        store, key = Store(config.results_dir), key_of(settings, bench.spec, bench.bos)
+        with store.lock(key):
+            if store.find(key) is None:
+                store.write(compose(key, settings, bench.spec, beside), {})
+    return _run(settings, bench).record
 
 
-def _make(settings: Settings, bench: Bench, key: str) -> tuple[Made, dict[str, PackedMask] | None]:
+@dataclass(frozen=True)
+class _Done:
+    """What a run made: its content, masks to keep, and what was found out about the dense model on the way."""
+
+    made: Made
+    masks: dict[str, PackedMask] | None
+    beside: Made | None = None
+
+
+def _make(settings: Settings, bench: Bench, key: str) -> _Done:
+    """Prune and score the model in memory."""
     config, memory = settings.config, PeakMemory()
     with bench.borrowed(config.scope if settings.method.uses else None) as model:
         if config.save is not None:
             check_room(config.save, model)
         size = sum(parameter.numel() for parameter in model.parameters())
-        start = time.perf_counter()
-        pruned = _prune(settings, bench) if settings.method.uses else _Pruned()
-        prune_s = time.perf_counter() - start
+        pruned = prune_in_memory(settings, bench) if settings.method.uses else Pruned()
         if config.save is not None:
             with bench.observer.phase(f"saving {config.save}"):
                 save_checkpoint(config.save, model, bench.tokenizer, pruned.masks or {}, manifest(key, settings, bench.spec, bench.bos, pruned.layers))
         start = time.perf_counter()
         scored, tasks = _evaluate(settings, bench)
-    cost = {"load_s": bench.load_s, "prune_s": prune_s, "eval_s": time.perf_counter() - start, **memory.read()}
-    made = Made(
+        cost = {"load_s": bench.load_s, "prune_s": pruned.seconds, "eval_s": time.perf_counter() - start, **memory.read()}
+    return _Done(_told(settings, bench, pruned, scored, tasks, (size, bench.decoder.size), cost), pruned.masks if config.save_masks else None)
+
+
+def _walk(settings: Settings, bench: Bench, key: str) -> _Done:
+    """Prune and score the model while it is read, and save it as it goes."""
+    config, memory = settings.config, PeakMemory()
+    growing = None if config.save is None else Growing(config.save)
+    with growing.opened() if growing is not None else nullcontext():
+        if growing is not None:
+            check_room(growing.folder, models.skeleton(bench.spec))
+        walked = walk(settings, bench, growing)
+        pruned = walked.pruned
+        if growing is not None:
+            growing.finish(walked.model, bench.tokenizer, pruned.masks or {}, manifest(key, settings, bench.spec, bench.bos, pruned.layers))
+    cost = {"load_s": 0.0, "prune_s": pruned.seconds, "eval_s": walked.scoring_s, **memory.read()}
+    sizes = (walked.size, walked.decoder_size)
+    made = _told(settings, bench, pruned, walked.scored, None, sizes, cost)
+    beside = None
+    if settings.method.uses and walked.dense is not None:
+        beside = _told(dataclasses.replace(settings, method=Dense()), bench, Pruned(), walked.dense, None, sizes, {**cost, "prune_s": 0.0})
+    return _Done(made, pruned.masks if config.save_masks else None, beside)
+
+
+def _told(
+    settings: Settings, bench: Bench, pruned: Pruned, scored: Perplexity | None, tasks: ZeroShot | None, sizes: tuple[int, int], cost: dict[str, Any]
+) -> Made:
+    return Made(
         bos=bench.bos,
         layers=pruned.layers,
         starved=pruned.starved,
@@ -110,36 +162,10 @@ def _make(settings: Settings, bench: Bench, key: str) -> tuple[Made, dict[str, P
         windows=bench.windows,
         perplexity=scored,
         zeroshot=tasks,
-        model_size=size,
-        decoder_size=bench.decoder.size,
+        model_size=sizes[0],
+        decoder_size=sizes[1],
         cost={name: round(value, 3) if isinstance(value, float) else value for name, value in cost.items()},
     )
-    return made, pruned.masks if config.save_masks else None
-
-
-@dataclass
-class _Pruned:
-    layers: list[Layer] = field(default_factory=list)
-    starved: list[str] = field(default_factory=list)
-    masks: dict[str, PackedMask] | None = None
-
-
-def _prune(settings: Settings, bench: Bench) -> _Pruned:
-    config, done = settings.config, _Pruned(masks={} if settings.config.save_masks or settings.config.save is not None else None)
-    with bench.observer.phase(f"pruning with {settings.method.name}", len(bench.decoder.blocks)) as step:
-
-        def on_block(report: BlockReport) -> None:
-            done.layers.extend(verify(report, settings.pattern))
-            done.starved.extend(report.starved)
-            if done.masks is not None:
-                done.masks.update({name: PackedMask.of(cut.keep) for name, cut in report.cuts.items()})
-            step()
-
-        options = Options(config.scope, config.calibration.batch_size, bench.spec.roles, on_block, config.experts.min_tokens, config.experts.starved)
-        tokens = bench.calibration.ids if settings.method.stat else None
-        torch.manual_seed(config.seed)
-        prune_model(bench.model, tokens, settings.method, settings.pattern, options)
-    return done
 
 
 def _evaluate(settings: Settings, bench: Bench) -> tuple[Perplexity | None, ZeroShot | None]:

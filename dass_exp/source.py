@@ -50,7 +50,7 @@ class Streamed:
         shards: of its checkpoint.
         device: where a block computes.
         dtype: in which it computes.
-        keep: handed the weights of each block, by full name, when it is closed, before they go.
+        keep: (an attribute too) handed the weights of each block, by full name, when it is closed, before they go.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class Streamed:
         self.keep = keep
         decoder = decoder_of(model)
         self._blocks, self._names = decoder.blocks, decoder.names
-        stored = stored_names(model, shards)
-        self._wanted = [{name: other for name, other in stored.items() if name.startswith(f"{block}.")} for block in self._names]
+        self.stored = stored_names(model, shards)
+        self._wanted = [{name: other for name, other in self.stored.items() if name.startswith(f"{block}.")} for block in self._names]
         self._open: set[int] = set()
         self._reader = ThreadPoolExecutor(max_workers=1)
         self._ahead: dict[int, Future[dict[str, Tensor]]] = {}

@@ -73,6 +73,15 @@ def convert_gguf(source: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
+def folder_of(source: str, revision: str | None) -> Path:
+    """The folder of a model's files; those of a hub model are fetched into the hub's cache first."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(source, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+
+
 def read_config(source: str, revision: str | None, trust: bool) -> Any:
     """The transformers config of a model; no weight is loaded."""
     with quiet(), explained(source):

@@ -96,7 +96,7 @@ def test_what_lies_there_is_not_overwritten(cell, place, results, there, monkeyp
         (place / "thesis.txt").write_text("mine")
     else:
         run_with(*cell, "method=wanda", f"save={place}")
-    monkeypatch.setattr("dass_exp.run.prune_model", lambda *arguments: pytest.fail("it was pruned first"))
+    monkeypatch.setattr("dass_exp.pruning.prune_model", lambda *arguments: pytest.fail("it was pruned first"))
     with pytest.raises(UserError) as caught:
         run_with(*cell, f"save={place}")
     assert contains(str(caught.value), [f"save={place}", "remove it or name another folder"])
@@ -112,7 +112,7 @@ def test_an_empty_folder_may_be_named(cell, place):
 
 def test_a_disk_without_room_is_told_before_anything_is_pruned(cell, place, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 1))
-    monkeypatch.setattr("dass_exp.run.prune_model", lambda *arguments: pytest.fail("it was pruned first"))
+    monkeypatch.setattr("dass_exp.pruning.prune_model", lambda *arguments: pytest.fail("it was pruned first"))
     with pytest.raises(UserError, match=r"GB are needed and 0\.0 GB are free"):
         run_with(*cell, f"save={place}")
 

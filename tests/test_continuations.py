@@ -90,7 +90,7 @@ def test_each_sequence_passes_once_and_the_head_reads_only_what_it_must(tiny_mod
 def test_logits_are_held_a_few_positions_at_a_time(rows, tiny_model, monkeypatch):
     model = tiny_model("gemma2")
     expected = score_continuations(model, some_requests(), 4, 40)
-    monkeypatch.setattr(head, "_LOGITS", rows * 64)
+    monkeypatch.setattr(head, "LOGITS", rows * 64)
     found = score_continuations(model, some_requests(), 4, 40)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
     torch.testing.assert_close(torch.tensor([total for total, _ in found]), torch.tensor([total for total, _ in expected]))

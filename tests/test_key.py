@@ -64,6 +64,7 @@ OUTSIDE = {
     "model.trust_remote_code": "model.trust_remote_code=true",
     "calibration.name": "calibration.name=other",
     "calibration.batch_size": "calibration.batch_size=1",
+    "model.placement": "model.placement=stream",
     "model.license": "model.license=other",
     "model.parameters": "model.parameters=1",
     "model.context": "model.context=1",

@@ -80,7 +80,7 @@ def test_a_head_in_pieces_gives_the_same(family, rows, tiny_model, tokens, monke
     heads = []
     model.lm_head.register_forward_hook(lambda module, args, output: heads.append(len(output)))
     monkeypatch.setattr(module, "check_head", lambda model, tokens: None)
-    monkeypatch.setattr(head, "_LOGITS", int(rows * model.config.vocab_size))
+    monkeypatch.setattr(head, "LOGITS", int(rows * model.config.vocab_size))
     assert perplexity(model, tokens, batch_size=2).window_nll == pytest.approx(whole, rel=1e-6)
     assert max(heads) == max(1, int(rows))
     assert sum(heads) == 5 * 11

@@ -34,6 +34,7 @@ from support import (  # noqa: F401 - fixtures among them
 )
 
 from dass_exp import models
+from dass_exp import pruning as pruning_module
 from dass_exp import run as run_module
 from dass_exp.errors import NumericalError, UserError
 from dass_exp.maskfile import load_masks
@@ -44,12 +45,12 @@ pytestmark = pytest.mark.usefixtures("short_texts")
 
 
 class Calls:
-    """Stands before a function of run.py: counts its calls, keeps the last model, may be slow, may fail."""
+    """Stands before a function where a run calls it: counts its calls, keeps the last model, may be slow, may fail."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, home: object, name: str) -> None:
         self.count, self.delay, self.error, self.first = 0, 0.0, None, None
-        self._real = getattr(run_module, name)
-        monkeypatch.setattr(run_module, name, self)
+        self._real = getattr(home, name)
+        monkeypatch.setattr(home, name, self)
 
     def __call__(self, *args, **kwargs):
         self.count += 1
@@ -62,12 +63,12 @@ class Calls:
 
 @pytest.fixture
 def pruning(monkeypatch):
-    return Calls(monkeypatch, "prune_model")
+    return Calls(monkeypatch, pruning_module, "prune_model")
 
 
 @pytest.fixture
 def scoring(monkeypatch):
-    return Calls(monkeypatch, "perplexity")
+    return Calls(monkeypatch, run_module, "perplexity")
 
 
 def keys_in(results: Path) -> set[str]:

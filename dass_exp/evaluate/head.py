@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dass_exp.errors import UserError
 
-_LOGITS = 1 << 25  # numbers of logits held at once: 128 MiB in float32, whatever the vocabulary
+LOGITS = 1 << 25  # numbers of logits held at once: 128 MiB in float32, whatever the vocabulary
 
 
 def last_hidden(model: Any, ids: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def losses_and_hits(model: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor
 def _logits(model: Any, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """float32 [positions, words] and their targets, for some positions at a time."""
     head, cap = model.get_output_embeddings(), getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2 caps softly
-    rows = max(1, _LOGITS // head.weight.shape[0])
+    rows = max(1, LOGITS // head.weight.shape[0])
     for states, part in zip(hidden.split(rows), targets.split(rows), strict=True):
         logits = head(states).float()
         yield (torch.tanh_(logits.div_(cap)).mul_(cap) if cap else logits), part

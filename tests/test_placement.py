@@ -1,0 +1,185 @@
+"""A run whose model is read block by block leaves the record, the masks and the checkpoint of one whose model is in memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from support import cell_fixture, contains, results_fixture, run_with, settings_of, tiny_fixture  # noqa: F401 - fixtures
+
+import dass_exp
+from dass_exp import checkpoint, memory
+from dass_exp.bench import Bench
+from dass_exp.errors import UserError
+from dass_exp.memory import Needs, placed
+from dass_exp.models import load_model
+from dass_exp.run import Silent
+from dass_exp.shards import Shards
+
+STREAM = "model.placement=stream"
+
+
+def other(cell, folder):
+    """The same run into another results folder."""
+    return [f"results_dir={folder}" if part.startswith("results_dir") else part for part in cell]
+
+
+def weights_of(folder):
+    return {name: tensor for file in folder.glob("model*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("method", ["dass", "sparsegpt", "magnitude", "dense"])
+def test_a_streamed_run_leaves_the_record_and_the_weights_of_a_resident_one(cell, tmp_path, method):
+    resident = run_with(*cell, f"method={method}", "model.placement=resident", f"save={tmp_path}/one", "save_masks=true")
+    streamed = run_with(*other(cell, tmp_path / "other"), f"method={method}", STREAM, f"save={tmp_path}/two", "save_masks=true")
+    first, second = resident.record, streamed.record
+    assert not streamed.found
+    assert first["key"] == second["key"]
+    assert first["identity"] == second["identity"]
+    assert second["metrics"]["window_nll"]["wikipedia_mini"] == pytest.approx(first["metrics"]["window_nll"]["wikipedia_mini"], rel=1e-6)
+    timeless = [[{name: value for name, value in layer.items() if name != "seconds"} for layer in record["sparsity"]["layers"]] for record in (first, second)]
+    assert timeless[0] == timeless[1]
+    assert {name: value for name, value in first["sparsity"].items() if name != "layers"} == {
+        name: value for name, value in second["sparsity"].items() if name != "layers"
+    }
+    ours, theirs = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    if method != "dense":
+        masks = [dass_exp.load_masks(tmp_path / name / "masks.safetensors") for name in ("one", "two")]
+        assert all(torch.equal(keep, masks[1][name]) for name, keep in masks[0].items())
+        assert streamed.dense["key"] == resident.dense["key"]
+        assert streamed.dense["metrics"]["perplexity"]["wikipedia_mini"] == pytest.approx(resident.dense["metrics"]["perplexity"]["wikipedia_mini"], rel=1e-6)
+
+
+def test_the_saved_model_loads_and_scores_the_same(cell, tmp_path):
+    record = run_with(*cell, STREAM, f"save={tmp_path}/saved").record
+    assert len(list((tmp_path / "saved").glob("model-0000?-of-00003.safetensors"))) == 3
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert model.config.model_type == "llama"
+    cell = [part for part in cell if not part.startswith("model.")]
+    again = run_with(*cell, "method=dense", f"model.path={tmp_path}/saved").record
+    assert again["metrics"]["perplexity"]["wikipedia_mini"] == pytest.approx(record["metrics"]["perplexity"]["wikipedia_mini"], rel=1e-6)
+    assert "pruned by dass_exp: dass" in again["protocol"]["model_note"]
+    assert run_with(*cell, "method=dense", STREAM, f"model.path={tmp_path}/saved").found
+
+
+def test_the_model_is_read_once_and_never_loaded_whole(cell, monkeypatch):
+    reads, inner = [], Shards.read
+    monkeypatch.setattr(Shards, "read", lambda shards, names, dtype: reads.extend(names := list(names)) or inner(shards, names, dtype))
+    monkeypatch.setattr("dass_exp.models.load_model", lambda spec: pytest.fail("loaded whole"))
+    outcome = run_with(*cell, STREAM)
+    assert len(reads) == len(set(reads)) == 2 * 9 + 3
+    assert outcome.dense["metrics"]["perplexity"]
+    assert run_with(*cell, "method=dense").found
+
+
+def test_zero_shot_is_left_out_with_a_word(cell, caplog):
+    cell = [part for part in cell if not part.startswith("eval")]
+    small = ["eval=mini", "eval.perplexity.context=32", "eval.perplexity.max_windows=4"]
+    record = run_with(*cell, *small, STREAM).record
+    assert "zero-shot tasks are left out" in caplog.text
+    assert set(record["metrics"]) == {"perplexity", "window_nll", "predicted_tokens_per_window"}
+    assert record["key"] == run_with(*cell, *small, STREAM, "eval.zeroshot=null").record["key"]
+
+
+@pytest.mark.parametrize("harm", ["missing", "damaged"])
+def test_a_bad_shard_is_one_line_and_leaves_no_record(cell, tiny, tmp_path, results, harm):
+    folder = tmp_path / "model"
+    transformers.AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(folder, max_shard_size="30KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny / name, folder)
+    victim = sorted(folder.glob("model-*.safetensors"))[-1]
+    if harm == "missing":
+        victim.unlink()
+    else:
+        victim.write_bytes(victim.read_bytes()[:-5])
+    with pytest.raises(UserError) as caught:
+        run_with(*[part for part in cell if not part.startswith("model.path")], f"model.path={folder}", STREAM, f"save={tmp_path}/saved")
+    assert contains(str(caught.value), [victim.name, "fetch it again"])
+    assert not list(results.glob("runs/*/result.json"))
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_disk_that_fills_up_leaves_nothing_behind_and_no_record(cell, tmp_path, results, monkeypatch):
+    written = []
+
+    def full(tensors, path, metadata):
+        written.append(path)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "_sync", lambda path: None)
+    with pytest.raises(OSError, match="No space left"):
+        run_with(*cell, STREAM, f"save={tmp_path}/deep/saved")
+    assert list((tmp_path / "deep").iterdir()) == []
+    assert not list(results.glob("runs/*/result.json"))
+
+
+# --- where a model goes
+
+
+NEEDS = Needs(model=10_000_000_000, block=500_000_000, outside=300_000_000, activations=100, windows=100, solver=100, batch=100)
+
+
+def test_sizes_add_up():
+    assert NEEDS.resident == memory.BASE + 10_000_000_300
+    assert NEEDS.streamed == memory.BASE + 1_300_000_400
+    assert "model 10.00, block 0.50" in NEEDS.told()
+
+
+@pytest.mark.parametrize(
+    ("asked", "free", "expected"),
+    [("auto", 20e9, "resident"), ("auto", 11e9, "stream"), ("auto", 3e9, "stream"), ("resident", 11e9, "resident"), ("stream", 1e12, "stream")],
+)
+def test_a_model_goes_where_it_fits(asked, free, expected):
+    placement, why = placed(asked, NEEDS, int(free))
+    assert placement == expected
+    assert bool(why) == (asked == "auto" and expected == "stream")
+
+
+@pytest.mark.parametrize(("asked", "free"), [("auto", 1e9), ("resident", 5e9), ("stream", 1.5e9)])
+def test_what_cannot_fit_is_told_with_the_numbers(asked, free):
+    with pytest.raises(UserError) as caught:
+        placed(asked, NEEDS, int(free))
+    assert contains(str(caught.value), [f"model.placement={asked}", "10.7 GB with the whole model", "2.0 GB block by block", f"{free / 1e9:.1f} GB are free"])
+
+
+def test_auto_streams_where_memory_is_short(cell, monkeypatch, caplog):
+    whole = Bench(settings_of(*cell), Silent()).needs
+    monkeypatch.setattr("dass_exp.bench.available", lambda device: whole.resident + 10)
+    monkeypatch.setattr("dass_exp.bench._small", lambda folder, device: False)
+    assert Bench(settings_of(*cell), Silent()).streams
+    assert contains(caplog.records[-1].getMessage(), ["model.placement=auto: the model is read block by block", "GB are free"])
+
+
+def test_sizes_are_those_of_the_model(cell, tiny):
+    bench = Bench(settings_of(*cell, "method=sparsegpt"), Silent())
+    model = load_model(bench.spec)
+    found = bench.needs
+    assert found.model == 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert found.model == found.outside + 2 * found.block
+    assert found.activations == 3 * 4 * 32 * 32 * 4
+    assert found.windows == 2 * 4 * 32 * 32 * 4
+    assert found.solver >= 4 * (32**2 + 64**2) + 8 * 64**2
+    assert Bench(settings_of(*cell, "method=dense"), Silent()).needs.solver == 0
+
+
+def test_an_unknown_placement_is_refused(cell):
+    with pytest.raises(UserError, match=r"model\.placement='gpu': expected one of auto, resident, stream"):
+        run_with(*cell, "model.placement=gpu")
+
+
+def test_a_mixture_cannot_be_streamed_yet(cell, tmp_path, tiny_model, tiny):
+    tiny_model("mixtral", vocab_size=512).save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny / name, tmp_path / "model")
+    cell = [part for part in cell if not part.startswith("model.path")]
+    with pytest.raises(UserError, match=r"set model\.placement=resident"):
+        run_with(*cell, f"model.path={tmp_path}/model", STREAM)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == "mixtral"
