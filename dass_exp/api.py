@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from dass_exp import assets, models, sources
-from dass_exp.calibrate import BlockReport, Options, prune_model
+from dass_exp.blockreport import BlockReport
+from dass_exp.calibrate import Options, prune_model
 from dass_exp.components import build, choice
 from dass_exp.config import ModelConfig
 from dass_exp.errors import UserError, whole_number

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from dass_exp.blockreport import BlockReport, Spent
 from dass_exp.capture import Batch, capture, evaluating
 from dass_exp.decoder import Decoder, decoder_of
 from dass_exp.errors import NumericalError, UserError, one_of, whole_number
@@ -22,49 +23,12 @@ from dass_exp.families import SCOPES
 from dass_exp.masks import Pattern
 from dass_exp.methods.base import Block, Cut, LinearView, Pruner
 from dass_exp.observe import observing
+from dass_exp.progress import FromTheStart, Progress
 from dass_exp.replay import Attention
 from dass_exp.source import Resident, Source
 from dass_exp.stats import Stat
 
 ENGINE_VERSION = 1  # part of every record's key: raise it when the engine's numbers change
-
-
-@dataclass(frozen=True)
-class Spent:
-    """Seconds on one block: its passes without what observers took, statistics, choosing masks and solving for weights, writing them."""
-
-    forward: float = 0.0
-    statistics: float = 0.0
-    solve: float = 0.0
-    write: float = 0.0
-
-    @classmethod
-    def on(cls, passes: float, stats: Iterable[Stat], pruning: float, linears: Iterable[LinearView]) -> Spent:
-        """From what was measured around the passes and the pruning, and inside the statistics and the views."""
-        statistics, write = sum(stat.seconds for stat in stats), sum(linear.write_s for linear in linears)
-        return cls(passes - statistics, statistics, pruning - write, write)
-
-
-@dataclass
-class BlockReport:
-    """One pruned block.
-
-    Args:
-        name: full module name.
-        linears: the views that were pruned.
-        cuts: what was cut, by the name of the linear.
-        error: relative L2 error of the block's output, pruned against dense, on the same inputs; None without calibration, and for a block that was
-            not run again.
-        spent: seconds by what they were spent on; on a GPU those of launching, since nothing waits for it.
-        starved: experts that saw too few tokens for statistics of their own.
-    """
-
-    name: str
-    linears: list[LinearView]
-    cuts: dict[str, Cut]
-    error: float | None
-    spent: Spent
-    starved: tuple[str, ...] = ()
 
 
 def _ignore(told: object) -> None:
@@ -85,6 +49,7 @@ class Options:
         outputs: whether the pruned model's last hidden states are wanted; without, the last block runs once.
         source: where blocks come from; memory, or a checkpoint that is read block by block.
         before: called with the index of each block before anything is done to it.
+        progress: where to begin, and whom to tell how far the run has come.
     """
 
     scope: str = "mlp"
@@ -96,6 +61,7 @@ class Options:
     outputs: bool = False
     source: Source = field(default_factory=Resident)
     before: Callable[[int], None] = _ignore
+    progress: Progress = field(default_factory=FromTheStart)
 
     def __post_init__(self) -> None:
         one_of("scope", self.scope, tuple(SCOPES))
@@ -125,7 +91,7 @@ def prune_model(model: nn.Module, tokens: Tensor | None, method: Pruner, pattern
     decoder = decoder_of(model, options.roles)
     check_shapes(decoder, method, pattern, options.scope)
     if method.stat is None:
-        for index in _opened(decoder, options):
+        for index in _opened(decoder, options, []):
             options.on_block(_prune_unseen(decoder, index, method, pattern, options))
         return []
     if tokens is None:
@@ -133,9 +99,10 @@ def prune_model(model: nn.Module, tokens: Tensor | None, method: Pruner, pattern
     if tokens.ndim != 2 or not tokens.numel():
         raise UserError(f"calibration tokens of shape {list(tokens.shape)}: expected [sequences, tokens] with at least one of each")
     with evaluating(model):
-        options.source.open(0)  # one real call of it tells what blocks return
-        batches = capture(model, list(decoder.blocks), tokens, options.batch_size)
-        for index in _opened(decoder, options):
+        if options.progress.wrapped is None:
+            options.source.open(0)  # one real call of it tells what blocks return
+        batches = capture(model, list(decoder.blocks), tokens, options.batch_size, options.progress.wrapped)
+        for index in _opened(decoder, options, batches):
             options.on_block(_prune_block(decoder, index, batches, method, pattern, options))
     return [batch.hidden for batch in batches] if options.outputs else []
 
@@ -158,13 +125,14 @@ def check_shapes(decoder: Decoder, method: Pruner, pattern: Pattern, scope: str)
         raise UserError(f"scope={scope}: this model has no linear in it; choose another of {', '.join(SCOPES)}")
 
 
-def _opened(decoder: Decoder, options: Options) -> Iterator[int]:
-    """The blocks' indices, each block in memory while its turn lasts."""
-    for index in range(len(decoder.blocks)):
+def _opened(decoder: Decoder, options: Options, batches: list[Batch]) -> Iterator[int]:
+    """The indices of the blocks that are to be done, each block in memory while its turn lasts."""
+    for index in range(options.progress.begin(batches), len(decoder.blocks)):
         options.source.open(index)
         options.before(index)
         yield index
-        options.source.close(index)
+        options.source.close(index)  # its weights are safe before anyone hears that it is done
+        options.progress.done(index, batches)
 
 
 def _prune_unseen(decoder: Decoder, index: int, method: Pruner, pattern: Pattern, options: Options) -> BlockReport:

@@ -54,7 +54,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def capture(model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor, batch_size: int) -> list[Batch]:
+def capture(model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor, batch_size: int, wrapped: bool | None = None) -> list[Batch]:
     """The first block's inputs and every block's arguments, one entry per batch.
 
     Runs the embedding and whatever else the model does before and between its blocks; the blocks themselves hand their input on.
@@ -64,6 +64,7 @@ def capture(model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor, batch
         blocks: its decoder blocks.
         tokens: int64 [sequences, tokens].
         batch_size: sequences per batch.
+        wrapped: whether blocks give a tuple; None finds out by one real call of the first block, which must be in memory then.
 
     Raises:
         UserError: the model does not call each of its blocks once.
@@ -71,7 +72,7 @@ def capture(model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor, batch
     device = next(model.parameters()).device
     trunk = getattr(model, "base_model", model)
     batches: list[Batch] = []
-    with _recording(blocks) as recorder:
+    with _recording(blocks, wrapped) as recorder:
         for part in tokens.split(batch_size):
             recorder.hidden, recorder.calls = [], []
             # a live cache among the arguments would grow at each replay and corrupt the next batch
@@ -83,6 +84,13 @@ def capture(model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor, batch
                 calls = [_share_call(call, before) for call, before in zip(calls, batches[-1].calls, strict=True)]
             batches.append(Batch(recorder.hidden[0], calls, bool(recorder.returns_tuple)))
     return batches
+
+
+def put(batches: Sequence[Batch], hidden: Tensor) -> None:
+    """Give batches their hidden states out of ``hidden``, [sequences, tokens, features] of all of them."""
+    parts = hidden.split([len(batch.hidden) for batch in batches])
+    for batch, part in zip(batches, parts, strict=True):
+        batch.hidden = part.to(batch.hidden.device)
 
 
 def behind(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch, ids: Tensor) -> Tensor:
@@ -110,10 +118,10 @@ def behind(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch, ids: Ten
 class _Recorder:
     """Notes each block call and hands the input on, in the type that the model's blocks return."""
 
-    def __init__(self) -> None:
+    def __init__(self, returns_tuple: bool | None) -> None:
         self.hidden: list[Tensor] = []
         self.calls: list[Call] = []
-        self.returns_tuple: bool | None = None
+        self.returns_tuple = returns_tuple
 
     def stand_in(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A forward that records in the place of ``forward``."""
@@ -130,9 +138,9 @@ class _Recorder:
 
 
 @contextmanager
-def _recording(blocks: Sequence[nn.Module]) -> Iterator[_Recorder]:
+def _recording(blocks: Sequence[nn.Module], wrapped: bool | None) -> Iterator[_Recorder]:
     """While it is open, the blocks compute nothing; afterwards each has its own forward back, one set by a hook library included."""
-    recorder = _Recorder()
+    recorder = _Recorder(wrapped)
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(standing_in(block, recorder.stand_in(block.forward)))

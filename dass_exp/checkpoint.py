@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -66,44 +66,51 @@ def save_checkpoint(folder: str | Path, model: Any, tokenizer: Any, masks: Mappi
     Raises:
         OSError: the disk is full, or the folder cannot be written to; nothing is left behind.
     """
-    with _made(folder) as (made, finish):
-        with _as_os_error(Path(folder)):
+    place = Path(folder).expanduser().absolute()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(place.parent) as scratch:
+        made = scratch / "made"
+        with _as_os_error(place):
             model.save_pretrained(made)
             tokenizer.save_pretrained(made)
-        return finish(masks, manifest)
+        return _put_in_place(made, place, masks, manifest)
 
 
 class Growing:
-    """A checkpoint that is written while a model is read: a file for each block, under a temporary name until it is whole.
+    """A checkpoint that is written while a model is read: a file for each block, in another folder until it is whole.
 
     Args:
         folder: where it will lie; one of the same run is replaced.
+        scratch: where it grows, on the same disk; what is there already is gone on with.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, scratch: Path) -> None:
         self.folder = folder
-        self._made: Path = Path()
-        self._finish: Callable[[Mapping[str, PackedMask], Mapping[str, Any]], Path] | None = None
+        self._scratch = scratch
+        self._made = scratch / "made"
         self._stored: Mapping[str, str] = {}
         self._files: dict[str, str] = {}
         self._blocks, self._bytes = 0, 0
 
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """While it is open, blocks may be added; what was not finished at the end is removed."""
-        with _made(self.folder) as (made, finish):
-            made.mkdir()
-            self._made, self._finish = made, finish
-            yield
-
-    def begin(self, stored: Mapping[str, str], blocks: int) -> None:
+    def begin(self, stored: Mapping[str, str], blocks: int, done: int = 0) -> None:
         """What is to be written.
 
         Args:
             stored: by the model's own name of each tensor, the one under which checkpoints hold it.
-            blocks: how many blocks will be added.
+            blocks: how many blocks there are.
+            done: how many of them an earlier run has written.
+
+        Raises:
+            UserError: one of those is not there any more.
         """
         self._stored, self._blocks = stored, blocks
+        self._made.mkdir(parents=True, exist_ok=True)
+        for index in range(done):
+            path = self._made / self._name(index + 2)
+            if not path.is_file():
+                raise UserError(f"{path} is missing, and the run that wrote it cannot go on; remove {self._scratch} to begin again")
+            with safe_open(path, framework="pt") as file:
+                self._note(path.name, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - it is no mapping
 
     def add(self, index: int, weights: Mapping[str, Tensor]) -> None:
         """Write the weights of a block, by the model's own names.
@@ -119,8 +126,6 @@ class Growing:
         Raises:
             OSError: the disk is full.
         """
-        if self._finish is None:
-            raise RuntimeError("finish() outside of opened()")
         written = set(self._files)
         self._write(1, {name: tensor for name, tensor in model.state_dict().items() if self._stored.get(name, name) not in written and name in self._stored})
         write_json(self._made / INDEX, {"metadata": {"total_size": self._bytes}, "weight_map": self._files})
@@ -128,38 +133,42 @@ class Growing:
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(self._made)
         tokenizer.save_pretrained(self._made)
-        return self._finish(masks, manifest)
+        return _put_in_place(self._made, Path(self.folder).expanduser().absolute(), masks, manifest)
+
+    def _name(self, number: int) -> str:
+        return f"model-{number:05d}-of-{self._blocks + 1:05d}.safetensors"
 
     def _write(self, number: int, weights: Mapping[str, Tensor]) -> None:
-        name = f"model-{number:05d}-of-{self._blocks + 1:05d}.safetensors"
+        name = self._name(number)
         kept = {self._stored[own]: tensor.detach().cpu().contiguous() for own, tensor in weights.items() if own in self._stored}
         with _as_os_error(self._made / name):
             save_file(kept, self._made / name, metadata={"format": "pt"})
         _sync(self._made / name)
-        self._files |= dict.fromkeys(kept, name)
-        self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
+        self._note(name, kept)
+
+    def _note(self, file: str, tensors: Mapping[str, Tensor]) -> None:
+        self._files |= dict.fromkeys(tensors, file)
+        self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-@contextmanager
-def _made(folder: str | Path) -> Iterator[tuple[Path, Callable[[Mapping[str, PackedMask], Mapping[str, Any]], Path]]]:
-    """A folder to fill, and what puts it into its place with masks and manifest; left without that, it is removed."""
+def scratch_of(folder: str | Path) -> Path:
+    """Where a checkpoint grows: beside its place, so that it can be renamed into it."""
     place = Path(folder).expanduser().absolute()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(place.parent) as scratch:
-        made = scratch / "made"
+    return place.with_name(f".{place.name}.partial")
 
-        def finish(masks: Mapping[str, PackedMask], manifest: Mapping[str, Any]) -> Path:
-            write_masks(masks, made / MASKS)
-            for path in made.iterdir():
-                path.chmod(0o644)  # safetensors makes files that only their owner can read
-                _sync(path)
-            write_json(made / MANIFEST, {"schema": 1, **manifest})
-            if place.exists():
-                place.rename(scratch / "before")
-            made.rename(place)
-            return place
 
-        yield made, finish
+def _put_in_place(made: Path, place: Path, masks: Mapping[str, PackedMask], manifest: Mapping[str, Any]) -> Path:
+    """Add masks and manifest, sync, rename; a checkpoint that was there before goes."""
+    write_masks(masks, made / MASKS)
+    for path in made.iterdir():
+        path.chmod(0o644)  # safetensors makes files that only their owner can read
+        _sync(path)
+    write_json(made / MANIFEST, {"schema": 1, **manifest})
+    with temporary_folder(place.parent) as aside:
+        if place.exists():
+            place.rename(aside / "before")
+        made.rename(place)
+    return place
 
 
 @contextmanager

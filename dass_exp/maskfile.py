@@ -87,6 +87,16 @@ def each_mask(path: str | Path, names: Iterable[str]) -> Iterator[tuple[str, Ten
             yield name, PackedMask(file.get_tensor(name), int(columns[name])).keep()
 
 
+def read_packed(path: str | Path) -> dict[str, PackedMask]:
+    """All masks of a file as they lie in it.
+
+    Raises:
+        UserError: as above.
+    """
+    with _opened(path) as (file, columns):
+        return {name: PackedMask(file.get_tensor(name).clone(), int(columns[name])) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+
+
 @contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
     try:

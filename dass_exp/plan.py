@@ -48,7 +48,9 @@ def plan(settings: Settings, shelf: Shelf | None = None) -> Plan:
             raise
         return Plan("", done=False, seconds=None, basis=f"the model is not at hand: {error}", needs=wanted)
     bench.check(settings)
-    memory = f"this run: {bench.needs.resident / 1e9:.1f} GB with the model in memory, {bench.needs.streamed / 1e9:.1f} GB block by block ({bench.needs.told()})"
+    memory = (
+        f"this run: {bench.needs.resident / 1e9:.1f} GB with the model in memory, {bench.needs.streamed / 1e9:.1f} GB block by block ({bench.needs.told()})"
+    )
     wanted = f"{wanted}; {memory}" if wanted else memory
     store = Store(settings.config.results_dir)
     key = key_of(settings, bench.spec, bench.bos)

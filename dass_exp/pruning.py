@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from dass_exp import models
 from dass_exp.bench import Bench
-from dass_exp.calibrate import BlockReport, Options, prune_model
+from dass_exp.blockreport import BlockReport
+from dass_exp.calibrate import Options, prune_model
+from dass_exp.capture import Batch, put
 from dass_exp.checkpoint import Growing
 from dass_exp.config import Settings
 from dass_exp.decoder import decoder_of
 from dass_exp.evaluate.alongside import Alongside
 from dass_exp.evaluate.perplexity import Perplexity
-from dass_exp.maskfile import PackedMask
+from dass_exp.key import identity_of
+from dass_exp.maskfile import PackedMask, read_packed, write_masks
+from dass_exp.progress import Step, load_step, save_step
 from dass_exp.source import Streamed
 from dass_exp.verify import Layer, verify
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -86,23 +95,84 @@ def prune_in_memory(settings: Settings, bench: Bench) -> Pruned:
     return done
 
 
-def walk(settings: Settings, bench: Bench, growing: Growing | None) -> Walked:
+class _Kept:
+    """The progress of a walk in a folder.
+
+    Args:
+        folder: where it is kept.
+        identity: of the run.
+        done: filled with what an earlier run did.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], done: Pruned) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._identity, self._done = folder, identity, done
+        self._step = load_step(folder, identity)
+        self.beside: Alongside | None = None
+        self._told = 0  # layers of whose masks there is a file
+
+    @property
+    def wrapped(self) -> bool | None:
+        return None if self._step is None else self._step.wrapped
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks are done."""
+        return 0 if self._step is None else self._step.blocks
+
+    def begin(self, batches: Sequence[Batch]) -> int:
+        if self._step is None:
+            return 0
+        if batches:
+            put(batches, self._step.hidden["calibration"])
+        if self.beside is not None:
+            self.beside.hidden = self._step.hidden
+        self._done.layers.extend(Layer(**layer) for layer in self._step.told["layers"])
+        self._done.starved.extend(self._step.told["starved"])
+        if self._done.masks is not None:
+            for index in range(self._step.blocks):
+                self._done.masks.update(read_packed(self._masks(index)))
+        self._told = len(self._done.layers)
+        log.info("going on behind block %d of an interrupted run", self._step.blocks - 1)
+        return self._step.blocks
+
+    def done(self, index: int, batches: Sequence[Batch]) -> None:
+        if self._done.masks is not None:
+            names = {layer.name for layer in self._done.layers[self._told :]}
+            write_masks({name: mask for name, mask in self._done.masks.items() if name in names}, self._masks(index))
+        self._told = len(self._done.layers)
+        hidden = {"calibration": torch.cat([batch.hidden for batch in batches])} if batches else {}
+        hidden |= self.beside.hidden if self.beside is not None else {}
+        wrapped = batches[0].wrapped if batches else self.beside.wrapped if self.beside is not None else False
+        told = {"layers": [dataclasses.asdict(layer) for layer in self._done.layers], "starved": self._done.starved}
+        save_step(self._folder, self._identity, Step(index + 1, wrapped, hidden, told))
+
+    def _masks(self, index: int) -> Path:
+        return self._folder / f"masks-{index:05d}.safetensors"
+
+
+def walk(settings: Settings, bench: Bench, scratch: Path, growing: Growing | None) -> Walked:
     """Read the model once, block by block: prune each, score the dense and the pruned model beside it, and hand the block on.
 
     Args:
         settings: of the run.
         bench: its tokens and its model's name.
+        scratch: a folder for the state behind each block; what an earlier run left there is gone on with.
         growing: the checkpoint that is written meanwhile, or None.
+
+    Raises:
+        UserError: a file of the model is missing or damaged, or ``scratch`` holds the state of a run with other settings.
     """
+    done = Pruned(masks=_masks(settings))
+    kept = _Kept(scratch, identity_of(settings, bench.spec, bench.bos), done)
     model, source = models.load_streamed(bench.spec)
-    decoder = decoder_of(model, bench.spec.roles)
+    decoder, beside = decoder_of(model, bench.spec.roles), None
     if growing is not None:
         source.keep = growing.add
-        growing.begin(source.stored, len(decoder.blocks))
-    done, beside = Pruned(masks=_masks(settings)), None
+        growing.begin(source.stored, len(decoder.blocks), kept.blocks)
     if bench.windows is not None:
-        beside = Alongside(model, bench.windows.ids, settings.config.eval.batch_size, bench.spec.roles)
-    clock, passed = _Clock(), 0
+        beside = kept.beside = Alongside(model, bench.windows.ids, settings.config.eval.batch_size, bench.spec.roles, kept.wrapped)
+    clock, passed = _Clock(), kept.blocks
     try:
         with bench.observer.phase(f"reading, pruning with {settings.method.name} and scoring block by block", len(decoder.blocks)) as step:
 
@@ -120,9 +190,10 @@ def walk(settings: Settings, bench: Bench, growing: Growing | None) -> Walked:
 
             start = time.perf_counter()
             if settings.method.uses:
-                _prune(settings, bench, model, _options(settings, bench, after, source, before))
+                chosen = _options(settings, bench, after)
+                _prune(settings, bench, model, dataclasses.replace(chosen, source=source, before=before, progress=kept))
             else:
-                _look(len(decoder.blocks), source, before, step)
+                _look(len(decoder.blocks), source, before, kept)
             done.seconds = time.perf_counter() - start - clock.seconds
     finally:
         source.stop()
@@ -146,23 +217,18 @@ class _Clock:
         return found
 
 
-def _look(blocks: int, source: Streamed, before: Callable[[int], None], step: Callable[[], None]) -> None:
+def _look(blocks: int, source: Streamed, before: Callable[[int], None], kept: _Kept) -> None:
     """Walk through the blocks of a model that is not to be pruned."""
-    for index in range(blocks):
+    for index in range(kept.begin([]), blocks):
         source.open(index)
         before(index)
         source.close(index)
-        step()
+        kept.done(index, [])
 
 
-def _options(
-    settings: Settings, bench: Bench, on_block: Callable[[BlockReport], None], source: Streamed | None = None, before: Callable[[int], None] | None = None
-) -> Options:
+def _options(settings: Settings, bench: Bench, on_block: Callable[[BlockReport], None]) -> Options:
     config = settings.config
-    chosen = Options(config.scope, config.calibration.batch_size, bench.spec.roles, on_block, config.experts.min_tokens, config.experts.starved)
-    if source is None or before is None:
-        return chosen
-    return Options(**{**vars(chosen), "source": source, "before": before})
+    return Options(config.scope, config.calibration.batch_size, bench.spec.roles, on_block, config.experts.min_tokens, config.experts.starved)
 
 
 def _prune(settings: Settings, bench: Bench, model: torch.nn.Module, options: Options) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 from dass_exp import models
 from dass_exp.bench import Bench, Observer, Shelf, Silent
-from dass_exp.checkpoint import Growing, check_room, is_saved, save_checkpoint
+from dass_exp.checkpoint import Growing, check_room, is_saved, save_checkpoint, scratch_of
 from dass_exp.config import Settings
 from dass_exp.evaluate.perplexity import Perplexity, perplexity
 from dass_exp.evaluate.zeroshot import Options as ZeroShotOptions
@@ -134,14 +134,15 @@ def _make(settings: Settings, bench: Bench, key: str) -> _Done:
 def _walk(settings: Settings, bench: Bench, key: str) -> _Done:
     """Prune and score the model while it is read, and save it as it goes."""
     config, memory = settings.config, PeakMemory()
-    growing = None if config.save is None else Growing(config.save)
-    with growing.opened() if growing is not None else nullcontext():
-        if growing is not None:
-            check_room(growing.folder, models.skeleton(bench.spec))
-        walked = walk(settings, bench, growing)
-        pruned = walked.pruned
-        if growing is not None:
-            growing.finish(walked.model, bench.tokenizer, pruned.masks or {}, manifest(key, settings, bench.spec, bench.bos, pruned.layers))
+    scratch = Store(config.results_dir).runs / key / "work" if config.save is None else scratch_of(config.save)
+    growing = None if config.save is None else Growing(config.save, scratch)
+    if growing is not None:
+        check_room(growing.folder, models.skeleton(bench.spec))
+    walked = walk(settings, bench, scratch, growing)
+    pruned = walked.pruned
+    if growing is not None:
+        growing.finish(walked.model, bench.tokenizer, pruned.masks or {}, manifest(key, settings, bench.spec, bench.bos, pruned.layers))
+    shutil.rmtree(scratch)
     cost = {"load_s": 0.0, "prune_s": pruned.seconds, "eval_s": walked.scoring_s, **memory.read()}
     sizes = (walked.size, walked.decoder_size)
     made = _told(settings, bench, pruned, walked.scored, None, sizes, cost)

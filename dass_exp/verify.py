@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dass_exp.calibrate import BlockReport
+from dass_exp.blockreport import BlockReport
 from dass_exp.errors import NumericalError
 from dass_exp.masks import NM, Pattern
 from dass_exp.methods.base import Cut, LinearView

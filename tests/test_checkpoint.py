@@ -8,12 +8,14 @@ import shutil
 import pytest
 import torch
 import transformers
-from support import cell_fixture, command, compose, contains, results_fixture, run_with, tiny_fixture  # noqa: F401 - fixtures
+from support import cell_fixture, command, compose, contains, results_fixture, run_with, short_texts_fixture, tiny_fixture  # noqa: F401 - fixtures
 
 import dass_exp
 from dass_exp import checkpoint
 from dass_exp.checkpoint import save_checkpoint
 from dass_exp.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("short_texts")
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dass_exp.calibrate import BlockReport, Options, prune_model
+from dass_exp.blockreport import BlockReport
+from dass_exp.calibrate import Options, prune_model
 from dass_exp.capture import capture
 from dass_exp.decoder import decoder_of
 from dass_exp.errors import NumericalError, UserError

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dass_exp import prune
 from dass_exp.api import method_of
-from dass_exp.calibrate import BlockReport, Options, prune_model
+from dass_exp.blockreport import BlockReport
+from dass_exp.calibrate import Options, prune_model
 from dass_exp.decoder import Site, decoder_of
 from dass_exp.errors import NumericalError, UserError
 from dass_exp.families import DOWN, FAMILIES, FC1, FC2, GATE, INPUT_OF, SCOPES, UP, Q, Role

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from support import cell_fixture, contains, results_fixture, run_with, settings_of, tiny_fixture  # noqa: F401 - fixtures
+from support import cell_fixture, contains, results_fixture, run_with, settings_of, short_texts_fixture, tiny_fixture  # noqa: F401 - fixtures
 
 import dass_exp
 from dass_exp import checkpoint, memory
@@ -21,6 +21,8 @@ from dass_exp.run import Silent
 from dass_exp.shards import Shards
 
 STREAM = "model.placement=stream"
+
+pytestmark = pytest.mark.usefixtures("short_texts")
 
 
 def other(cell, folder):
@@ -105,20 +107,22 @@ def test_a_bad_shard_is_one_line_and_leaves_no_record(cell, tiny, tmp_path, resu
     assert not (tmp_path / "saved").exists()
 
 
-def test_a_disk_that_fills_up_leaves_nothing_behind_and_no_record(cell, tmp_path, results, monkeypatch):
-    written = []
+def test_a_disk_that_fills_up_leaves_no_record_and_no_checkpoint_and_goes_on_when_there_is_room(cell, tmp_path, results, monkeypatch):
+    real, written = checkpoint.save_file, []
 
     def full(tensors, path, metadata):
         written.append(path)
         if len(written) == 2:
             raise OSError(28, "No space left on device")
+        real(tensors, path, metadata)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    monkeypatch.setattr(checkpoint, "_sync", lambda path: None)
-    with pytest.raises(OSError, match="No space left"):
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(checkpoint, "save_file", full)
         run_with(*cell, STREAM, f"save={tmp_path}/deep/saved")
-    assert list((tmp_path / "deep").iterdir()) == []
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == [".saved.partial"]
     assert not list(results.glob("runs/*/result.json"))
+    run_with(*cell, STREAM, f"save={tmp_path}/deep/saved")
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["saved"]
 
 
 # --- where a model goes

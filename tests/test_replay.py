@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dass_exp.api import method_of
-from dass_exp.calibrate import BlockReport, Options, prune_model
+from dass_exp.blockreport import BlockReport
+from dass_exp.calibrate import Options, prune_model
 from dass_exp.decoder import Decoder, decoder_of
 from dass_exp.families import FAMILIES, PLAIN, Role
 from dass_exp.masks import NM

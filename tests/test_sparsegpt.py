@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dass_exp import prune
-from dass_exp.calibrate import BlockReport, Spent
+from dass_exp.blockreport import BlockReport, Spent
 from dass_exp.errors import NumericalError, UserError
 from dass_exp.families import Q
 from dass_exp.masks import NM, Pattern, Unstructured

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dass_exp.calibrate import BlockReport, Spent
+from dass_exp.blockreport import BlockReport, Spent
 from dass_exp.errors import NumericalError
 from dass_exp.families import DOWN, GATE, Q, Role
 from dass_exp.masks import NM, Pattern, Unstructured

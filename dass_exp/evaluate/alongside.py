@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dass_exp.capture import Batch, behind, capture, evaluating
+from dass_exp.capture import Batch, behind, capture, evaluating, put
 from dass_exp.decoder import decoder_of
 from dass_exp.evaluate.head import losses
 from dass_exp.evaluate.perplexity import Perplexity, checked
@@ -21,21 +21,38 @@ class Alongside:
         windows: int64 [windows, tokens].
         batch_size: windows that pass through a block together.
         roles: the roles of a family that the table does not know.
+        wrapped: as in :func:`dass_exp.capture.capture`.
     """
 
-    def __init__(self, model: Any, windows: Tensor, batch_size: int, roles: Any = None) -> None:
+    def __init__(self, model: Any, windows: Tensor, batch_size: int, roles: Any = None, wrapped: bool | None = None) -> None:
         self._model, self._windows, self._batch_size = model, windows, batch_size
         self._blocks = list(decoder_of(model, roles).blocks)
+        self._wrapped = wrapped
         self._dense: list[Batch] = []
         self._pruned: list[Batch] = []
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether blocks give a tuple."""
+        return self._dense[0].wrapped
+
+    @property
+    def hidden(self) -> dict[str, Tensor]:
+        """What must be known to go on behind the last block that passed."""
+        return {name: torch.cat([batch.hidden for batch in batches]) for name, batches in self._sets().items()}
+
+    @hidden.setter
+    def hidden(self, known: dict[str, Tensor]) -> None:
+        self._begin()
+        for name, batches in self._sets().items():
+            put(batches, known[name])
 
     @torch.no_grad()
     def before(self, index: int) -> None:
         """Block ``index`` is in memory and dense."""
         with evaluating(self._model):
-            if index == 0:
-                self._dense = capture(self._model, self._blocks, self._windows, self._batch_size)
-                self._pruned = [Batch(batch.hidden, batch.calls, batch.wrapped) for batch in self._dense]
+            if not self._dense:
+                self._begin()
             self._pass(self._dense, index)
 
     @torch.no_grad()
@@ -53,6 +70,14 @@ class Alongside:
     def pruned(self) -> Perplexity:
         """Of the pruned model, once all blocks have passed."""
         return self._read(self._pruned)
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        self._dense = capture(self._model, self._blocks, self._windows, self._batch_size, self._wrapped)
+        self._pruned = [Batch(batch.hidden, batch.calls, batch.wrapped) for batch in self._dense]
+
+    def _sets(self) -> dict[str, list[Batch]]:
+        return {"windows, dense": self._dense, "windows, pruned": self._pruned}
 
     def _pass(self, batches: list[Batch], index: int) -> None:
         for batch in batches:

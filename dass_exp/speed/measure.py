@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dass_exp.calibrate import BlockReport, Options, prune_model
+from dass_exp.blockreport import BlockReport
+from dass_exp.calibrate import Options, prune_model
 from dass_exp.decoder import decoder_of
 from dass_exp.masks import NM, Pattern
 from dass_exp.methods.base import Pruner

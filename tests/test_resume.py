@@ -1,0 +1,196 @@
+"""A run that is killed at any moment goes on from its last block and ends with the same weights, masks and figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import contains, run_with, save_tiny, short_texts_fixture, tiny_config, tiny_overrides  # noqa: F401 - a fixture
+
+import dass_exp
+from dass_exp import progress
+from dass_exp.calibrate import prune_model
+from dass_exp.errors import UserError
+from dass_exp.shards import Shards
+
+STREAM = "model.placement=stream"
+BLOCKS = 6
+
+pytestmark = pytest.mark.usefixtures("short_texts")
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """A model of six blocks."""
+    return save_tiny(tmp_path_factory.mktemp("deep") / "model", tiny_config(num_hidden_layers=BLOCKS))
+
+
+def content(folder):
+    """Everything that a run left, but for times and where and when it was made."""
+    (path,) = [path for path in folder.glob("results/runs/*/result.json") if json.loads(path.read_text())["config"]["method"]["name"] != "dense"]
+    record = json.loads(path.read_text())
+    (dense,) = [path for path in folder.glob("results/runs/*/result.json") if json.loads(path.read_text())["config"]["method"]["name"] == "dense"]
+    layers = [{name: value for name, value in layer.items() if name != "seconds"} for layer in record["sparsity"]["layers"]]
+    weights = {name: tensor for file in folder.glob("saved/model*.safetensors") for name, tensor in load_file(file).items()}
+    masks = dass_exp.load_masks(folder / "saved" / "masks.safetensors")
+    index = json.loads((folder / "saved" / "model.safetensors.index.json").read_text())
+    return record["key"], record["metrics"], layers, json.loads(dense.read_text())["metrics"], index, weights, masks
+
+
+def same(one, other):
+    tensors = [part for part in one if isinstance(part, dict) and part and all(isinstance(value, torch.Tensor) for value in part.values())]
+    assert len(tensors) == 2
+    for ours, theirs in zip(one, other, strict=True):
+        if any(ours is part for part in tensors):
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+        else:
+            assert ours == theirs
+
+
+def overrides(deep, folder, method="dass"):
+    return [*tiny_overrides(deep, folder / "results"), f"method={method}", "scope=all", STREAM, f"save={folder}/saved"]
+
+
+def killed_after(seconds, *settings):
+    """Do a run in a process of its own and kill it; whether it came to its end before."""
+    child = os.fork()
+    if not child:
+        try:
+            run_with(*settings)
+        finally:
+            os._exit(0)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("method", ["dass", "sparsegpt"])
+def test_killed_at_random_moments_it_ends_in_the_same_weights(deep, tmp_path, method):
+    (tmp_path / "whole").mkdir()
+    start = time.perf_counter()
+    run_with(*overrides(deep, tmp_path / "whole", method))
+    lasts = time.perf_counter() - start
+    expected, draw, gone_on = content(tmp_path / "whole"), random.Random(0), 0
+    for moment in range(10):
+        folder = tmp_path / str(moment)
+        folder.mkdir()
+        for _ in range(2):
+            killed_after(draw.uniform(0.1, 1.0) * lasts, *overrides(deep, folder, method))
+            gone_on += (folder / ".saved.partial" / "state.safetensors").is_file()
+        run_with(*overrides(deep, folder, method))
+        same(content(folder), expected)
+        assert sorted(path.name for path in folder.iterdir()) == ["results", "saved"]
+    assert gone_on >= 3  # some were killed in the midst
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("method", ["dass", "magnitude", "dense"])
+@pytest.mark.parametrize("block", [0, 2, BLOCKS - 1])
+def test_it_goes_on_behind_the_last_block_that_was_done(deep, tmp_path, method, block, monkeypatch, caplog):
+    (tmp_path / "whole").mkdir()
+    settings = overrides(deep, tmp_path, method)
+    real, done = progress.save_step, []
+
+    def fragile(folder, identity, step):
+        real(folder, identity, step)
+        done.append(step.blocks)
+        if step.blocks == block + 1:
+            raise Killed
+
+    monkeypatch.setattr("dass_exp.pruning.save_step", fragile)
+    with pytest.raises(Killed):
+        run_with(*settings)
+    monkeypatch.setattr("dass_exp.pruning.save_step", real)
+    reads, read = [], Shards.read
+    monkeypatch.setattr(Shards, "read", lambda shards, names, dtype: reads.extend(names := list(names)) or read(shards, names, dtype))
+    caplog.set_level("INFO")
+    found = run_with(*settings).record
+    assert f"going on behind block {block} of an interrupted run" in caplog.text
+    assert {int(name.split(".")[2]) for name in reads if ".layers." in name} == set(range(block + 1, BLOCKS))
+    monkeypatch.undo()
+    whole = run_with(*overrides(deep, tmp_path / "whole", method)).record
+    assert found["metrics"] == whole["metrics"]
+    if method != "dense":
+        same(content(tmp_path), content(tmp_path / "whole"))
+
+
+def interrupted(deep, tmp_path, monkeypatch, *more):
+    calls = []
+
+    def fragile(*arguments, **settings):
+        calls.append(None)
+        if len(calls) == 3:
+            raise Killed
+        return progress.save_step(*arguments, **settings)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr("dass_exp.pruning.save_step", fragile)
+        run_with(*overrides(deep, tmp_path), *more)
+
+
+def test_a_changed_setting_is_named(deep, tmp_path, monkeypatch):
+    interrupted(deep, tmp_path, monkeypatch)
+    with pytest.raises(UserError) as caught:
+        run_with(*overrides(deep, tmp_path), "method.alpha=0.25", "seed=3")
+    assert contains(str(caught.value), [".saved.partial", "method.alpha=0.5 (now 0.25)", "seed=0 (now 3)", "set it back, or remove the folder"])
+    assert not (tmp_path / "saved").exists()
+
+
+def test_another_batch_size_may_go_on(deep, tmp_path, monkeypatch):
+    interrupted(deep, tmp_path, monkeypatch)
+    found = run_with(*overrides(deep, tmp_path), "calibration.batch_size=3", "eval.batch_size=1").record
+    (tmp_path / "whole").mkdir()
+    whole = run_with(*overrides(deep, tmp_path / "whole")).record
+    assert [layer["zeros"] for layer in found["sparsity"]["layers"]] == [layer["zeros"] for layer in whole["sparsity"]["layers"]]
+    assert found["metrics"]["perplexity"]["wikipedia_mini"] == pytest.approx(whole["metrics"]["perplexity"]["wikipedia_mini"], rel=1e-5)
+
+
+def test_a_damaged_state_or_a_block_that_is_gone_is_told(deep, tmp_path, monkeypatch):
+    interrupted(deep, tmp_path, monkeypatch)
+    scratch = tmp_path / ".saved.partial"
+    victim = scratch / "made" / "model-00002-of-00007.safetensors"
+    content = victim.read_bytes()
+    victim.unlink()
+    with pytest.raises(UserError, match=r"model-00002-of-00007\.safetensors is missing.*to begin again"):
+        run_with(*overrides(deep, tmp_path))
+    victim.write_bytes(content)
+    (scratch / "state.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match=r"state of an interrupted run cannot be read .*remove the folder to begin again"):
+        run_with(*overrides(deep, tmp_path))
+
+
+def test_without_a_place_to_save_the_state_lies_beside_the_record(deep, tmp_path, monkeypatch):
+    settings = [part for part in overrides(deep, tmp_path) if not part.startswith("save=")]
+    calls = []
+
+    def fragile(*arguments):
+        calls.append(None)
+        if len(calls) == 3:
+            raise Killed
+        return progress.save_step(*arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr("dass_exp.pruning.save_step", fragile)
+        run_with(*settings)
+    (state,) = tmp_path.glob("results/runs/*/work/state.safetensors")
+    assert run_with(*settings).record["metrics"]["perplexity"]
+    assert not state.parent.exists()
+
+
+def test_the_engine_begins_at_the_start_without_progress(tiny_model, tokens):
+    from dass_exp.api import method_of
+    from dass_exp.calibrate import Options
+    from dass_exp.masks import NM
+
+    assert Options().progress.wrapped is None
+    assert prune_model(tiny_model("llama"), tokens, method_of("wanda"), NM(2, 4), Options()) == []
