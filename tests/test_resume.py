@@ -107,17 +107,16 @@ def test_it_goes_on_behind_the_last_block_that_was_done(deep, tmp_path, method, 
         if step.blocks == block + 1:
             raise Killed
 
-    monkeypatch.setattr("dass_exp.pruning.save_step", fragile)
-    with pytest.raises(Killed):
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr("dass_exp.pruning.save_step", fragile)
         run_with(*settings)
-    monkeypatch.setattr("dass_exp.pruning.save_step", real)
     reads, read = [], Shards.read
-    monkeypatch.setattr(Shards, "read", lambda shards, names, dtype: reads.extend(names := list(names)) or read(shards, names, dtype))
     caplog.set_level("INFO")
-    found = run_with(*settings).record
+    with monkeypatch.context() as patched:
+        patched.setattr(Shards, "read", lambda shards, names, dtype: reads.extend(names := list(names)) or read(shards, names, dtype))
+        found = run_with(*settings).record
     assert f"going on behind block {block} of an interrupted run" in caplog.text
     assert {int(name.split(".")[2]) for name in reads if ".layers." in name} == set(range(block + 1, BLOCKS))
-    monkeypatch.undo()
     whole = run_with(*overrides(deep, tmp_path / "whole", method)).record
     assert found["metrics"] == whole["metrics"]
     if method != "dense":
