@@ -17,6 +17,7 @@ from dass_exp.assets import temporary_folder
 from dass_exp.digest import MANIFEST, manifest_of
 from dass_exp.errors import UserError
 from dass_exp.maskfile import MASKS, PackedMask, write_masks
+from dass_exp.progress import STATE
 from dass_exp.record import write_json
 from dass_exp.shards import INDEX
 
@@ -91,6 +92,10 @@ class Growing:
         self._stored: Mapping[str, str] = {}
         self._files: dict[str, str] = {}
         self._blocks, self._bytes = 0, 0
+
+    def placed(self, key: str) -> bool:
+        """Whether the checkpoint of this run is in place, and what it grew from is still there."""
+        return (self._scratch / STATE).is_file() and not self._made.exists() and is_saved(self.folder, key)
 
     def begin(self, stored: Mapping[str, str], blocks: int, done: int = 0) -> None:
         """What is to be written.

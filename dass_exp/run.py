@@ -136,6 +136,8 @@ def _walk(settings: Settings, bench: Bench, key: str) -> _Done:
     config, memory = settings.config, PeakMemory()
     scratch = Store(config.results_dir).runs / key / "work" if config.save is None else scratch_of(config.save)
     growing = None if config.save is None else Growing(config.save, scratch)
+    if growing is not None and growing.placed(key):
+        growing = None  # an earlier run was killed when its checkpoint was in place and its record was not
     if growing is not None:
         check_room(growing.folder, models.skeleton(bench.spec))
     walked = walk(settings, bench, scratch, growing)

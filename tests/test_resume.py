@@ -123,6 +123,24 @@ def test_it_goes_on_behind_the_last_block_that_was_done(deep, tmp_path, method, 
         same(content(tmp_path), content(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("more", [[], ["rerun=true"]])
+@pytest.mark.parametrize("place", ["dass_exp.checkpoint.temporary_folder", "dass_exp.run.shutil.rmtree", "dass_exp.run.compose"])
+def test_killed_around_the_end_it_ends_the_same(deep, tmp_path, place, more, monkeypatch):
+    """Before the checkpoint is renamed into place, behind that, and before the record is written."""
+
+    def kill(*arguments, **settings):
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(place, kill)
+        run_with(*overrides(deep, tmp_path), *more)
+    run_with(*overrides(deep, tmp_path), *more)
+    (tmp_path / "whole").mkdir()
+    run_with(*overrides(deep, tmp_path / "whole"))
+    same(content(tmp_path), content(tmp_path / "whole"))
+    assert not (tmp_path / ".saved.partial").exists()
+
+
 def interrupted(deep, tmp_path, monkeypatch, *more):
     calls = []
 
