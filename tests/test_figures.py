@@ -123,7 +123,18 @@ def test_models_stand_in_panels_of_their_own(tmp_path):
     cells = {(f"{model} {row}", "2:4"): one(value) for model in ("small", "large") for row, value in (("dense", 5.0), ("wanda", 9.0))}
     records = [record_of(model, "wanda", 9.0, model={"name": model}) for model in ("small", "large")]
     svg, _ = draw(sheet_of(cells, records=records), tmp_path)
-    assert {"small", "large", "wanda", "small dense (5)", "large dense (5)"} <= set(texts(svg))
+    assert {"small, dense 5", "large, dense 5", "wanda", "dense"} <= set(texts(svg))
+
+
+@pytest.mark.parametrize("number", [3, 4, 5])
+def test_many_models_stand_two_in_a_row(tmp_path, number):
+    names = [f"model{index}" for index in range(number)]
+    cells = {(f"{model} {row}", "2:4"): one(value) for model in names for row, value in (("dense", 5.0), ("wanda", 9.0))}
+    svg, _ = draw(sheet_of(cells, records=[record_of(model, "wanda", 9.0, model={"name": model}) for model in names]), tmp_path)
+    assert {f"{model}, dense 5" for model in names} <= set(texts(svg))
+    assert texts(svg).count("dense") == 1
+    width, height = (float(side) for side in re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg.read_text()).groups())
+    assert height < 1.1 * width
 
 
 def test_names_are_drawn_as_they_are(tmp_path):

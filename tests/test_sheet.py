@@ -414,6 +414,10 @@ def test_the_trainings_of_one_recipe_are_averaged():
     assert "Model tiny:swiglu@1 (4-bit), training seeds 0, 1, 2, float32" in caption(sheet)
 
 
+def test_what_a_sweep_says_of_itself_stands_in_the_caption():
+    assert caption(sheet_of(four(), {**LAYOUT, "note": "Small models only.\n"})).endswith("from the next. Small models only.")
+
+
 def test_trainings_of_two_recipes_are_not():
     records = [trained("dense", [1.0] * 4, 0), trained("dense", [2.0] * 4, 1, recipe="tiny:swiglu@2")]
     with pytest.raises(UserError, match="weights: tiny:swiglu@1, tiny:swiglu@2"):

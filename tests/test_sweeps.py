@@ -205,5 +205,5 @@ def test_layouts_name_metrics_and_axes_that_exist():
         layout = yaml.safe_load(Path(path).read_text())["sweep"]
         if path.stem != "demo":
             assert layout["metric"] in ("perplexity", "acc", "cost")
-            assert set(layout) <= {"title", "rows", "columns", "metric", "figure"}
+            assert set(layout) <= {"title", "rows", "columns", "metric", "figure", "note"}
     assert json.dumps(layout)

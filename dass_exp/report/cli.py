@@ -92,7 +92,7 @@ def _sheet(name: str, loaded: Loaded, results: Path, mix: bool) -> Sheet | None:
     if "metric" not in layout or not cells:
         return None
     found = [loaded.records[cell.key] for cell in cells if cell.key in loaded.records]
-    records = list({record["key"]: record for record in (*_dense_of(found, loaded), *found)}.values())
+    records = list({record["key"]: record for record in (*found, *_dense_of(found, loaded))}.values())
     failed = [cell for cell in cells if cell.status == "failed" and not repaired(cell, records)]
     return build(name, layout, records, failed, results, mix) if found or failed else None
 

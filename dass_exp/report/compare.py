@@ -60,6 +60,13 @@ def settings_line(records: list[Record]) -> str:
 def footnotes(records: list[Record]) -> list[str]:
     """How the protocol of these records differs from that of the paper (arXiv 2405.01943), each difference once."""
     found: dict[str, None] = {}
+    noted: dict[str, dict[str, None]] = {}
+    for record in records:
+        if (name := record["config"]["model"]["name"]) not in PAPER_MODELS:
+            noted.setdefault(record["protocol"]["model_note"], {})[name] = None
+    for note, names in noted.items():
+        told = f"{'the models are' if len(names) > 1 else 'the model is'} {', '.join(names)}" + (f" ({note})" if note else "")
+        found[f"{told}; the paper prunes {', '.join(PAPER_MODELS)}"] = None
     for record in records:
         found |= dict.fromkeys(_differences(record))
     return list(found)
@@ -69,9 +76,6 @@ def _differences(record: Record) -> list[str]:
     config, protocol, calibration = record["config"], record["protocol"], record["calibration"]
     paper_calibration, paper_eval = choice("calibration", "c4"), choice("eval", "ppl_paper")
     found = []
-    if config["model"]["name"] not in PAPER_MODELS:
-        note = f" ({protocol['model_note']})" if protocol["model_note"] else ""
-        found.append(f"the model is {config['model']['name']}{note}; the paper prunes {', '.join(PAPER_MODELS)}")
     if protocol.get("method_note"):
         found.append(protocol["method_note"])
     if starved := record.get("solver", {}).get("starved_experts"):

@@ -85,8 +85,14 @@ def _bars(sheet: Sheet, figure: Figure) -> bool:
     finite = {place: entry for place, entry in sheet.cells.items() if isinstance(entry, Entry) and math.isfinite(entry.mean)}
     if not finite:
         return False
-    figure.set_size_inches(min(13, max(6.4, 2 + 0.28 * max(map(len, panels.values())) * len(sheet.columns))), 1.3 + 3.2 * len(panels))
-    panes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    across = 1 if len(panels) < 3 else 2
+    down = math.ceil(len(panels) / across)
+    width = max(6.4 if across == 1 else 5.2, 2 + 0.28 * max(map(len, panels.values())) * len(sheet.columns))
+    figure.set_size_inches(min(13, across * width), 1.3 + 3.2 * down)
+    panes = list(figure.subplots(down, across, squeeze=False).flat)
+    for spare in panes[len(panels) :]:
+        spare.set_axis_off()
+    del panes[len(panels) :]
     for pane, (model, rows) in zip(panes, panels.items(), strict=True):
         pruned = [row for row in rows if not row.endswith("dense")]
         for number, row in enumerate(pruned):
@@ -99,20 +105,22 @@ def _bars(sheet: Sheet, figure: Figure) -> bool:
                 if entry is not None and place + shift not in drawn:
                     at, box = pane.get_xaxis_transform(), {"facecolor": "white", "edgecolor": "none", "pad": 1}
                     pane.text(place + shift, 0.03, format_entry(entry, sheet.metric), transform=at, rotation=90, ha="center", va="bottom", bbox=box)
+        pane.set_title(model, fontsize="medium")
         for row in (row for row in rows if row.endswith("dense")):
-            _dense(pane, row, [finite.get((row, column)) for column in sheet.columns])
+            _dense(pane, "dense" if len(panels) > 1 else row, [finite.get((row, column)) for column in sheet.columns], several=len(panels) > 1)
         _name_columns(pane, sheet.columns, figure.get_figwidth())
         _scale(pane, sheet.metric, [entry for (row, _), entry in finite.items() if row in rows], floor=True)
-        pane.set_title(model, fontsize="medium")
     _legend(figure, *panes)
     return True
 
 
-def _dense(pane: Axes, label: str, found: Sequence[Entry | None]) -> None:
+def _dense(pane: Axes, label: str, found: Sequence[Entry | None], several: bool) -> None:
     at = {place: entry.mean for place, entry in enumerate(found) if entry is not None}
     if len(set(at.values())) == 1:
         level = next(iter(at.values()))
-        pane.axhline(level, color="black", linestyle="--", linewidth=1.3, label=f" {label} ({level:.4g})")
+        pane.axhline(level, color="black", linestyle="--", linewidth=1.3, label=f" {label}" if several else f" {label} ({level:.4g})")
+        if several:  # one legend for all panels: each says its own level
+            pane.set_title(f"{pane.get_title()}, dense {level:.4g}", fontsize="medium")
     elif at:
         pane.hlines(list(at.values()), [x - 0.47 for x in at], [x + 0.47 for x in at], colors="black", linestyles="--", linewidth=1.3, label=f" {label}")
 

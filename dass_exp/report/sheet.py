@@ -49,7 +49,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table: ``cells`` by row and column label hold an :class:`Entry`, or a word such as ``failed``; ``mixed`` names what its protocols differ in."""
+    """A table: ``cells`` by row and column label hold an :class:`Entry`, or a word such as ``failed``; ``mixed`` names what its protocols differ in.
+
+    ``note`` is what its sweep says of what it can and cannot show.
+    """
 
     name: str
     title: str
@@ -61,6 +64,7 @@ class Sheet:
     failed: list[Cell]
     figure: Mapping[str, Any] | None
     mixed: tuple[str, ...] = ()
+    note: str = ""
 
 
 def build(name: str, layout: Mapping[str, Any], records: list[Record], failed: list[Cell], results: Path, mix: bool = False) -> Sheet:
@@ -102,7 +106,8 @@ def build(name: str, layout: Mapping[str, Any], records: list[Record], failed: l
     for group in dict.fromkeys(groups.values()):
         ranked = [row for row in labels if groups.get(row) == group and not row.endswith("dense")]
         marked |= _marks(cells, ranked, columns, HIGHER_IS_BETTER[laid.metric])
-    return Sheet(name, str(layout["title"]), laid.metric, labels, columns, marked, records, failed, layout.get("figure"), tuple(differing))
+    title, note = str(layout["title"]), str(layout.get("note") or "").strip()
+    return Sheet(name, title, laid.metric, labels, columns, marked, records, failed, layout.get("figure"), tuple(differing), note)
 
 
 Found = tuple[Record, float, float | None, tuple[float, ...]]

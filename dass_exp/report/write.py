@@ -31,7 +31,10 @@ def caption(sheet: Sheet) -> str:
         return "No cell of this sweep has a record."
     pruned = [record for record in sheet.records if record["config"]["method"]["name"] != "dense"] or sheet.records
     shown, parts = pruned[0]["protocol"], []
-    models = dict.fromkeys(f"{model_of(record)}{_note(record['protocol']['model_note'])}" for record in pruned)
+    noted: dict[str, dict[str, None]] = {}
+    for record in pruned:
+        noted.setdefault(record["protocol"]["model_note"], {})[model_of(record)] = None
+    models = [f"{', '.join(named)}{_note(note)}" for note, named in noted.items()]
     trainings = sorted({record["identity"]["trained"]["seed"] for record in pruned if record["identity"].get("trained")})
     told = f", training seeds {', '.join(map(str, trainings))}" if trainings else ""
     parts.append(f"Model {', '.join(models)}{told}, {shown['dtype']}")
@@ -48,7 +51,7 @@ def caption(sheet: Sheet) -> str:
     parts.append("beginning-of-sequence token: " + ", ".join(dict.fromkeys(record["protocol"]["bos"] for record in pruned)))
     marks = " Bold is best and underlined second, only where a paired bootstrap (95 %) or the seeds set it apart from the next."
     spread = " ± is the standard deviation over seeds." if any(isinstance(entry, Entry) and entry.sd is not None for entry in sheet.cells.values()) else ""
-    return f"{_UNITS[sheet.metric]}. " + "; ".join(parts) + "." + spread + marks
+    return f"{_UNITS[sheet.metric]}. " + "; ".join(parts) + "." + spread + marks + (f" {sheet.note}" if sheet.note else "")
 
 
 def _note(note: str) -> str:
