@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import OWN
+from conftest import OWN, SHAPE
+from support import VOCABULARY, save_tiny, settings_of, short_texts_fixture, tiny_overrides  # noqa: F401 - a fixture
 from torch import Tensor, nn
+from transformers import AutoConfig
 
+from dass_exp.bench import Bench, Silent
 from dass_exp.decoder import decoder_of
 from dass_exp.errors import UserError
 from dass_exp.families import DOWN, FAMILIES, FC1, FC2, GATE, GLU, PLAIN, READER_OF, SCOPES, UP, O, Q, Role, family_of
@@ -153,6 +156,18 @@ def test_a_scope_yields_its_linears_only(scope, count, tiny_model):
     found = [site.role for site in decoder_of(tiny_model("llama")).sites(1, scope)]
     assert len(found) == count
     assert set(found) == SCOPES[scope] - PLAIN
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text", "llama"])
+def test_a_run_of_a_gemma_begins_every_window_with_bos(family, tmp_path, short_texts):
+    """In calibration and in scoring, with a tokenizer that adds none by itself."""
+    own = {**SHAPE, **OWN[family], "vocab_size": VOCABULARY, "max_position_embeddings": 4096}
+    folder = save_tiny(tmp_path / "model", AutoConfig.for_model(family, **own))
+    bench = Bench(settings_of(*tiny_overrides(folder, tmp_path / "results")), Silent())
+    first = torch.cat([bench.calibration.ids[:, 0], bench.windows.ids[:, 0]])
+    assert bench.bos == ("never" if family == "llama" else "window")
+    assert bool((first == bench.tokenizer.bos_token_id).all()) == (family != "llama")
+    assert bench.calibration.ids.shape[1] == bench.windows.ids.shape[1] == 32
 
 
 @pytest.mark.parametrize(("family", "bos"), [("llama", "tokenizer"), ("mistral", "tokenizer"), ("gemma", "window"), ("gemma3_text", "window")])
