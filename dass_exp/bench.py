@@ -143,10 +143,13 @@ class Bench:
         Raises:
             UserError: the run fits in memory in no way.
         """
-        if self.shelf is not None and self.shelf.model(self.spec) is not None:
-            return False
+        if self.shelf is not None:
+            if self.shelf.model(self.spec) is not None:
+                return False
+            self.shelf.clear()  # the model before this one must not count as memory that is taken
         asked, source = self.settings.config.model.placement, Path(self.spec.source)
-        if asked == "resident" or (asked == "auto" and source.is_dir() and _small(source, self.spec.device)):
+        whole = self.spec.family is not None and self.spec.family.experts is not None  # mixtures cannot be read block by block
+        if asked == "resident" or (asked == "auto" and whole) or (asked == "auto" and source.is_dir() and _small(source, self.spec.device)):
             return False
         placement, why = placed(self.settings.config.model.placement, self.needs, available(self.spec.device))
         if why:

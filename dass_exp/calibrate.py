@@ -202,7 +202,7 @@ def _prune_units(units: list[Block], method: Pruner, pattern: Pattern) -> tuple[
 
 def _feed(experts: list[Block], options: Options) -> tuple[str, ...]:
     """Those that saw fewer tokens than is asked for; their statistics are levelled, or refused."""
-    starved = [unit for unit in experts if any((linear.tokens or 0) < options.min_tokens for linear in unit.linears)]
+    starved = [unit for unit in experts if any((linear.tokens or 0) < max(options.min_tokens, 1) for linear in unit.linears)]
     for unit in starved:
         if options.starved == "refuse":
             raise NumericalError(

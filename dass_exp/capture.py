@@ -93,7 +93,7 @@ def put(batches: Sequence[Batch], hidden: Tensor) -> None:
         batch.hidden = part.to(batch.hidden.device)
 
 
-def behind(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch, ids: Tensor) -> Tensor:
+def behind(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch, ids: Tensor, whole: bool = False) -> Tensor:
     """The model's last hidden states where its last block gave ``batch.hidden``: whatever the model does behind its blocks, none of which is computed.
 
     Args:
@@ -101,17 +101,19 @@ def behind(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch, ids: Ten
         blocks: its decoder blocks.
         batch: behind the last of them.
         ids: int64 [sequences, tokens], of the batch.
+        whole: give the model's logits, [sequences, tokens, words], instead.
     """
 
     def given(*args: Any, **kwargs: Any) -> Any:
         del args, kwargs
         return (batch.hidden,) if batch.wrapped else batch.hidden
 
-    trunk = getattr(model, "base_model", model)
+    trunk = model if whole else getattr(model, "base_model", model)
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(standing_in(block, given))
-        found: Tensor = trunk(input_ids=ids.to(batch.hidden.device), use_cache=False).last_hidden_state
+        made = trunk(input_ids=ids.to(batch.hidden.device), use_cache=False)
+    found: Tensor = made.logits if whole else made.last_hidden_state
     return found
 
 

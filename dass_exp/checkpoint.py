@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,7 +31,9 @@ def is_saved(folder: str | Path, key: str) -> bool:
     Raises:
         UserError: something else lies there.
     """
-    place = Path(folder).expanduser()
+    place = _place(folder)
+    if place.is_mount():
+        raise UserError(f"save={folder}: it is a mount point, which cannot be renamed into; name a folder inside it")
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return False
     if (found := manifest_of(place).get("key")) == key:
@@ -39,15 +42,37 @@ def is_saved(folder: str | Path, key: str) -> bool:
     raise UserError(f"save={folder}: it holds {what}; remove it or name another folder")
 
 
-def check_room(folder: str | Path, model: Any) -> None:
-    """See that the weights fit on the disk.
+@contextmanager
+def writing(folder: str | Path | None) -> Iterator[None]:
+    """Hold a folder against other runs that would save into it.
+
+    Raises:
+        UserError: another run holds it.
+    """
+    if folder is None:
+        yield
+        return
+    lock = scratch_of(folder).with_suffix(".lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, timeout=0):
+            yield
+    except Timeout as error:
+        raise UserError(f"save={folder}: another run is writing to it; wait for it, or name another folder") from error
+    finally:
+        with suppress(OSError):
+            lock.unlink()
+
+
+def check_room(folder: str | Path, size: int) -> None:
+    """See that so many bytes of weights fit on the disk.
 
     Raises:
         UserError: they do not.
     """
-    place = Path(folder).expanduser().absolute()
+    place = _place(folder)
     there = next(parent for parent in (place, *place.parents) if parent.exists())
-    needed, free = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters()) + _SPARE, shutil.disk_usage(there).free
+    needed, free = size + _SPARE, shutil.disk_usage(there).free
     if needed > free:
         raise UserError(f"save={folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free on that disk; make room or name another folder")
 
@@ -67,7 +92,7 @@ def save_checkpoint(folder: str | Path, model: Any, tokenizer: Any, masks: Mappi
     Raises:
         OSError: the disk is full, or the folder cannot be written to; nothing is left behind.
     """
-    place = Path(folder).expanduser().absolute()
+    place = _place(folder)
     place.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(place.parent) as scratch:
         made = scratch / "made"
@@ -93,6 +118,11 @@ class Growing:
         self._files: dict[str, str] = {}
         self._blocks, self._bytes = 0, 0
 
+    @property
+    def written(self) -> int:
+        """Bytes of blocks that an earlier run has written."""
+        return sum(path.stat().st_size for path in self._made.glob("model-*.safetensors"))
+
     def placed(self, key: str) -> bool:
         """Whether the checkpoint of this run is in place, and what it grew from is still there."""
         return (self._scratch / STATE).is_file() and not self._made.exists() and is_saved(self.folder, key)
@@ -109,13 +139,18 @@ class Growing:
             UserError: one of those is not there any more.
         """
         self._stored, self._blocks = stored, blocks
+        if not done:
+            shutil.rmtree(self._made, ignore_errors=True)  # of a run that was killed before it had a state
         self._made.mkdir(parents=True, exist_ok=True)
         for index in range(done):
             path = self._made / self._name(index + 2)
             if not path.is_file():
                 raise UserError(f"{path} is missing, and the run that wrote it cannot go on; remove {self._scratch} to begin again")
-            with safe_open(path, framework="pt") as file:
-                self._note(path.name, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - it is no mapping
+            try:
+                with safe_open(path, framework="pt") as file:
+                    self._note(path.name, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - it is no mapping
+            except SafetensorError as error:
+                raise UserError(f"{path} is damaged ({error}), and the run that wrote it cannot go on; remove {self._scratch} to begin again") from error
 
     def add(self, index: int, weights: Mapping[str, Tensor]) -> None:
         """Write the weights of a block, by the model's own names.
@@ -138,7 +173,7 @@ class Growing:
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(self._made)
         tokenizer.save_pretrained(self._made)
-        return _put_in_place(self._made, Path(self.folder).expanduser().absolute(), masks, manifest)
+        return _put_in_place(self._made, _place(self.folder), masks, manifest)
 
     def _name(self, number: int) -> str:
         return f"model-{number:05d}-of-{self._blocks + 1:05d}.safetensors"
@@ -156,16 +191,21 @@ class Growing:
         self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
+def _place(folder: str | Path) -> Path:
+    """Where a folder really lies: a link is followed, so that the disk behind it is the one that is filled."""
+    return Path(folder).expanduser().resolve()
+
+
 def scratch_of(folder: str | Path) -> Path:
     """Where a checkpoint grows: beside its place, so that it can be renamed into it."""
-    place = Path(folder).expanduser().absolute()
+    place = _place(folder)
     return place.with_name(f".{place.name}.partial")
 
 
 def _put_in_place(made: Path, place: Path, masks: Mapping[str, PackedMask], manifest: Mapping[str, Any]) -> Path:
     """Add masks and manifest, sync, rename; a checkpoint that was there before goes."""
     write_masks(masks, made / MASKS)
-    for path in made.iterdir():
+    for path in (path for path in made.rglob("*") if path.is_file()):
         path.chmod(0o644)  # safetensors makes files that only their owner can read
         _sync(path)
     write_json(made / MANIFEST, {"schema": 1, **manifest})

@@ -73,7 +73,10 @@ class Decoder:
         parent, *others = {path for role, path in parents.items() if role in ATTENTION}
         if others or not parent or any(f"{path}.".startswith(f"{parent}.") for role, path in parents.items() if role not in ATTENTION):
             return None
-        return self.blocks[index].get_submodule(parent)
+        try:
+            return self.blocks[index].get_submodule(parent)
+        except AttributeError:
+            return None  # a hybrid mixes its tokens otherwise in some blocks
 
     def experts(self, index: int) -> nn.Module | None:
         """The module that holds the experts of block ``index``; None for a block without."""

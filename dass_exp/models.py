@@ -103,9 +103,12 @@ def load_model(spec: ModelSpec) -> nn.Module:
         UserError: it cannot be loaded.
     """
     with quiet(), explained(spec.source):
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            spec.source, revision=spec.revision, trust_remote_code=spec.trust_remote_code, dtype=spec.dtype, use_safetensors=True
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            spec.source, revision=spec.revision, trust_remote_code=spec.trust_remote_code, dtype=spec.dtype, use_safetensors=True, output_loading_info=True
         )
+        model, told = loaded
+        if missing := sorted(told["missing_keys"]):  # transformers would make them up
+            raise UserError(f"model.path={spec.source}: its checkpoint has no {missing[0]} ({len(missing)} tensors are missing); fetch it again")
     return model.to(spec.device).eval()
 
 
@@ -121,8 +124,10 @@ def load_streamed(spec: ModelSpec) -> tuple[nn.Module, Streamed]:
         def build() -> Any:
             return transformers.AutoModelForCausalLM.from_config(spec.config, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
 
-        model = empty_model(build, shards, spec.device, spec.dtype)
-    return model, Streamed(model, shards, spec.device, spec.dtype)
+        model = empty_model(build, shards, spec.device, spec.dtype, spec.roles)
+        if (shards.folder / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(shards.folder)
+    return model, Streamed(model, shards, spec.device, spec.dtype, roles=spec.roles)
 
 
 def skeleton(spec: ModelSpec) -> nn.Module:

@@ -36,7 +36,7 @@ def observing(decoder: Decoder, index: int, scope: str, kind: type[Stat] | None,
                 continue
             stat = stats[site.source] = kind(site.matrix.in_features, site.matrix.parameter.device)
             if site.matrix.expert is None:
-                stack.callback(site.matrix.module.register_forward_pre_hook(_observer(stat), with_kwargs=True).remove)
+                stack.callback(site.matrix.module.register_forward_pre_hook(_observer(stat, tokens), with_kwargs=True).remove)
             else:
                 experts.setdefault(site.matrix.expert, {})[site.role == DOWN] = stat
         if experts:
@@ -45,9 +45,10 @@ def observing(decoder: Decoder, index: int, scope: str, kind: type[Stat] | None,
         yield stats
 
 
-def _observer(stat: Stat) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+def _observer(stat: Stat, tokens: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del module
-        stat.update(args[0] if args else kwargs["input"])
+        inputs = args[0] if args else kwargs["input"]
+        stat.update(inputs.unflatten(0, (-1, tokens)) if inputs.ndim == 2 else inputs)  # OPT joins its sequences before the MLP
 
     return observe

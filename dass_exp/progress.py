@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +91,15 @@ def load_step(folder: Path, identity: Mapping[str, Any]) -> Step | None:
         raise UserError(f"{path}: the state of an interrupted run cannot be read ({error}); remove the folder to begin again") from error
 
 
+def is_of(folder: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether the state of a run with this identity lies in ``folder``."""
+    try:
+        with safe_open(folder / STATE, framework="pt") as file:
+            return bool(json.loads(file.metadata()["dass_exp"])["identity"] == json.loads(json.dumps(identity)))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return False
+
+
 def save_step(folder: Path, identity: Mapping[str, Any], step: Step) -> None:
     """Replace the state in ``folder``, durably.
 
@@ -105,6 +115,12 @@ def save_step(folder: Path, identity: Mapping[str, Any], step: Step) -> None:
     with scratch.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(scratch, folder / STATE)
+
+
+def discard(folder: Path) -> None:
+    """Let the state of a finished run go: first that which says that there is one, so that a kill in between leaves nothing to stumble over."""
+    (folder / STATE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

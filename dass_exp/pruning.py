@@ -108,6 +108,9 @@ class _Kept:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._identity, self._done = folder, identity, done
         self._step = load_step(folder, identity)
+        if self._step is not None and done.masks is not None and not all(self._masks(index).is_file() for index in range(self._step.blocks)):
+            log.warning("%s: the interrupted run kept no masks, so the run begins again", folder)
+            self._step = None
         self.beside: Alongside | None = None
         self._told = 0  # layers of whose masks there is a file
 
@@ -133,6 +136,7 @@ class _Kept:
             for index in range(self._step.blocks):
                 self._done.masks.update(read_packed(self._masks(index)))
         self._told = len(self._done.layers)
+        self._step.hidden.clear()
         log.info("going on behind block %d of an interrupted run", self._step.blocks - 1)
         return self._step.blocks
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dass_exp.capture import standing_in
 from dass_exp.stats import Stat
@@ -16,7 +16,8 @@ from dass_exp.stats import Stat
 class Attention:
     """What a block's attention gave, a batch at a time.
 
-    It is played back only if it cannot have depended on what is pruned: it ran once for each batch, before any linear that is pruned had run.
+    It is played back only if it cannot have depended on what is pruned: it ran once for each batch, before any linear that is pruned had
+    run, and nobody wrote into its output.
 
     Args:
         module: of the attention; None for a block without one apart from its MLP: nothing is noted then, and nothing played back.
@@ -29,7 +30,9 @@ class Attention:
         self._outputs: deque[Any] = deque()
         self._batches = 0
         self._seen = 0
-        self._usable = module is not None
+        self._usable = module is not None and not module._forward_hooks  # a hook of the user's would run a second time over what it made
+        self._last: Tensor | None = None
+        self._version = 0
 
     @contextmanager
     def noting(self) -> Iterator[None]:
@@ -47,8 +50,10 @@ class Attention:
         """The block has run for one more batch."""
         self._batches += 1
         self._seen = self._tokens()
-        if len(self._outputs) != self._batches:
+        changed = self._last is not None and self._last._version != self._version  # the block wrote into what its attention gave
+        if len(self._outputs) != self._batches or changed:
             self._refuse()
+        self._last = None
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
@@ -63,8 +68,12 @@ class Attention:
         del module, args
         if self._tokens() != self._seen:
             self._refuse()
-        if self._usable:
-            self._outputs.append(output)
+        if not self._usable:
+            return
+        first = output[0] if isinstance(output, tuple) else output
+        # what stands behind it, attention weights, grows with the square of the length and is read by no block
+        self._outputs.append((first, *(None for _ in output[1:])) if isinstance(output, tuple) else output)
+        self._last, self._version = first, first._version
 
     def _refuse(self) -> None:
         self._usable = False

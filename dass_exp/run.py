@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,15 @@ import torch
 
 from dass_exp import models
 from dass_exp.bench import Bench, Observer, Shelf, Silent
-from dass_exp.checkpoint import Growing, check_room, is_saved, save_checkpoint, scratch_of
+from dass_exp.checkpoint import Growing, check_room, is_saved, save_checkpoint, scratch_of, writing
 from dass_exp.config import Settings
 from dass_exp.evaluate.perplexity import Perplexity, perplexity
 from dass_exp.evaluate.zeroshot import Options as ZeroShotOptions
 from dass_exp.evaluate.zeroshot import ZeroShot, zero_shot
-from dass_exp.key import key_of
+from dass_exp.key import identity_of, key_of
 from dass_exp.maskfile import PackedMask
 from dass_exp.methods.dense import Dense
+from dass_exp.progress import discard, is_of
 from dass_exp.pruning import Pruned, prune_in_memory, walk
 from dass_exp.record import PeakMemory, Record, Store
 from dass_exp.summarise import Made, compose, described, manifest
@@ -54,7 +54,8 @@ def run(settings: Settings, observer: Observer | None = None, shelf: Shelf | Non
     if settings.config.threads:
         torch.set_num_threads(settings.config.threads)
     bench = Bench(settings, observer or Silent(), shelf)
-    if settings.config.eval.zeroshot is not None and bench.streams:
+    whole = None if settings.config.rerun else Store(settings.config.results_dir).find(key_of(settings, bench.spec, bench.bos))
+    if settings.config.eval.zeroshot is not None and whole is None and bench.streams:
         log.warning("the model is read block by block, so zero-shot tasks are left out; save=FOLDER keeps it, to be scored where it fits in memory")
         without = dataclasses.replace(settings.config, eval=dataclasses.replace(settings.config.eval, zeroshot=None))
         settings = bench.settings = dataclasses.replace(settings, config=without)
@@ -65,16 +66,20 @@ def _run(settings: Settings, bench: Bench) -> Outcome:
     store = Store(settings.config.results_dir)
     key = key_of(settings, bench.spec, bench.bos)
     if (outcome := _found(settings, bench, store, key)) is not None:
+        if is_of(scratch := _scratch(settings, key), identity_of(settings, bench.spec, bench.bos)):
+            discard(scratch)  # of a run that was killed when all was done
         return outcome
     bench.check(settings)
     with store.lock(key):
         if (outcome := _found(settings, bench, store, key)) is not None:  # another process may have done it while this one waited
             return outcome
-        with store.noting_failure(key, described(settings, bench.spec)):
+        with store.noting_failure(key, described(settings, bench.spec)), writing(settings.config.save):
             dense = None if bench.streams else _dense(settings, bench)
             done = _walk(settings, bench, key) if bench.streams else _make(settings, bench, key)
             record = compose(key, settings, bench.spec, done.made)
             path = store.write(record, {"documents.json": done.made.zeroshot.documents} if done.made.zeroshot else {}, done.masks)
+        if done.scratch is not None:
+            discard(done.scratch)
     if done.beside is not None:
         dense = _dense(settings, bench, done.beside)
     settings.tracker.track(record, settings.config.results_dir)
@@ -107,11 +112,12 @@ def _dense(settings: Settings, bench: Bench, beside: Made | None = None) -> Reco
 
 @dataclass(frozen=True)
 class _Done:
-    """What a run made: its content, masks to keep, and what was found out about the dense model on the way."""
+    """What a run made: its content, masks to keep, and what was found out about the dense model on the way, and the state to let go of."""
 
     made: Made
     masks: dict[str, PackedMask] | None
     beside: Made | None = None
+    scratch: Path | None = None
 
 
 def _make(settings: Settings, bench: Bench, key: str) -> _Done:
@@ -119,7 +125,7 @@ def _make(settings: Settings, bench: Bench, key: str) -> _Done:
     config, memory = settings.config, PeakMemory()
     with bench.borrowed(config.scope if settings.method.uses else None) as model:
         if config.save is not None:
-            check_room(config.save, model)
+            check_room(config.save, _bytes(model, bench))
         size = sum(parameter.numel() for parameter in model.parameters())
         pruned = prune_in_memory(settings, bench) if settings.method.uses else Pruned()
         if config.save is not None:
@@ -134,24 +140,34 @@ def _make(settings: Settings, bench: Bench, key: str) -> _Done:
 def _walk(settings: Settings, bench: Bench, key: str) -> _Done:
     """Prune and score the model while it is read, and save it as it goes."""
     config, memory = settings.config, PeakMemory()
-    scratch = Store(config.results_dir).runs / key / "work" if config.save is None else scratch_of(config.save)
+    scratch = _scratch(settings, key)
     growing = None if config.save is None else Growing(config.save, scratch)
     if growing is not None and growing.placed(key):
         growing = None  # an earlier run was killed when its checkpoint was in place and its record was not
     if growing is not None:
-        check_room(growing.folder, models.skeleton(bench.spec))
+        check_room(growing.folder, _bytes(models.skeleton(bench.spec), bench) - growing.written)
     walked = walk(settings, bench, scratch, growing)
     pruned = walked.pruned
     if growing is not None:
         growing.finish(walked.model, bench.tokenizer, pruned.masks or {}, manifest(key, settings, bench.spec, bench.bos, pruned.layers))
-    shutil.rmtree(scratch)
     cost = {"load_s": 0.0, "prune_s": pruned.seconds, "eval_s": walked.scoring_s, **memory.read()}
     sizes = (walked.size, walked.decoder_size)
     made = _told(settings, bench, pruned, walked.scored, None, sizes, cost)
     beside = None
     if settings.method.uses and walked.dense is not None:
         beside = _told(dataclasses.replace(settings, method=Dense()), bench, Pruned(), walked.dense, None, sizes, {**cost, "prune_s": 0.0})
-    return _Done(made, pruned.masks if config.save_masks else None, beside)
+    return _Done(made, pruned.masks if config.save_masks else None, beside, scratch)
+
+
+def _scratch(settings: Settings, key: str) -> Path:
+    """Where a streamed run keeps its state."""
+    config = settings.config
+    return Store(config.results_dir).runs / key / "work" if config.save is None else scratch_of(config.save)
+
+
+def _bytes(model: Any, bench: Bench) -> int:
+    """What the weights take on the disk."""
+    return int(sum(parameter.numel() for parameter in model.parameters()) * bench.spec.dtype.itemsize)
 
 
 def _told(

@@ -31,10 +31,16 @@ class Shards:
         self.folder = folder
         self._files = _files(folder)
         self._shapes: dict[str, tuple[int, int]] = {}  # numbers and bytes of a number, by tensor
+        self._small = False
         for file in sorted(set(self._files.values())):
             self._shapes |= self._look_into(file)
         if missing := sorted(set(self._files) - set(self._shapes)):
             raise UserError(f"model.path={folder}: {self._files[missing[0]]} does not hold {missing[0]}, which the index says; fetch it again")
+
+    @property
+    def quantised(self) -> bool:
+        """Whether floating numbers of one byte are among them, which mean nothing without their scales."""
+        return self._small
 
     @property
     def names(self) -> list[str]:
@@ -74,6 +80,7 @@ class Shards:
         try:
             with safe_open(self.folder / file, framework="pt") as shard:
                 slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - it is no mapping
+                self._small |= any(part.get_dtype().startswith("F8") for part in slices.values())
                 return {name: (_product(part.get_shape()), _BYTES.get(part.get_dtype(), 4)) for name, part in slices.items()}
         except (OSError, SafetensorError) as error:
             raise _unreadable(self.folder, file, error) from error
@@ -82,7 +89,7 @@ class Shards:
 def _files(folder: Path) -> dict[str, str]:
     """The file of each tensor."""
     try:
-        if (folder / INDEX).is_file():
+        if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():  # transformers, too, takes the single file first
             found = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
             return {str(name): str(file) for name, file in found.items()}
         with safe_open(folder / SINGLE, framework="pt") as single:

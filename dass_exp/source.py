@@ -50,15 +50,22 @@ class Streamed:
         shards: of its checkpoint.
         device: where a block computes.
         dtype: in which it computes.
+        roles: the roles of a family that the table does not know.
         keep: (an attribute too) handed the weights of each block, by full name, when it is closed, before they go.
     """
 
     def __init__(
-        self, model: nn.Module, shards: Shards, device: torch.device, dtype: torch.dtype, keep: Callable[[int, Mapping[str, Tensor]], None] = _forget
+        self,
+        model: nn.Module,
+        shards: Shards,
+        device: torch.device,
+        dtype: torch.dtype,
+        keep: Callable[[int, Mapping[str, Tensor]], None] = _forget,
+        roles: Mapping[str, str] | None = None,
     ) -> None:
         self._model, self._shards, self._device, self._dtype = model, shards, device, dtype
         self.keep = keep
-        decoder = decoder_of(model)
+        decoder = decoder_of(model, roles)
         self._blocks, self._names = decoder.blocks, decoder.names
         self.stored = stored_names(model, shards)
         self._wanted = [{name: other for name, other in self.stored.items() if name.startswith(f"{block}.")} for block in self._names]
@@ -102,7 +109,7 @@ class Streamed:
         return self._reader.submit(read)
 
 
-def empty_model(build: Callable[[], Any], shards: Shards, device: torch.device, dtype: torch.dtype) -> Any:
+def empty_model(build: Callable[[], Any], shards: Shards, device: torch.device, dtype: torch.dtype, roles: Mapping[str, str] | None = None) -> Any:
     """A model with everything but its blocks in memory: embedding, norm and head are read, the blocks have shapes only.
 
     Args:
@@ -110,6 +117,7 @@ def empty_model(build: Callable[[], Any], shards: Shards, device: torch.device, 
         shards: of its checkpoint.
         device: where it computes.
         dtype: in which it computes.
+        roles: the roles of a family that the table does not know.
 
     Raises:
         UserError: the checkpoint does not hold the model's tensors under the names that the model has for them (mixtures of experts, whose experts
@@ -117,7 +125,7 @@ def empty_model(build: Callable[[], Any], shards: Shards, device: torch.device, 
     """
     with init_empty_weights(include_buffers=False):
         model = build().eval()
-    decoder = decoder_of(model)
+    decoder = decoder_of(model, roles)
     inside = tuple(f"{name}." for name in decoder.names)
     outside = {name: stored for name, stored in stored_names(model, shards).items() if not name.startswith(inside)}
     found = shards.read(outside.values(), dtype)
@@ -145,9 +153,13 @@ def stored_names(model: Any, shards: Shards) -> dict[str, str]:
         if pieces is None and name in state:
             found[name] = stored
     tied = getattr(model, "all_tied_weights_keys", {})
+    told = "set model.placement=resident"
+    if getattr(model.config, "quantization_config", None) is not None or shards.quantised:
+        raise UserError(f"model.placement=stream: the checkpoint {shards.folder} is quantised, which only transformers itself can undo; {told}")
+    if double := [name for name in tied if name in found]:
+        raise UserError(f"model.placement=stream: the checkpoint {shards.folder} stores {double[0]} beside the tensor that it is tied to; {told}")
     if missing := [name for name in state if name not in found and name not in tied]:
         raise UserError(
-            f"model.placement=stream: the checkpoint {shards.folder} has no tensor {missing[0]} as the model has it (experts are stored one by one); "
-            "set model.placement=resident"
+            f"model.placement=stream: the checkpoint {shards.folder} has no tensor {missing[0]} as the model has it (experts are stored one by one); {told}"
         )
     return found

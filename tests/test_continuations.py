@@ -136,3 +136,9 @@ def test_a_model_whose_logits_are_not_those_of_its_head_is_refused(tiny_model, t
         score(plain)
         with pytest.raises(UserError, match="'granite': its logits are not what its head gives"):
             score(scaled)
+
+
+@pytest.mark.parametrize("answer", [[], list(range(11))])
+def test_an_answer_that_cannot_be_scored_is_told(answer, tiny_model):
+    with pytest.raises(UserError, match=rf"an answer of {len(answer)} tokens cannot be scored; this model takes 1 to 10"):
+        score_continuations(tiny_model("llama"), [([1, 2], answer)], 4, 10)

@@ -272,6 +272,15 @@ def test_gate_and_up_share_one_statistic(tiny_model, tokens):
     assert {stat.sequences for stat in stats.values()} == {5}
 
 
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_every_sequence_counts_as_one_whatever_the_batch(family, tiny_model, tokens):
+    """OPT joins the sequences of a batch before its MLP."""
+    for batch_size in (1, 2, 5):
+        reports: list[BlockReport] = []
+        prune_model(tiny_model(family), tokens, SparseGPT(), NM(2, 4), Options("mlp", batch_size, on_block=reports.append))
+        assert {linear.stat.sequences for report in reports for linear in report.linears} == {5}
+
+
 # --- what is reported
 
 

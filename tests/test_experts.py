@@ -165,3 +165,11 @@ def test_a_forward_of_ones_own_is_given_back(tiny_model):
     with observing_experts(experts, FAMILIES["mixtral"].experts, {}, 1):
         assert experts.forward is not own
     assert experts.forward is own
+
+
+def test_an_expert_without_a_token_is_starved_even_if_none_is_asked_for(tiny_model, tokens):
+    model, reports = tiny_model("mixtral"), []
+    prune_model(model, tokens[:1, :1], SparseGPT(), NM(2, 4), Options(on_block=reports.append, min_tokens=0))
+    assert any(report.starved for report in reports)
+    experts = model.model.layers[0].mlp.experts
+    assert all((half != 0).any() for half in experts.gate_up_proj)

@@ -8,8 +8,8 @@ import shutil
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
-from support import cell_fixture, contains, results_fixture, run_with, settings_of, short_texts_fixture, tiny_fixture  # noqa: F401 - fixtures
+from safetensors.torch import load_file, save_file
+from support import cell_fixture, contains, results_fixture, run_with, save_tiny, settings_of, short_texts_fixture, tiny_config, tiny_fixture  # noqa: F401 - fixtures
 
 import dass_exp
 from dass_exp import checkpoint, memory
@@ -123,6 +123,44 @@ def test_a_disk_that_fills_up_leaves_no_record_and_no_checkpoint_and_goes_on_whe
     assert not list(results.glob("runs/*/result.json"))
     run_with(*cell, STREAM, f"save={tmp_path}/deep/saved")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["saved"]
+
+
+def test_a_model_whose_logits_are_not_those_of_its_head_is_refused_here_too(tmp_path, tiny, cell):
+    config = transformers.GraniteConfig(**{**tiny_config().to_dict(), "model_type": "granite", "logits_scaling": 8.0})
+    folder, rest = save_tiny(tmp_path / "model", config), [part for part in cell if not part.startswith("model.path")]
+    for placement in ("stream", "resident"):
+        with pytest.raises(UserError, match="its logits are not what its head gives"):
+            run_with(*rest, f"model.path={folder}", f"model.placement={placement}", "rerun=true")
+
+
+def test_two_runs_do_not_save_into_one_folder(cell, tmp_path):
+    for placement in ("stream", "resident"):
+        with checkpoint.writing(tmp_path / "saved"), pytest.raises(UserError, match=r"save=.*another run is writing to it"):
+            run_with(*cell, f"model.placement={placement}", f"save={tmp_path}/saved")
+    run_with(*cell, STREAM, f"save={tmp_path}/saved")
+    assert sorted(path.name for path in tmp_path.iterdir() if "saved" in path.name) == ["saved"]
+
+
+@pytest.mark.parametrize("harm", ["tied", "quantised", "missing"])
+def test_what_only_transformers_can_read_is_refused(cell, tiny, tmp_path, harm):
+    folder, rest = tmp_path / "model", [part for part in cell if not part.startswith("model.path")]
+    shutil.copytree(tiny, folder)
+    config = json.loads((folder / "config.json").read_text())
+    if harm == "tied":
+        config["tie_word_embeddings"] = True  # and the head is stored all the same
+    elif harm == "quantised":
+        config["quantization_config"] = {"quant_method": "fp8"}
+    else:
+        weights = load_file(folder / "model.safetensors")
+        del weights["model.layers.1.mlp.up_proj.weight"]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    word = {"tied": "beside the tensor that it is tied to", "quantised": "is quantised", "missing": "has no tensor"}[harm]
+    with pytest.raises(UserError, match=word):
+        run_with(*rest, f"model.path={folder}", STREAM)
+    if harm == "missing":  # transformers would make it up
+        with pytest.raises(UserError, match=r"its checkpoint has no model\.layers\.1\.mlp\.up_proj\.weight"):
+            run_with(*rest, f"model.path={folder}", "model.placement=resident")
 
 
 # --- where a model goes

@@ -16,6 +16,7 @@ from dass_exp.decoder import Decoder, decoder_of
 from dass_exp.families import FAMILIES, PLAIN, Role
 from dass_exp.masks import NM
 from dass_exp.methods.wanda import Wanda
+from dass_exp.replay import Attention
 
 
 def counting(module: nn.Module) -> list[None]:
@@ -137,6 +138,57 @@ def test_attention_that_may_depend_on_the_mlp_is_computed_again(block, tokens):
     hidden = prune_model(model, tokens, Wanda(), NM(2, 4), Options("mlp", 2, ROLES, reports.append, outputs=True))
     torch.testing.assert_close(torch.cat(hidden), model(tokens, use_cache=False).last_hidden_state, rtol=0, atol=1e-6)
     assert min(report.error for report in reports) > 0
+
+
+class Writes(Backwards):
+    """A block that adds to what its attention gave, in place."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        mixed = self.mix(hidden)
+        mixed += hidden
+        return mixed + self.down(self.gate(mixed).tanh() * self.up(mixed))
+
+
+class Hybrid(Backwards):
+    """A block whose attention may be missing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + (self.mix(hidden) if hasattr(self, "mix") else self.norm(hidden))
+        return hidden + self.down(self.gate(hidden).tanh() * self.up(hidden))
+
+
+def test_attention_whose_output_is_written_into_is_computed_again(tokens):
+    model = Model(Writes)
+    hidden = prune_model(model, tokens, Wanda(), NM(2, 4), Options("mlp", 2, ROLES, outputs=True))
+    torch.testing.assert_close(torch.cat(hidden), model(tokens, use_cache=False).last_hidden_state, rtol=0, atol=1e-6)
+
+
+def test_a_block_without_attention_among_others_runs_whole(tokens):
+    model = Model(Hybrid)
+    del model.blocks[1].mix
+    hidden = prune_model(model, tokens, Wanda(), NM(2, 4), Options("mlp", 2, ROLES, outputs=True))
+    torch.testing.assert_close(torch.cat(hidden), model(tokens, use_cache=False).last_hidden_state, rtol=0, atol=1e-6)
+
+
+def test_a_hook_of_the_users_does_not_run_twice_over_one_output(tiny_model, tokens):
+    model = tiny_model("llama")
+    for block in model.model.layers:
+        block.self_attn.register_forward_hook(lambda module, args, output: (output[0] * 1.5, *output[1:]))
+    (hidden,) = prune_model(model, tokens, Wanda(), NM(2, 4), Options("mlp", len(tokens), outputs=True))
+    assert torch.equal(hidden, plain(model, tokens)[-1])
+
+
+def test_attention_weights_are_not_kept(tiny_model, tokens):
+    """Gemma 2 gives them, [sequences, heads, tokens, tokens]."""
+    model = tiny_model("gemma2", attn_implementation="eager")
+    attention = Attention(model.model.layers[0].self_attn, {})
+    with attention.noting(), torch.no_grad():
+        model(tokens)
+    assert [part is None for part in attention._outputs[0]] == [False, True]
 
 
 def test_a_block_without_an_attention_module_runs_whole(tokens):

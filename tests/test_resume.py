@@ -124,7 +124,7 @@ def test_it_goes_on_behind_the_last_block_that_was_done(deep, tmp_path, method, 
 
 
 @pytest.mark.parametrize("more", [[], ["rerun=true"]])
-@pytest.mark.parametrize("place", ["dass_exp.checkpoint.temporary_folder", "dass_exp.run.shutil.rmtree", "dass_exp.run.compose"])
+@pytest.mark.parametrize("place", ["dass_exp.checkpoint.temporary_folder", "dass_exp.run.discard", "dass_exp.progress.shutil.rmtree", "dass_exp.run.compose"])
 def test_killed_around_the_end_it_ends_the_same(deep, tmp_path, place, more, monkeypatch):
     """Before the checkpoint is renamed into place, behind that, and before the record is written."""
 

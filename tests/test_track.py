@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,7 +68,11 @@ def tables(folder: Path) -> dict[str, dict[str, Any]]:
 
 def test_the_offline_run_holds_the_resolved_config(offline):
     record, folder = offline
-    (run_record,) = [entry.run for entry in wandb_records(next(folder.glob("*.wandb"))) if entry.HasField("run")]
+    for _ in range(50):  # wandb's own process writes the file, and may be late on a busy machine
+        if found := [entry.run for entry in wandb_records(next(folder.glob("*.wandb"))) if entry.HasField("run")]:
+            break
+        time.sleep(0.2)
+    (run_record,) = found
     config = {item.key: json.loads(item.value_json) for item in run_record.config.update}
     assert run_record.project == "dass_exp"
     assert config["key"] == record["key"]

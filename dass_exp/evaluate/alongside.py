@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dass_exp.capture import Batch, behind, capture, evaluating, put
 from dass_exp.decoder import decoder_of
-from dass_exp.evaluate.head import losses
+from dass_exp.evaluate.head import compare_head, losses
 from dass_exp.evaluate.perplexity import Perplexity, checked
 
 
@@ -75,6 +75,8 @@ class Alongside:
     def _begin(self) -> None:
         self._dense = capture(self._model, self._blocks, self._windows, self._batch_size, self._wrapped)
         self._pruned = [Batch(batch.hidden, batch.calls, batch.wrapped) for batch in self._dense]
+        few, ids = Batch(self._dense[0].hidden[:1, :8], [], self._dense[0].wrapped), self._windows[:1, :8]  # a wrong head is said now, not at the end
+        compare_head(self._model, behind(self._model, self._blocks, few, ids, whole=True), behind(self._model, self._blocks, few, ids))
 
     def _sets(self) -> dict[str, list[Batch]]:
         return {"windows, dense": self._dense, "windows, pruned": self._pruned}

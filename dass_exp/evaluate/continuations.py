@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dass_exp.capture import evaluating
+from dass_exp.errors import UserError
 from dass_exp.evaluate.head import check_head, last_hidden, losses_and_hits
 
 Request = tuple[Sequence[int], Sequence[int]]
@@ -31,8 +32,10 @@ def score_continuations(model: Any, requests: Sequence[Request], batch_size: int
         nats, summed over the continuation, and the greedy flag, in the order of the requests.
 
     Raises:
-        UserError: the model's logits are not those of its head.
+        UserError: an answer is empty or longer than the model takes, or the model's logits are not those of its head.
     """
+    if wrong := [len(answer) for _, answer in requests if not 0 < len(answer) <= longest]:
+        raise UserError(f"eval.zeroshot.tasks: an answer of {wrong[0]} tokens cannot be scored; this model takes 1 to {longest}: choose other tasks")
     asked: dict[tuple[int, ...], list[int]] = {}
     for number, (context, continuation) in enumerate(requests):
         asked.setdefault((*context, *continuation)[-longest - 1 : -1], []).append(number)

@@ -30,8 +30,17 @@ def check_head(model: Any, ids: Tensor) -> None:
         UserError: they are not.
     """
     ids = ids[:1, :8].to(next(model.parameters()).device)
-    whole = model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
-    parts = torch.cat([logits for logits, _ in _logits(model, last_hidden(model, ids)[0], ids[0])])
+    compare_head(model, model(input_ids=ids, use_cache=False).logits, last_hidden(model, ids))
+
+
+def compare_head(model: Any, logits: Tensor, hidden: Tensor) -> None:
+    """See that the model's own ``logits`` [1, tokens, words] are what its head makes of ``hidden`` [1, tokens, features].
+
+    Raises:
+        UserError: they are not.
+    """
+    whole = logits.float().flatten(0, 1)
+    parts = torch.cat([part for part, _ in _logits(model, hidden[0], torch.zeros(hidden.shape[1], dtype=torch.int64, device=hidden.device))])
     if not torch.allclose(parts, whole, rtol=1e-2, atol=1e-2 * float(whole.abs().nan_to_num().amax()), equal_nan=True):
         name = getattr(model.config.get_text_config(), "model_type", type(model).__name__)
         raise UserError(f"model family {name!r}: its logits are not what its head gives, so it cannot be scored here; score another model")

@@ -125,6 +125,8 @@ def zero_shot(model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int
             for task in loaded["tasks"].values():
                 task.set_config(key="num_fewshot", value=0)
             found = evaluate(wrapped, loaded, limit=limit, bootstrap_iters=1000)
+        except UserError:
+            raise
         except (OSError, RuntimeError, ValueError) as error:
             if data == "hub":
                 reason = " ".join(str(error).split())[:300]

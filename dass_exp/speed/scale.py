@@ -104,13 +104,15 @@ def measure(model: Path, method: str, results: Path, samples: int, length: int) 
         "calibration.batch_size=1", "eval.batch_size=1",
     ]  # fmt: skip
     start = time.perf_counter()
-    running = subprocess.Popen([sys.executable, "-m", "dass_exp", *overrides], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    told = results.with_suffix(".log")
+    with told.open("w") as log_file:
+        running = subprocess.Popen([sys.executable, "-m", "dass_exp", *overrides], stdout=log_file, stderr=log_file)
     peak = 0
     while running.poll() is None:
         peak = max(peak, _anonymous(running.pid))
         time.sleep(0.02)
     if running.returncode:
-        raise RuntimeError((running.stderr.read() if running.stderr else "")[-2000:])
+        raise RuntimeError(told.read_text()[-2000:])
     record = next(record for record in Store(results).records() if record["config"]["method"]["name"] == method)
     return {"method": method, "peak_bytes": peak, "seconds": time.perf_counter() - start, "perplexity": record["metrics"]["perplexity"]}
 
