@@ -133,6 +133,14 @@ def test_a_model_whose_logits_are_not_those_of_its_head_is_refused_here_too(tmp_
             run_with(*rest, f"model.path={folder}", f"model.placement={placement}", "rerun=true")
 
 
+def test_what_a_run_left_that_was_killed_before_its_first_block_is_not_taken_over(cell, tmp_path):
+    made = tmp_path / ".saved.partial" / "made"
+    made.mkdir(parents=True)
+    (made / "model-00002-of-00099.safetensors").write_bytes(b"of another model")
+    run_with(*cell, STREAM, f"save={tmp_path}/saved")
+    assert not list((tmp_path / "saved").glob("*-of-00099.safetensors"))
+
+
 def test_two_runs_do_not_save_into_one_folder(cell, tmp_path):
     for placement in ("stream", "resident"):
         with checkpoint.writing(tmp_path / "saved"), pytest.raises(UserError, match=r"save=.*another run is writing to it"):
