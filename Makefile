@@ -27,7 +27,7 @@ report: $(STAMP)  ## write the tables, pictures and page of every sweep that was
 bench: $(STAMP)  ## time every method against the passes that none can avoid (a quarter of an hour on an idle machine)
 	@$(RUN)python -m dass_exp.speed
 
-tiny-models: $(STAMP)  ## train the twelve tiny models of sweeps/glu_variants.yaml (about an hour on 2 cores, once; goes on where it was stopped)
+tiny-models: $(STAMP)  ## train the twelve tiny models of sweeps/glu_variants.yaml (once; seen: 96 minutes on 2 busy cores; goes on where it was stopped)
 	@$(RUN)python -m dass_exp.train
 
 test: $(STAMP)  ## the tests: CPU, offline once the assets are there, some minutes

@@ -56,12 +56,13 @@ def writing(folder: str | Path | None) -> Iterator[None]:
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=0):
-            yield
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    lock.unlink()  # only by who holds it: a run that was turned away must not let the next one in
     except Timeout as error:
         raise UserError(f"save={folder}: another run is writing to it; wait for it, or name another folder") from error
-    finally:
-        with suppress(OSError):
-            lock.unlink()
 
 
 def check_room(folder: str | Path, size: int) -> None:

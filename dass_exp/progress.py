@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dass_exp.capture import Batch
 from dass_exp.errors import UserError
+from dass_exp.schema import flattened
 
 STATE = "state.safetensors"
 
@@ -124,12 +125,6 @@ def discard(folder: Path) -> None:
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    flat = [_flat(part) for part in (before, now)]
+    flat = [flattened(part) for part in (before, now)]
     names = sorted(name for name in {*flat[0], *flat[1]} if flat[0].get(name) != flat[1].get(name))
     return ", ".join(f"{name}={flat[0].get(name)} (now {flat[1].get(name)})" for name in names)
-
-
-def _flat(node: Any, path: str = "") -> dict[str, str]:
-    if not isinstance(node, Mapping):
-        return {path: str(node)}
-    return {name: text for key, value in node.items() for name, text in _flat(value, f"{path}.{key}".lstrip(".")).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, NotRequired
 
@@ -213,3 +214,10 @@ def _adapter(kind: type) -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)
+
+
+def flattened(node: Any, path: str = "") -> dict[str, str]:
+    """The leaves of nested settings as text, by their dotted names."""
+    if not isinstance(node, Mapping):
+        return {path: str(node)}
+    return {name: text for key, value in node.items() for name, text in flattened(value, f"{path}.{key}".lstrip(".")).items()}

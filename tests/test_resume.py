@@ -86,7 +86,8 @@ def test_killed_at_random_moments_it_ends_in_the_same_weights(deep, tmp_path, me
             gone_on += (folder / ".saved.partial" / "state.safetensors").is_file()
         run_with(*overrides(deep, folder, method))
         same(content(folder), expected)
-        assert sorted(path.name for path in folder.iterdir()) == ["results", "saved"]
+        left = {path.name for path in folder.iterdir() if not path.name.startswith(".partial-")}  # the bin of a rename that a kill cut short
+        assert left - {".saved.lock"} == {"results", "saved"}  # an empty file, if the kill came behind the record
     assert gone_on >= 3  # some were killed in the midst
 
 

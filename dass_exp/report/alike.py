@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dass_exp.report.load import Record, model_of
+from dass_exp.schema import flattened
 
 _PER_MODEL = ("weights", "dtype", "bos", "split", "windows_sha256")  # a model may determine these: they must be equal among its own rows only
 _FIXED = (
@@ -18,7 +19,7 @@ def told(record: Record, differing: tuple[str, ...]) -> str:
     """A record's values of the fields that differ, as rows of a mixed table name them."""
     if not differing:
         return ""
-    made = made_by(record) | _flat(record["identity"])
+    made = made_by(record) | flattened(record["identity"])
     return ", ".join(f"{field}={made[field]}" for field in differing if field in made)
 
 
@@ -26,18 +27,12 @@ def colliding(places: Iterable[Sequence[Record]]) -> dict[str, set[str]]:
     """What differs between records of one cell beside the seeds and repeat: they are no repetitions of one run."""
     found: dict[str, set[str]] = {}
     for records in places:
-        identities = [_flat({**record["identity"], "model": model_of(record)}) for record in {record["key"]: record for record in records}.values()]
+        identities = [flattened({**record["identity"], "model": model_of(record)}) for record in {record["key"]: record for record in records}.values()]
         for name in dict.fromkeys(name for identity in identities for name in identity):
             values = {identity.get(name, "none") for identity in identities}
             if len(values) > 1 and name not in ("seed", "repeat", "trained.seed"):
                 found.setdefault(name, set()).update(values)
     return found
-
-
-def _flat(node: Any, path: str = "") -> dict[str, str]:
-    if not isinstance(node, dict):
-        return {path: str(node)}
-    return {name: text for key, value in node.items() for name, text in _flat(value, f"{path}.{key}".lstrip(".")).items()}
 
 
 def made_by(record: Record) -> dict[str, Any]:
