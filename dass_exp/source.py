@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -94,6 +96,7 @@ class Streamed:
         self.keep(index, {f"{self._names[index]}.{name}": tensor for name, tensor in block.state_dict().items()})
         block.to("meta")
         self._open.discard(index)
+        _trim()
 
     def stop(self) -> None:
         """Read no further."""
@@ -107,6 +110,12 @@ class Streamed:
             return {name: found[stored] for name, stored in wanted.items()}
 
         return self._reader.submit(read)
+
+
+def _trim() -> None:
+    """Give freed memory back: what glibc keeps in pieces between one block and the next would grow with each block. Other C libraries keep nothing."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def empty_model(build: Callable[[], Any], shards: Shards, device: torch.device, dtype: torch.dtype, roles: Mapping[str, str] | None = None) -> Any:
