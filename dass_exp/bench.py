@@ -148,8 +148,7 @@ class Bench:
                 return False
             self.shelf.clear()  # the model before this one must not count as memory that is taken
         asked, source = self.settings.config.model.placement, Path(self.spec.source)
-        whole = self.spec.family is not None and self.spec.family.experts is not None  # mixtures cannot be read block by block
-        if asked == "resident" or (asked == "auto" and whole) or (asked == "auto" and source.is_dir() and _small(source, self.spec.device)):
+        if asked == "resident" or (asked == "auto" and source.is_dir() and _small(source, self.spec.device)):
             return False
         placement, why = placed(self.settings.config.model.placement, self.needs, available(self.spec.device))
         if why:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ class Growing:
         self.folder = folder
         self._scratch = scratch
         self._made = scratch / "made"
-        self._stored: Mapping[str, str] = {}
+        self._stored: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
         self._files: dict[str, str] = {}
         self._blocks, self._bytes = 0, 0
 
@@ -128,11 +128,11 @@ class Growing:
         """Whether the checkpoint of this run is in place, and what it grew from is still there."""
         return (self._scratch / STATE).is_file() and not self._made.exists() and is_saved(self.folder, key)
 
-    def begin(self, stored: Mapping[str, str], blocks: int, done: int = 0) -> None:
+    def begin(self, stored: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], blocks: int, done: int = 0) -> None:
         """What is to be written.
 
         Args:
-            stored: by the model's own name of each tensor, the one under which checkpoints hold it.
+            stored: gives tensors of the model, by its own names, as a checkpoint holds them, by the names there.
             blocks: how many blocks there are.
             done: how many of them an earlier run has written.
 
@@ -167,8 +167,7 @@ class Growing:
         Raises:
             OSError: the disk is full.
         """
-        written = set(self._files)
-        self._write(1, {name: tensor for name, tensor in model.state_dict().items() if self._stored.get(name, name) not in written and name in self._stored})
+        self._write(1, {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta})
         write_json(self._made / INDEX, {"metadata": {"total_size": self._bytes}, "weight_map": self._files})
         model.config.save_pretrained(self._made)
         if getattr(model, "generation_config", None) is not None:
@@ -181,7 +180,7 @@ class Growing:
 
     def _write(self, number: int, weights: Mapping[str, Tensor]) -> None:
         name = self._name(number)
-        kept = {self._stored[own]: tensor.detach().cpu().contiguous() for own, tensor in weights.items() if own in self._stored}
+        kept = {stored: tensor.detach().cpu().contiguous() for stored, tensor in self._stored(weights).items()}
         with _as_os_error(self._made / name):
             save_file(kept, self._made / name, metadata={"format": "pt"})
         _sync(self._made / name)

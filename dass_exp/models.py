@@ -124,10 +124,10 @@ def load_streamed(spec: ModelSpec) -> tuple[nn.Module, Streamed]:
         def build() -> Any:
             return transformers.AutoModelForCausalLM.from_config(spec.config, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
 
-        model = empty_model(build, shards, spec.device, spec.dtype, spec.roles)
+        model, layout = empty_model(build, shards, spec.device, spec.dtype, spec.roles)
         if (shards.folder / "generation_config.json").is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(shards.folder)
-    return model, Streamed(model, shards, spec.device, spec.dtype, roles=spec.roles)
+    return model, Streamed(model, layout, spec.device, spec.dtype, roles=spec.roles)
 
 
 def skeleton(spec: ModelSpec) -> nn.Module:

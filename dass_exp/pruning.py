@@ -173,7 +173,7 @@ def walk(settings: Settings, bench: Bench, scratch: Path, growing: Growing | Non
     decoder, beside = decoder_of(model, bench.spec.roles), None
     if growing is not None:
         source.keep = growing.add
-        growing.begin(source.stored, len(decoder.blocks), kept.blocks)
+        growing.begin(source.layout.stored, len(decoder.blocks), kept.blocks)
     if bench.windows is not None:
         beside = kept.beside = Alongside(model, bench.windows.ids, settings.config.eval.batch_size, bench.spec.roles, kept.wrapped)
     clock, passed = _Clock(), kept.blocks

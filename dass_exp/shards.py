@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,7 +14,6 @@ from dass_exp.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
 class Shards:
@@ -30,7 +29,7 @@ class Shards:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files = _files(folder)
-        self._shapes: dict[str, tuple[int, int]] = {}  # numbers and bytes of a number, by tensor
+        self._shapes: dict[str, list[int]] = {}
         self._small = False
         for file in sorted(set(self._files.values())):
             self._shapes |= self._look_into(file)
@@ -47,13 +46,9 @@ class Shards:
         """Of all tensors, as they are stored."""
         return list(self._files)
 
-    def count(self, names: Iterable[str]) -> int:
-        """Numbers in these tensors together."""
-        return sum(self._shapes[name][0] for name in names)
-
-    def size(self, names: Iterable[str]) -> int:
-        """Bytes of these tensors as they lie in the files."""
-        return sum(count * width for count, width in (self._shapes[name] for name in names))
+    def shape(self, name: str) -> list[int]:
+        """Of a tensor."""
+        return self._shapes[name]
 
     def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
         """Some tensors in memory of their own, floating ones as ``dtype``.
@@ -76,12 +71,12 @@ class Shards:
                 raise _unreadable(self.folder, file, error) from error
         return found
 
-    def _look_into(self, file: str) -> Mapping[str, tuple[int, int]]:
+    def _look_into(self, file: str) -> dict[str, list[int]]:
         try:
             with safe_open(self.folder / file, framework="pt") as shard:
                 slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - it is no mapping
                 self._small |= any(part.get_dtype().startswith("F8") for part in slices.values())
-                return {name: (_product(part.get_shape()), _BYTES.get(part.get_dtype(), 4)) for name, part in slices.items()}
+                return {name: part.get_shape() for name, part in slices.items()}
         except (OSError, SafetensorError) as error:
             raise _unreadable(self.folder, file, error) from error
 
@@ -104,10 +99,3 @@ def _unreadable(folder: Path, file: str, error: Exception) -> UserError:
     if not (folder / file).exists():
         return UserError(f"model.path={folder}: {file} is missing; fetch it again")
     return UserError(f"model.path={folder}: {file} is damaged ({' '.join(str(error).split())}); fetch it again")
-
-
-def _product(shape: Iterable[int]) -> int:
-    total = 1
-    for side in shape:
-        total *= side
-    return total

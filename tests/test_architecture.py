@@ -29,6 +29,7 @@ LAYERS = [
     ["masks", "maskfile", "matrices", "stats", "families", "assets"],
     ["decoder", "digest", "tiny"],
     ["sources", "shards"],
+    ["layout"],
     ["source"],
     ["methods/base"],
     ["methods/*"],

@@ -157,7 +157,7 @@ def test_what_only_transformers_can_read_is_refused(cell, tiny, tmp_path, harm):
     shutil.copytree(tiny, folder)
     config = json.loads((folder / "config.json").read_text())
     if harm == "tied":
-        config["tie_word_embeddings"] = True  # and the head is stored all the same
+        config["tie_word_embeddings"] = True  # and another head is stored all the same
     elif harm == "quantised":
         config["quantization_config"] = {"quant_method": "fp8"}
     else:
@@ -165,12 +165,23 @@ def test_what_only_transformers_can_read_is_refused(cell, tiny, tmp_path, harm):
         del weights["model.layers.1.mlp.up_proj.weight"]
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
-    word = {"tied": "beside the tensor that it is tied to", "quantised": "is quantised", "missing": "has no tensor"}[harm]
+    word = {"tied": "with other values than those of", "quantised": "is quantised", "missing": "has no tensor"}[harm]
     with pytest.raises(UserError, match=word):
         run_with(*rest, f"model.path={folder}", STREAM)
     if harm == "missing":  # transformers would make it up
         with pytest.raises(UserError, match=r"its checkpoint has no model\.layers\.1\.mlp\.up_proj\.weight"):
             run_with(*rest, f"model.path={folder}", "model.placement=resident")
+
+
+def test_a_tied_head_that_is_stored_too_is_no_other_model(cell, tiny, tmp_path):
+    config = tiny_config(tie_word_embeddings=True)
+    folder, rest = save_tiny(tmp_path / "model", config), [part for part in cell if not part.startswith("model.path")]
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}, folder / "model.safetensors", metadata={"format": "pt"})
+    resident = run_with(*rest, f"model.path={folder}", "model.placement=resident", f"save={tmp_path}/one").record
+    streamed = run_with(*rest, f"model.path={folder}", STREAM, f"save={tmp_path}/two", "rerun=true").record
+    assert streamed["metrics"]["window_nll"]["wikipedia_mini"] == pytest.approx(resident["metrics"]["window_nll"]["wikipedia_mini"], rel=1e-6)
+    assert weights_of(tmp_path / "one").keys() == weights_of(tmp_path / "two").keys() == weights.keys()
 
 
 # --- where a model goes
@@ -227,11 +238,42 @@ def test_an_unknown_placement_is_refused(cell):
         run_with(*cell, "model.placement=gpu")
 
 
-def test_a_mixture_cannot_be_streamed_yet(cell, tmp_path, tiny_model, tiny):
-    tiny_model("mixtral", vocab_size=512).save_pretrained(tmp_path / "model")
+@pytest.fixture(params=["mixtral", "qwen3_moe"], name="mixture")
+def mixture_fixture(request, tmp_path, tiny_model, tiny):
+    """A folder with a mixture, whose experts transformers stores one by one."""
+    tiny_model(request.param, vocab_size=512).save_pretrained(tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny / name, tmp_path / "model")
-    cell = [part for part in cell if not part.startswith("model.path")]
-    with pytest.raises(UserError, match=r"set model\.placement=resident"):
-        run_with(*cell, f"model.path={tmp_path}/model", STREAM)
-    assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == "mixtral"
+    assert any(".experts.0." in name for name in load_file(tmp_path / "model" / "model.safetensors"))
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("method", ["dass", "sparsegpt"])
+def test_a_streamed_mixture_is_saved_as_a_resident_one(cell, mixture, tmp_path, method):
+    rest = [*[part for part in cell if not part.startswith("model.path")], f"model.path={mixture}", f"method={method}", "save_masks=true"]
+    resident = run_with(*rest, "model.placement=resident", f"save={tmp_path}/one").record
+    streamed = run_with(*other(rest, tmp_path / "other"), STREAM, f"save={tmp_path}/two").record
+    assert streamed["key"] == resident["key"]
+    assert streamed["metrics"]["window_nll"]["wikipedia_mini"] == pytest.approx(resident["metrics"]["window_nll"]["wikipedia_mini"], rel=1e-6)
+    ours, theirs = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    assert ours.keys() == theirs.keys() == weights_of(mixture).keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    masks = [dass_exp.load_masks(tmp_path / name / "masks.safetensors") for name in ("one", "two")]
+    assert masks[0].keys() == masks[1].keys()
+    assert all(torch.equal(keep, masks[1][name]) for name, keep in masks[0].items())
+    again = run_with(*rest[:-2], "method=dense", f"model.path={tmp_path}/two").record
+    assert again["metrics"]["perplexity"]["wikipedia_mini"] == pytest.approx(streamed["metrics"]["perplexity"]["wikipedia_mini"], rel=1e-6)
+
+
+@pytest.mark.parametrize("harm", ["gone", "cut"])
+def test_a_mixture_with_a_bad_expert_is_one_line(cell, mixture, harm):
+    weights = load_file(mixture / "model.safetensors")
+    name = next(name for name in sorted(weights) if ".experts.2." in name)
+    piece = weights.pop(name)
+    if harm == "cut":
+        weights[name] = piece[:-1].contiguous()
+    save_file(weights, mixture / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError) as caught:
+        run_with(*[part for part in cell if not part.startswith("model.path")], f"model.path={mixture}", STREAM)
+    assert contains(str(caught.value), ["model.placement=stream", ".mlp.experts."])
+    assert "\n" not in str(caught.value)

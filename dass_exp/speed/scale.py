@@ -65,7 +65,7 @@ def make(shape: Shape, folder: Path) -> Path:
         model = transformers.AutoModelForCausalLM.from_config(shape.config)
     draw = torch.Generator().manual_seed(0)
     growing = Growing(folder, folder.with_name(f".{folder.name}.partial"))
-    growing.begin({name: name for name in model.state_dict()}, shape.blocks)
+    growing.begin(dict, shape.blocks)
     names = decoder_of(model).names
     for index, block in enumerate(names):
         growing.add(index, _random({name: tensor for name, tensor in model.state_dict().items() if name.startswith(f"{block}.")}, draw))
