@@ -26,12 +26,13 @@ from omegaconf.errors import OmegaConfBaseException
 from dass_exp import workers
 from dass_exp.bench import Shelf, shelf_of_process
 from dass_exp.components import admitted_packages
-from dass_exp.config import register, sketch, validate
+from dass_exp.config import register, validate
 from dass_exp.errors import NumericalError, UserError
 from dass_exp.plan import Plan, plan
 from dass_exp.report.callback import Sweep, note_cell
 from dass_exp.report.console import Watch, show, show_plan
 from dass_exp.run import Outcome, run
+from dass_exp.sketch import sketch
 
 log = logging.getLogger("dass_exp")
 

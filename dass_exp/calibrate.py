@@ -20,6 +20,7 @@ from dass_exp.capture import Batch, capture, evaluating
 from dass_exp.decoder import Decoder, decoder_of
 from dass_exp.errors import NumericalError, UserError, one_of, whole_number
 from dass_exp.families import SCOPES
+from dass_exp.held import ON_DEVICE, Cache, Held
 from dass_exp.masks import Pattern
 from dass_exp.methods.base import Block, Cut, LinearView, Pruner
 from dass_exp.observe import observing
@@ -50,6 +51,7 @@ class Options:
         source: where blocks come from; memory, or a checkpoint that is read block by block.
         before: called with the index of each block before anything is done to it.
         progress: where to begin, and whom to tell how far the run has come.
+        cache: where activations wait between one block and the next.
     """
 
     scope: str = "mlp"
@@ -62,6 +64,7 @@ class Options:
     source: Source = field(default_factory=Resident)
     before: Callable[[int], None] = _ignore
     progress: Progress = field(default_factory=FromTheStart)
+    cache: Cache = ON_DEVICE
 
     def __post_init__(self) -> None:
         one_of("scope", self.scope, tuple(SCOPES))
@@ -101,7 +104,7 @@ def prune_model(model: nn.Module, tokens: Tensor | None, method: Pruner, pattern
     with evaluating(model):
         if options.progress.wrapped is None:
             options.source.open(0)  # one real call of it tells what blocks return
-        batches = capture(model, list(decoder.blocks), tokens, options.batch_size, options.progress.wrapped)
+        batches = capture(model, list(decoder.blocks), tokens, options.batch_size, options.progress.wrapped, options.cache)
         for index in _opened(decoder, options, batches):
             options.on_block(_prune_block(decoder, index, batches, method, pattern, options))
     return [batch.hidden for batch in batches] if options.outputs else []
@@ -146,10 +149,10 @@ def _prune_block(decoder: Decoder, index: int, batches: list[Batch], method: Pru
     start = time.perf_counter()
     module, name = decoder.blocks[index], decoder.names[index]
     again = options.outputs or index + 1 < len(decoder.blocks)
-    with observing(decoder, index, options.scope, method.stat, batches[0].hidden.shape[1]) as stats:
-        attention = Attention(decoder.attention(index) if again and options.scope == "mlp" else None, stats)
+    with observing(decoder, index, options.scope, method.stat, batches[0].tokens) as stats:
+        attention = Attention(decoder.attention(index) if again and options.scope == "mlp" else None, stats, options.cache)
         with attention.noting():
-            dense = deque(_passed(module, index, batch, attention) for batch in batches)
+            dense = deque(options.cache.hold(_passed(module, index, batch, attention)) for batch in batches)
     observed = time.perf_counter()
     units = _units(decoder, index, options.scope, stats)
     starved = _feed([unit for unit in units if unit.name != name], options)
@@ -172,13 +175,15 @@ def _passed(module: nn.Module, index: int, batch: Batch, attention: Attention) -
     return output
 
 
-def _pass_on(module: nn.Module, index: int, batches: list[Batch], dense: deque[Tensor], changed: bool) -> float:
+def _pass_on(module: nn.Module, index: int, batches: list[Batch], dense: deque[Held], changed: bool) -> float:
     """Run the pruned block for the inputs of the next one; the relative L2 error of its output, which is not finite where an output is not."""
     off = total = 0.0
     for batch in batches:
-        reference = dense.popleft()  # a dense output is let go as soon as it is compared
-        batch.hidden = batch.through(module, index) if changed else reference
-        off += (batch.hidden - reference).float().square_().sum().item()
+        held = dense.popleft()  # a dense output is let go as soon as it is compared
+        reference = held.get()
+        output = batch.through(module, index) if changed else reference
+        batch.held = batch.cache.hold(output) if changed else held
+        off += (output - reference).float().square_().sum().item()
         total += reference.float().square().sum().item()
     if not (off < float("inf") and total < float("inf")):
         return float("nan")

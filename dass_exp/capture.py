@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dass_exp.errors import UserError
+from dass_exp.held import ON_DEVICE, Cache
 
 
 @dataclass
@@ -21,7 +24,6 @@ class Call:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
 class Batch:
     """A batch of sequences on its way through the model.
 
@@ -29,11 +31,26 @@ class Batch:
         hidden: [sequences, tokens, features], the input of the block that is next.
         calls: the other arguments, one entry per block: masks and rotary tables can differ from block to block.
         wrapped: whether blocks give a tuple, as older ones do.
+        cache: where the hidden states wait.
     """
 
-    hidden: Tensor
-    calls: list[Call]
-    wrapped: bool = False
+    def __init__(self, hidden: Tensor, calls: list[Call], wrapped: bool = False, cache: Cache = ON_DEVICE) -> None:
+        self.calls, self.wrapped, self.cache = calls, wrapped, cache
+        self.held = cache.hold(hidden)
+        self.sequences, self.tokens = hidden.shape[:2]
+
+    @property
+    def hidden(self) -> Tensor:
+        """The input of the block that is next, on its device."""
+        return self.held.get()
+
+    @hidden.setter
+    def hidden(self, hidden: Tensor) -> None:
+        self.held = self.cache.hold(hidden)
+
+    def again(self) -> Batch:
+        """The same batch, to go another way from here."""
+        return copy(self)
 
     def through(self, block: nn.Module, index: int) -> Tensor:
         """The output of block ``index`` for this batch, called as the model calls it; [sequences, tokens, features]."""
@@ -54,7 +71,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def capture(model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor, batch_size: int, wrapped: bool | None = None) -> list[Batch]:
+def capture(
+    model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor, batch_size: int, wrapped: bool | None = None, cache: Cache = ON_DEVICE
+) -> list[Batch]:
     """The first block's inputs and every block's arguments, one entry per batch.
 
     Runs the embedding and whatever else the model does before and between its blocks; the blocks themselves hand their input on.
@@ -65,6 +84,7 @@ def capture(model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor, batch
         tokens: int64 [sequences, tokens].
         batch_size: sequences per batch.
         wrapped: whether blocks give a tuple; None finds out by one real call of the first block, which must be in memory then.
+        cache: where hidden states wait.
 
     Raises:
         UserError: the model does not call each of its blocks once.
@@ -82,15 +102,22 @@ def capture(model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor, batch
             calls = recorder.calls
             if batches:
                 calls = [_share_call(call, before) for call, before in zip(calls, batches[-1].calls, strict=True)]
-            batches.append(Batch(recorder.hidden[0], calls, bool(recorder.returns_tuple)))
+            batches.append(Batch(recorder.hidden[0], calls, bool(recorder.returns_tuple), cache))
     return batches
 
 
-def put(batches: Sequence[Batch], hidden: Tensor) -> None:
-    """Give batches their hidden states out of ``hidden``, [sequences, tokens, features] of all of them."""
-    parts = hidden.split([len(batch.hidden) for batch in batches])
-    for batch, part in zip(batches, parts, strict=True):
-        batch.hidden = part.to(batch.hidden.device)
+def put(batches: Sequence[Batch], parts: Sequence[Tensor]) -> None:
+    """Give batches their hidden states out of ``parts``, [sequences, tokens, features] each, cut as an earlier run cut its batches."""
+    left = deque(parts)
+    for batch in batches:
+        taken, missing = [], batch.sequences
+        while missing:
+            part = left.popleft()
+            taken.append(part[:missing])
+            if len(part) > missing:
+                left.appendleft(part[missing:])
+            missing -= len(taken[-1])
+        batch.hidden = torch.cat(taken).to(batch.held.device)
 
 
 def behind(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch, ids: Tensor, whole: bool = False) -> Tensor:
@@ -103,16 +130,17 @@ def behind(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch, ids: Ten
         ids: int64 [sequences, tokens], of the batch.
         whole: give the model's logits, [sequences, tokens, words], instead.
     """
+    hidden = batch.hidden
 
     def given(*args: Any, **kwargs: Any) -> Any:
         del args, kwargs
-        return (batch.hidden,) if batch.wrapped else batch.hidden
+        return (hidden,) if batch.wrapped else hidden
 
     trunk = model if whole else getattr(model, "base_model", model)
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(standing_in(block, given))
-        made = trunk(input_ids=ids.to(batch.hidden.device), use_cache=False)
+        made = trunk(input_ids=ids.to(hidden.device), use_cache=False)
     found: Tensor = made.logits if whole else made.last_hidden_state
     return found
 

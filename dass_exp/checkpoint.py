@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -11,16 +10,15 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dass_exp.assets import temporary_folder
 from dass_exp.digest import MANIFEST, manifest_of
 from dass_exp.errors import UserError
 from dass_exp.maskfile import MASKS, PackedMask, write_masks
 from dass_exp.progress import STATE
 from dass_exp.record import write_json
 from dass_exp.shards import INDEX
+from dass_exp.tensorfile import as_os_error, sync, write_tensors
 
 _SPARE = 1 << 28  # bytes that must stay free beside the weights: tokenizer, masks, and room for other programs
 
@@ -79,7 +77,7 @@ def check_room(folder: str | Path, size: int) -> None:
 
 
 def save_checkpoint(folder: str | Path, model: Any, tokenizer: Any, masks: Mapping[str, PackedMask], manifest: Mapping[str, Any]) -> Path:
-    """Write a model as ``from_pretrained`` loads it, under a temporary name beside its place, synced, then renamed.
+    """Write a model as ``from_pretrained`` loads it, into :func:`scratch_of` the folder, synced, then renamed.
 
     Its config.json says nothing of sparsity: servers refuse a ``sparsity_config``.
 
@@ -94,13 +92,18 @@ def save_checkpoint(folder: str | Path, model: Any, tokenizer: Any, masks: Mappi
         OSError: the disk is full, or the folder cannot be written to; nothing is left behind.
     """
     place = _place(folder)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(place.parent) as scratch:
-        made = scratch / "made"
-        with _as_os_error(place):
+    made = scratch_of(folder) / "made"
+    shutil.rmtree(made, ignore_errors=True)  # of a run that was killed
+    made.mkdir(parents=True)
+    try:
+        with as_os_error(place):
             model.save_pretrained(made)
             tokenizer.save_pretrained(made)
         return _put_in_place(made, place, masks, manifest)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        with suppress(OSError):
+            made.parent.rmdir()  # unless the state of the run lies there
 
 
 class Growing:
@@ -180,11 +183,9 @@ class Growing:
 
     def _write(self, number: int, weights: Mapping[str, Tensor]) -> None:
         name = self._name(number)
-        kept = {stored: tensor.detach().cpu().contiguous() for stored, tensor in self._stored(weights).items()}
-        with _as_os_error(self._made / name):
-            save_file(kept, self._made / name, metadata={"format": "pt"})
-        _sync(self._made / name)
-        self._note(name, kept)
+        stored = self._stored(weights)
+        write_tensors(stored, self._made / name, {"format": "pt"})
+        self._note(name, stored)
 
     def _note(self, file: str, tensors: Mapping[str, Tensor]) -> None:
         self._files |= dict.fromkeys(tensors, file)
@@ -207,24 +208,12 @@ def _put_in_place(made: Path, place: Path, masks: Mapping[str, PackedMask], mani
     write_masks(masks, made / MASKS)
     for path in (path for path in made.rglob("*") if path.is_file()):
         path.chmod(0o644)  # safetensors makes files that only their owner can read
-        _sync(path)
+        sync(path)
     write_json(made / MANIFEST, {"schema": 1, **manifest})
-    with temporary_folder(place.parent) as aside:
-        if place.exists():
-            place.rename(aside / "before")
-        made.rename(place)
+    before = made.with_name("before")
+    shutil.rmtree(before, ignore_errors=True)
+    if place.exists():
+        place.rename(before)
+    made.rename(place)
+    shutil.rmtree(before, ignore_errors=True)
     return place
-
-
-@contextmanager
-def _as_os_error(path: Path) -> Iterator[None]:
-    """What safetensors raises on a full disk is its own."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

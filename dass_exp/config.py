@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, get_args, get_type_hints
 
@@ -12,8 +11,9 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from dass_exp import data
 from dass_exp.calibrate import Options
-from dass_exp.components import OURS, build, check_targets, choice, locate
+from dass_exp.components import OURS, build, check_targets, choice
 from dass_exp.errors import UserError, one_of, whole_number
+from dass_exp.held import CACHES
 from dass_exp.masks import Pattern
 from dass_exp.methods.base import Pruner
 from dass_exp.paths import project_root
@@ -46,7 +46,9 @@ class ModelConfig:
 
 @dataclass
 class CalibrationConfig:
-    """Which tokens a method sees. ``batch_size`` sequences pass through a block together; it changes no number."""
+    """Which tokens a method sees. ``batch_size`` sequences pass through a block together; ``cache`` is where activations wait between two blocks: device,
+    cpu or disk. Neither changes a number.
+    """
 
     name: str = MISSING
     text: Any = MISSING
@@ -55,6 +57,7 @@ class CalibrationConfig:
     num_samples: int = 16
     seq_len: int = 512
     batch_size: int = 4
+    cache: str = "device"
 
 
 @dataclass
@@ -96,7 +99,9 @@ class EvalConfig:
 
 @dataclass
 class RunConfig:
-    """Everything that defines one run. ``repeat`` numbers runs of one cell whose cost is measured more than once; ``save`` is a folder for its model."""
+    """Everything that defines one run. ``repeat`` numbers runs of one cell whose cost is measured more than once; ``save`` is a folder for its model;
+    ``checkpoint`` keeps on disk what is needed to go on behind the last block after a kill (null: if the model is read block by block).
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     method: Any = MISSING
@@ -115,6 +120,7 @@ class RunConfig:
     repeat: int = 0
     save_masks: bool = False
     save: str | None = None
+    checkpoint: bool | None = None
     results_dir: str = "results"
     plugins: list[str] = field(default_factory=list)
 
@@ -159,6 +165,7 @@ def validate(composed: DictConfig, packages: frozenset[str] = OURS) -> Settings:
         raise TypeError(f"the composed config is a {type(config).__name__}; conf/config.yaml must list run_schema first")
     _name_model(config.model)
     Options(config.scope, config.calibration.batch_size, min_tokens=config.experts.min_tokens, starved=config.experts.starved)
+    one_of("calibration.cache", config.calibration.cache, CACHES)
     cut = data.Cut(config.calibration.sampling, config.calibration.num_samples, config.calibration.seq_len, config.calibration.separator)
     whole_number("seed", config.seed, least=0)
     whole_number("repeat", config.repeat, least=0)
@@ -176,39 +183,6 @@ def validate(composed: DictConfig, packages: frozenset[str] = OURS) -> Settings:
         cut=cut,
         evaluation_text=build(scored.text, data.Text, "eval.perplexity.text") if scored else None,
     )
-
-
-def sketch(composed: DictConfig, choices: Mapping[str, Any], packages: frozenset[str] = OURS) -> dict[str, Any]:
-    """What a run was meant to be, in the form of a record's ``config``, as far as settings that may be wrong can tell it.
-
-    Args:
-        composed: what Hydra composed.
-        choices: the file chosen of each config group.
-        packages: whose classes may be built.
-    """
-    found: dict[str, Any] = {}
-    for name in ("model", "method", "pattern", "scope", "seed", "calibration", "eval"):
-        try:
-            node = composed[name]
-            found[name] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-        except OmegaConfBaseException:
-            found[name] = None
-    if isinstance(model := found["model"], dict):
-        model["name"] = _name_of(str(model.get("name")), str(model.get("path")))
-    for name, kind in (("method", Pruner), ("pattern", Pattern)):
-        typed = found[name] if isinstance(found[name], dict) else {}
-        try:
-            check_targets(OmegaConf.create({name: typed}), packages)
-            if kind is Pruner:
-                uses = locate(name, typed.get("_target_")).uses  # type: ignore[attr-defined]
-                found |= {unused: None for unused in ("pattern", "scope", "seed", "calibration") if unused not in uses}
-            part: Any = build(typed, kind, name)
-            found[name] = {"name": part.name, **part.settings()} if kind is Pruner else part.settings()
-        except (UserError, OmegaConfBaseException):
-            found[name] = {"name": str(choices.get(name)), **{key: value for key, value in typed.items() if key != "_target_"}}
-        if kind is Pruner and "pattern" in found and found["pattern"] is None:
-            break
-    return found
 
 
 def _check_keys(node: Any, schema: type, path: str) -> None:
@@ -238,11 +212,12 @@ def _check_evaluation(evaluation: EvalConfig) -> None:
 
 def _name_model(model: ModelConfig) -> None:
     """What a model file says holds only for the path in that file: with another path the name is made from it, and the rest is not known."""
-    if (name := _name_of(model.name, model.path)) != model.name:
+    if (name := name_of(model.name, model.path)) != model.name:
         model.name = name
         model.license = model.parameters = model.context = None
 
 
-def _name_of(name: str, path: str) -> str:
+def name_of(name: str, path: str) -> str:
+    """The name of a model: that in its file, if the path is that file's too; else the end of the path."""
     known = {file.stem for file in (project_root() / "conf" / "model").glob("*.yaml")}
     return path.rstrip("/").rsplit("/", 1)[-1] if name in known and choice("model", name).get("path") != path else name

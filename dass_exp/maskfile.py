@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dass_exp.errors import UserError
+from dass_exp.tensorfile import write_tensors
 
 MASKS = "masks.safetensors"
 
@@ -50,11 +50,7 @@ def write_masks(masks: Mapping[str, PackedMask], path: Path) -> None:
         OSError: the disk is full, or the folder cannot be written to.
     """
     columns = {name: str(mask.columns) for name, mask in masks.items()}
-    try:
-        save_file({name: mask.bits for name, mask in masks.items()}, path, {"format": _FORMAT, **columns})
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
-    path.chmod(0o644)  # safetensors makes files that only their owner can read
+    write_tensors({name: mask.bits for name, mask in masks.items()}, path, {"format": _FORMAT, **columns})
 
 
 def load_masks(path: str | Path) -> dict[str, Tensor]:
@@ -88,13 +84,13 @@ def each_mask(path: str | Path, names: Iterable[str]) -> Iterator[tuple[str, Ten
 
 
 def read_packed(path: str | Path) -> dict[str, PackedMask]:
-    """All masks of a file as they lie in it.
+    """All masks of a file as they lie in it: mapped, so that they take no memory of their own. The file may be removed, and must not be written over.
 
     Raises:
         UserError: as above.
     """
     with _opened(path) as (file, columns):
-        return {name: PackedMask(file.get_tensor(name).clone(), int(columns[name])) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        return {name: PackedMask(file.get_tensor(name), int(columns[name])) for name in file.keys()}  # noqa: SIM118 - it is no mapping
 
 
 @contextmanager

@@ -45,6 +45,11 @@ class Needs:
         return BASE + self.model + self.activations + self.solver + self.batch
 
     @property
+    def scored(self) -> int:
+        """With the whole model in memory and nothing to prune."""
+        return BASE + self.model + self.batch
+
+    @property
     def streamed(self) -> int:
         """With two blocks in memory, the one that computes and the one that is read ahead."""
         return BASE + 2 * self.block + self.outside + self.activations + self.windows + self.solver + self.batch

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dass_exp.capture import Batch
 from dass_exp.errors import UserError
 from dass_exp.schema import flattened
+from dass_exp.tensorfile import write_tensors
 
 STATE = "state.safetensors"
+_PLACEMENT = "model.placement"
 
 
 class Progress(Protocol):
@@ -56,72 +57,84 @@ class Step:
     Args:
         blocks: how many are done.
         wrapped: whether blocks give a tuple.
-        hidden: by whose they are, [sequences, tokens, features]: one tensor whatever the batch size.
+        hidden: hidden states by whose they are, [sequences, tokens, features], a tensor for each batch; another run may cut its batches otherwise.
         told: what was found out about the blocks that are done, as JSON holds it.
     """
 
     blocks: int
     wrapped: bool
-    hidden: dict[str, Tensor]
+    hidden: dict[str, list[Tensor]]
     told: dict[str, Any] = field(default_factory=dict)
 
 
-def load_step(folder: Path, identity: Mapping[str, Any]) -> Step | None:
-    """The state of an earlier run in ``folder``; None where there is none.
+def load_step(folder: Path, identity: Mapping[str, Any], placement: str) -> Step | None:
+    """The state of an earlier run in ``folder``, its tensors mapped; None where there is none.
 
     Args:
         folder: where it lies.
         identity: of this run, as its record will hold it.
+        placement: of this run: a model that is in memory and one that is read block by block leave different things behind.
 
     Raises:
         UserError: it is of a run with other settings, which are named, or it is damaged.
     """
-    path = folder / STATE
+    path, wanted = folder / STATE, _wanted(identity, placement)
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             known = json.loads(file.metadata()["dass_exp"])
-            if known["identity"] != json.loads(json.dumps(identity)):
+            if known["identity"] != wanted:
                 raise UserError(
-                    f"{folder}: an interrupted run lies there that had {_differences(known['identity'], identity)}; set it back, or remove the folder"
+                    f"{folder}: an interrupted run lies there that had {_differences(known['identity'], wanted)}; set it back, or remove the folder"
                 )
-            hidden = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            hidden: dict[str, list[Tensor]] = {}
+            for name in sorted(file.keys()):
+                hidden.setdefault(name.rpartition("/")[0], []).append(file.get_tensor(name))
             return Step(known["blocks"], known["wrapped"], hidden, known["told"])
     except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: the state of an interrupted run cannot be read ({error}); remove the folder to begin again") from error
 
 
-def is_of(folder: Path, identity: Mapping[str, Any]) -> bool:
-    """Whether the state of a run with this identity lies in ``folder``."""
+def placement_of(folder: Path, identity: Mapping[str, Any]) -> str | None:
+    """Where the model went in the run with this identity whose state lies in ``folder``; None where no such state is."""
     try:
         with safe_open(folder / STATE, framework="pt") as file:
-            return bool(json.loads(file.metadata()["dass_exp"])["identity"] == json.loads(json.dumps(identity)))
+            known = json.loads(file.metadata()["dass_exp"])["identity"]
+            placement = str(known[_PLACEMENT])
+            return placement if known == _wanted(identity, placement) else None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        return False
+        return None
 
 
-def save_step(folder: Path, identity: Mapping[str, Any], step: Step) -> None:
+def save_step(folder: Path, identity: Mapping[str, Any], placement: str, step: Step) -> None:
     """Replace the state in ``folder``, durably.
 
     Raises:
         OSError: the disk is full.
     """
     scratch = folder / f"{STATE}.partial"
-    about = {"identity": identity, "blocks": step.blocks, "wrapped": step.wrapped, "told": step.told}
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in step.hidden.items()}, scratch, {"dass_exp": json.dumps(about)})
-    except SafetensorError as error:
-        raise OSError(f"{scratch}: {error}") from error
-    with scratch.open("rb") as file:
-        os.fsync(file.fileno())
+    about = {"identity": _wanted(identity, placement), "blocks": step.blocks, "wrapped": step.wrapped, "told": step.told}
+    hidden = {f"{whose}/{number:08d}": tensor for whose, tensors in step.hidden.items() for number, tensor in enumerate(tensors)}
+    write_tensors(hidden, scratch, {"dass_exp": json.dumps(about)})
     os.replace(scratch, folder / STATE)
+
+
+def _wanted(identity: Mapping[str, Any], placement: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps({**identity, _PLACEMENT: placement}))
+    return found
 
 
 def discard(folder: Path) -> None:
     """Let the state of a finished run go: first that which says that there is one, so that a kill in between leaves nothing to stumble over."""
     (folder / STATE).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a run wrote down on its way, unless another start could go on with it."""
+    if not (folder / STATE).is_file():
+        discard(folder)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

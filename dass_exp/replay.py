@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dass_exp.capture import standing_in
+from dass_exp.held import ON_DEVICE, Cache, Held
 from dass_exp.stats import Stat
 
 
@@ -22,12 +23,14 @@ class Attention:
     Args:
         module: of the attention; None for a block without one apart from its MLP: nothing is noted then, and nothing played back.
         stats: of the linears that are to be pruned; they tell which of them have run.
+        cache: where its outputs wait.
     """
 
-    def __init__(self, module: nn.Module | None, stats: Mapping[str, Stat]) -> None:
+    def __init__(self, module: nn.Module | None, stats: Mapping[str, Stat], cache: Cache = ON_DEVICE) -> None:
         self._module = module
         self._stats = stats
-        self._outputs: deque[Any] = deque()
+        self._cache = cache
+        self._outputs: deque[tuple[Held, int | None]] = deque()  # and how many entries stood behind it, None where it was no tuple
         self._batches = 0
         self._seen = 0
         self._usable = module is not None and not module._forward_hooks  # a hook of the user's would run a second time over what it made
@@ -36,7 +39,7 @@ class Attention:
 
     @contextmanager
     def noting(self) -> Iterator[None]:
-        """While it is open, outputs are noted; they are kept on their device, [sequences, tokens, features] each."""
+        """While it is open, outputs are noted, [sequences, tokens, features] each."""
         if self._module is None:
             yield
             return
@@ -61,7 +64,7 @@ class Attention:
         if self._module is None or not self._usable:
             yield
             return
-        with standing_in(self._module, lambda *args, **kwargs: self._outputs.popleft()):
+        with standing_in(self._module, self._play):
             yield
 
     def _note(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -72,8 +75,13 @@ class Attention:
             return
         first = output[0] if isinstance(output, tuple) else output
         # what stands behind it, attention weights, grows with the square of the length and is read by no block
-        self._outputs.append((first, *(None for _ in output[1:])) if isinstance(output, tuple) else output)
+        self._outputs.append((self._cache.hold(first), len(output) - 1 if isinstance(output, tuple) else None))
         self._last, self._version = first, first._version
+
+    def _play(self, *args: Any, **kwargs: Any) -> Any:
+        del args, kwargs
+        held, behind = self._outputs.popleft()
+        return held.get() if behind is None else (held.get(), *(None for _ in range(behind)))
 
     def _refuse(self) -> None:
         self._usable = False

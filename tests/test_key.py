@@ -64,6 +64,7 @@ OUTSIDE = {
     "model.trust_remote_code": "model.trust_remote_code=true",
     "calibration.name": "calibration.name=other",
     "calibration.batch_size": "calibration.batch_size=1",
+    "calibration.cache": "calibration.cache=disk",
     "model.placement": "model.placement=stream",
     "model.license": "model.license=other",
     "model.parameters": "model.parameters=1",
@@ -81,6 +82,7 @@ OUTSIDE = {
     "rerun": "rerun=true",
     "save_masks": "save_masks=true",
     "save": "save=/somewhere/else",
+    "checkpoint": "checkpoint=true",
     "results_dir": "results_dir=/somewhere/else",
     "plugins": "plugins=[another]",
 }

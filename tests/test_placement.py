@@ -80,13 +80,38 @@ def test_the_model_is_read_once_and_never_loaded_whole(cell, monkeypatch):
     assert run_with(*cell, "method=dense").found
 
 
+SMALL = ["eval=mini", "eval.perplexity.context=32", "eval.perplexity.max_windows=4", "eval.zeroshot.limit=3"]
+
+
+def without_eval(cell):
+    return [part for part in cell if not part.startswith("eval")]
+
+
 def test_zero_shot_is_left_out_with_a_word(cell, caplog):
-    cell = [part for part in cell if not part.startswith("eval")]
-    small = ["eval=mini", "eval.perplexity.context=32", "eval.perplexity.max_windows=4"]
-    record = run_with(*cell, *small, STREAM).record
-    assert "zero-shot tasks are left out" in caplog.text
+    record = run_with(*without_eval(cell), *SMALL, STREAM).record
+    assert contains(caplog.text.strip(), ["zero-shot tasks are left out", "save=FOLDER keeps it"])
     assert set(record["metrics"]) == {"perplexity", "window_nll", "predicted_tokens_per_window"}
-    assert record["key"] == run_with(*cell, *small, STREAM, "eval.zeroshot=null").record["key"]
+    assert record["key"] == run_with(*without_eval(cell), *SMALL, STREAM, "eval.zeroshot=null").record["key"]
+
+
+def test_zero_shot_runs_on_the_saved_model_where_it_fits(cell, tmp_path, caplog):
+    cell = without_eval(cell)
+    streamed = run_with(*cell, *SMALL, STREAM, f"save={tmp_path}/saved")
+    assert "left out" not in caplog.text
+    resident = run_with(*other(cell, tmp_path / "other"), *SMALL, "model.placement=resident")
+    for ours, theirs in ((streamed.record, resident.record), (streamed.dense, resident.dense)):
+        assert ours["key"] == theirs["key"]
+        assert ours["metrics"]["tasks"] == theirs["metrics"]["tasks"]
+        assert ours["metrics"]["perplexity"]["wikipedia_mini"] == pytest.approx(theirs["metrics"]["perplexity"]["wikipedia_mini"], rel=1e-6)
+    assert run_with(*cell, *SMALL, STREAM, f"save={tmp_path}/saved").found
+
+
+def test_zero_shot_is_left_out_where_the_saved_model_does_not_fit(cell, tmp_path, caplog, monkeypatch):
+    cell = without_eval(cell)
+    monkeypatch.setattr("dass_exp.run.available", lambda device: memory.BASE)
+    record = run_with(*cell, *SMALL, STREAM, f"save={tmp_path}/saved").record
+    assert contains(caplog.text.strip(), ["zero-shot tasks are left out", "the model alone needs 1.0 GB", f"score {tmp_path}/saved where it fits"])
+    assert "tasks" not in record["metrics"]
 
 
 @pytest.mark.parametrize("harm", ["missing", "damaged"])
@@ -108,16 +133,16 @@ def test_a_bad_shard_is_one_line_and_leaves_no_record(cell, tiny, tmp_path, resu
 
 
 def test_a_disk_that_fills_up_leaves_no_record_and_no_checkpoint_and_goes_on_when_there_is_room(cell, tmp_path, results, monkeypatch):
-    real, written = checkpoint.save_file, []
+    real, written = checkpoint.write_tensors, []
 
-    def full(tensors, path, metadata):
+    def full(tensors, path, about):
         written.append(path)
         if len(written) == 2:
             raise OSError(28, "No space left on device")
-        real(tensors, path, metadata)
+        real(tensors, path, about)
 
     with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
-        patched.setattr(checkpoint, "save_file", full)
+        patched.setattr(checkpoint, "write_tensors", full)
         run_with(*cell, STREAM, f"save={tmp_path}/deep/saved")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == [".saved.partial"]
     assert not list(results.glob("runs/*/result.json"))

@@ -17,9 +17,11 @@ import dass_exp
 from dass_exp import progress
 from dass_exp.calibrate import prune_model
 from dass_exp.errors import UserError
+from dass_exp.journal import Journal
 from dass_exp.shards import Shards
 
 STREAM = "model.placement=stream"
+RESIDENT = "model.placement=resident"
 BLOCKS = 6
 
 pytestmark = pytest.mark.usefixtures("short_texts")
@@ -39,8 +41,8 @@ def content(folder):
     layers = [{name: value for name, value in layer.items() if name != "seconds"} for layer in record["sparsity"]["layers"]]
     weights = {name: tensor for file in folder.glob("saved/model*.safetensors") for name, tensor in load_file(file).items()}
     masks = dass_exp.load_masks(folder / "saved" / "masks.safetensors")
-    index = json.loads((folder / "saved" / "model.safetensors.index.json").read_text())
-    return record["key"], record["metrics"], layers, json.loads(dense.read_text())["metrics"], index, weights, masks
+    files = sorted(path.name for path in (folder / "saved").iterdir())
+    return record["key"], record["metrics"], layers, json.loads(dense.read_text())["metrics"], files, weights, masks
 
 
 def same(one, other):
@@ -54,39 +56,43 @@ def same(one, other):
             assert ours == theirs
 
 
-def overrides(deep, folder, method="dass"):
-    return [*tiny_overrides(deep, folder / "results"), f"method={method}", "scope=all", STREAM, f"save={folder}/saved"]
+def overrides(deep, folder, method="dass", placement=STREAM):
+    return [*tiny_overrides(deep, folder / "results"), f"method={method}", "scope=all", placement, f"save={folder}/saved"]
 
 
 def killed_after(seconds, *settings):
     """Do a run in a process of its own and kill it; whether it came to its end before."""
     child = os.fork()
     if not child:
+        status = 1
         try:
             run_with(*settings)
+            status = 0
         finally:
-            os._exit(0)
+            os._exit(status)
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
-    return os.waitpid(child, 0)[1] == 0
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return not os.WIFSIGNALED(status)
 
 
-@pytest.mark.parametrize("method", ["dass", "sparsegpt"])
-def test_killed_at_random_moments_it_ends_in_the_same_weights(deep, tmp_path, method):
+@pytest.mark.parametrize(("method", "more"), [("dass", []), ("sparsegpt", []), ("dass", [RESIDENT, "checkpoint=true"])])
+def test_killed_at_random_moments_it_ends_in_the_same_weights(deep, tmp_path, method, more):
     (tmp_path / "whole").mkdir()
     start = time.perf_counter()
-    run_with(*overrides(deep, tmp_path / "whole", method))
+    run_with(*overrides(deep, tmp_path / "whole", method), *more)
     lasts = time.perf_counter() - start
     expected, draw, gone_on = content(tmp_path / "whole"), random.Random(0), 0
     for moment in range(10):
         folder = tmp_path / str(moment)
         folder.mkdir()
         for _ in range(2):
-            killed_after(draw.uniform(0.1, 1.0) * lasts, *overrides(deep, folder, method))
+            killed_after(draw.uniform(0.1, 1.0) * lasts, *overrides(deep, folder, method), *more)
             gone_on += (folder / ".saved.partial" / "state.safetensors").is_file()
-        run_with(*overrides(deep, folder, method))
+        run_with(*overrides(deep, folder, method), *more)
         same(content(folder), expected)
-        left = {path.name for path in folder.iterdir() if not path.name.startswith(".partial-")}  # the bin of a rename that a kill cut short
+        left = {path.name for path in folder.iterdir()}
         assert left - {".saved.lock"} == {"results", "saved"}  # an empty file, if the kill came behind the record
     assert gone_on >= 3  # some were killed in the midst
 
@@ -95,22 +101,26 @@ class Killed(BaseException):
     pass
 
 
+def stopped_behind(block, monkeypatch, *settings):
+    """Do a run and end it as a kill would, when the state behind a block is on disk."""
+    real = progress.save_step
+
+    def fragile(folder, identity, placement, step):
+        real(folder, identity, placement, step)
+        if step.blocks == block + 1:
+            raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr("dass_exp.journal.save_step", fragile)
+        run_with(*settings)
+
+
 @pytest.mark.parametrize("method", ["dass", "magnitude", "dense"])
 @pytest.mark.parametrize("block", [0, 2, BLOCKS - 1])
 def test_it_goes_on_behind_the_last_block_that_was_done(deep, tmp_path, method, block, monkeypatch, caplog):
     (tmp_path / "whole").mkdir()
     settings = overrides(deep, tmp_path, method)
-    real, done = progress.save_step, []
-
-    def fragile(folder, identity, step):
-        real(folder, identity, step)
-        done.append(step.blocks)
-        if step.blocks == block + 1:
-            raise Killed
-
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr("dass_exp.pruning.save_step", fragile)
-        run_with(*settings)
+    stopped_behind(block, monkeypatch, *settings)
     reads, read = [], Shards.read
     caplog.set_level("INFO")
     with monkeypatch.context() as patched:
@@ -124,8 +134,89 @@ def test_it_goes_on_behind_the_last_block_that_was_done(deep, tmp_path, method, 
         same(content(tmp_path), content(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("method", ["dass", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("block", [0, 3, BLOCKS - 1])
+def test_a_model_in_memory_goes_on_too(deep, tmp_path, method, block, monkeypatch):
+    settings = [*overrides(deep, tmp_path, method, RESIDENT), "checkpoint=true"]
+    stopped_behind(block, monkeypatch, *settings)
+    pruned = []
+    with monkeypatch.context() as patched:
+        note = Journal.note
+        patched.setattr(Journal, "note", lambda journal, report, pattern: pruned.append(report.name) or note(journal, report, pattern))
+        run_with(*settings)
+    assert pruned == [f"model.layers.{index}" for index in range(block + 1, BLOCKS)]
+    (tmp_path / "whole").mkdir()
+    run_with(*overrides(deep, tmp_path / "whole", method, RESIDENT))
+    same(content(tmp_path), content(tmp_path / "whole"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results", "saved", "whole"]
+
+
+def test_killed_while_it_is_scored_it_prunes_no_block_again(deep, tmp_path, monkeypatch):
+    settings = [part for part in overrides(deep, tmp_path, placement=RESIDENT) if not part.startswith("save=")] + ["checkpoint=true"]
+    run_with(*settings, "method=dense")
+
+    def kill(*arguments):
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr("dass_exp.making.perplexity", kill)
+        run_with(*settings)
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "note", lambda *arguments: pytest.fail("pruned again"))
+        found = run_with(*settings).record
+    whole = run_with(*settings, "rerun=true", "checkpoint=false").record
+    assert found["metrics"] == whole["metrics"]
+    assert not list(tmp_path.glob("results/runs/*/work"))
+
+
+def test_what_was_spent_before_a_kill_counts(deep, tmp_path, monkeypatch):
+    settings, real, slept = overrides(deep, tmp_path), progress.save_step, []
+
+    def slow(folder, identity, placement, step):
+        if not slept:
+            slept.append(time.sleep(1.0))
+        real(folder, identity, placement, step)
+
+    monkeypatch.setattr("dass_exp.journal.save_step", slow)
+    stopped_behind(2, monkeypatch, *settings)  # this replaces the slow one for its time
+    assert run_with(*settings).record["cost"]["prune_s"] >= 1.0
+    assert len(slept) == 1
+
+
+def test_another_placement_is_named_and_auto_goes_on_as_it_began(deep, tmp_path, monkeypatch, caplog):
+    stopped_behind(1, monkeypatch, *overrides(deep, tmp_path))
+    with pytest.raises(UserError, match=r"model\.placement=stream \(now resident\)"):
+        run_with(*overrides(deep, tmp_path, placement=RESIDENT))
+    caplog.set_level("INFO")
+    run_with(*overrides(deep, tmp_path, placement="model.placement=auto"))
+    assert "going on behind block 1 of an interrupted run" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results", "saved"]
+
+
+def test_no_state_is_kept_where_none_is_asked_for(deep, tmp_path, monkeypatch):
+    monkeypatch.setattr("dass_exp.journal.save_step", lambda *arguments: pytest.fail("kept"))
+    run_with(*overrides(deep, tmp_path), "checkpoint=false")
+    run_with(*overrides(deep, tmp_path, placement=RESIDENT), "rerun=true")
+
+
+def test_each_block_draws_for_itself(deep, tmp_path, monkeypatch):
+    """A method that draws random numbers goes on with those that it would have drawn."""
+    drawn = {}
+
+    def noting(journal, report, pattern, note=Journal.note):
+        drawn.setdefault(report.name, []).append(float(torch.rand(1)))
+        note(journal, report, pattern)
+
+    monkeypatch.setattr(Journal, "note", noting)
+    run_with(*overrides(deep, tmp_path))
+    stopped_behind(2, monkeypatch, *overrides(deep, tmp_path), "rerun=true")
+    run_with(*overrides(deep, tmp_path), "rerun=true")
+    assert all(len(numbers) == 2 and len(set(numbers)) == 1 for numbers in drawn.values())
+    assert len({numbers[0] for numbers in drawn.values()}) == BLOCKS
+
+
 @pytest.mark.parametrize("more", [[], ["rerun=true"]])
-@pytest.mark.parametrize("place", ["dass_exp.checkpoint.temporary_folder", "dass_exp.run.discard", "dass_exp.progress.shutil.rmtree", "dass_exp.run.compose"])
+@pytest.mark.parametrize("place", ["dass_exp.checkpoint.write_masks", "dass_exp.run.discard", "dass_exp.progress.shutil.rmtree", "dass_exp.run.compose"])
 def test_killed_around_the_end_it_ends_the_same(deep, tmp_path, place, more, monkeypatch):
     """Before the checkpoint is renamed into place, behind that, and before the record is written."""
 
@@ -152,7 +243,7 @@ def interrupted(deep, tmp_path, monkeypatch, *more):
         return progress.save_step(*arguments, **settings)
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr("dass_exp.pruning.save_step", fragile)
+        patched.setattr("dass_exp.journal.save_step", fragile)
         run_with(*overrides(deep, tmp_path), *more)
 
 
@@ -198,7 +289,7 @@ def test_without_a_place_to_save_the_state_lies_beside_the_record(deep, tmp_path
         return progress.save_step(*arguments)
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr("dass_exp.pruning.save_step", fragile)
+        patched.setattr("dass_exp.journal.save_step", fragile)
         run_with(*settings)
     (state,) = tmp_path.glob("results/runs/*/work/state.safetensors")
     assert run_with(*settings).record["metrics"]["perplexity"]

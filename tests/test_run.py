@@ -33,7 +33,7 @@ from support import (  # noqa: F401 - fixtures among them
     tiny_overrides,
 )
 
-from dass_exp import models
+from dass_exp import making, models
 from dass_exp import pruning as pruning_module
 from dass_exp import run as run_module
 from dass_exp.errors import NumericalError, UserError
@@ -68,7 +68,7 @@ def pruning(monkeypatch):
 
 @pytest.fixture
 def scoring(monkeypatch):
-    return Calls(monkeypatch, run_module, "perplexity")
+    return Calls(monkeypatch, making, "perplexity")
 
 
 def keys_in(results: Path) -> set[str]:
@@ -202,7 +202,7 @@ def test_no_secret_of_the_environment_reaches_the_results(cell, results, monkeyp
     for name in ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.setenv(name, "secret123" * 5)
     run_with(*cell)
-    monkeypatch.setattr(run_module, "perplexity", lambda *args: (_ for _ in ()).throw(NumericalError("no")))
+    monkeypatch.setattr(making, "perplexity", lambda *args: (_ for _ in ()).throw(NumericalError("no")))
     with pytest.raises(NumericalError):
         run_with(*cell, "seed=1")
     files = [path for path in results.rglob("*") if path.is_file()]

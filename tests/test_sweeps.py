@@ -76,7 +76,7 @@ def test_a_shared_model_is_dense_again_after_a_failure(cell, monkeypatch):
         raise RuntimeError("the scoring broke")
 
     with monkeypatch.context() as patched:
-        patched.setattr("dass_exp.run.perplexity", broken)
+        patched.setattr("dass_exp.making.perplexity", broken)
         with pytest.raises(RuntimeError, match="broke"):
             run(settings_of(*cell, "method=wanda"), shelf=shelf)
     assert run(settings_of(*cell, "method=dense", "rerun=true"), shelf=shelf).record["metrics"] == before

@@ -11,6 +11,7 @@ from dass_exp.capture import Batch, behind, capture, evaluating, put
 from dass_exp.decoder import decoder_of
 from dass_exp.evaluate.head import compare_head, losses
 from dass_exp.evaluate.perplexity import Perplexity, checked
+from dass_exp.held import ON_DEVICE, Cache
 
 
 class Alongside:
@@ -22,12 +23,13 @@ class Alongside:
         batch_size: windows that pass through a block together.
         roles: the roles of a family that the table does not know.
         wrapped: as in :func:`dass_exp.capture.capture`.
+        cache: where hidden states wait.
     """
 
-    def __init__(self, model: Any, windows: Tensor, batch_size: int, roles: Any = None, wrapped: bool | None = None) -> None:
+    def __init__(self, model: Any, windows: Tensor, batch_size: int, roles: Any = None, wrapped: bool | None = None, cache: Cache = ON_DEVICE) -> None:
         self._model, self._windows, self._batch_size = model, windows, batch_size
         self._blocks = list(decoder_of(model, roles).blocks)
-        self._wrapped = wrapped
+        self._wrapped, self._cache = wrapped, cache
         self._dense: list[Batch] = []
         self._pruned: list[Batch] = []
 
@@ -37,12 +39,12 @@ class Alongside:
         return self._dense[0].wrapped
 
     @property
-    def hidden(self) -> dict[str, Tensor]:
-        """What must be known to go on behind the last block that passed."""
-        return {name: torch.cat([batch.hidden for batch in batches]) for name, batches in self._sets().items()}
+    def hidden(self) -> dict[str, list[Tensor]]:
+        """What must be known to go on behind the last block that passed: hidden states by whose they are, a tensor for each batch."""
+        return {name: [batch.held.at_rest() for batch in batches] for name, batches in self._sets().items()}
 
     @hidden.setter
-    def hidden(self, known: dict[str, Tensor]) -> None:
+    def hidden(self, known: dict[str, list[Tensor]]) -> None:
         self._begin()
         for name, batches in self._sets().items():
             put(batches, known[name])
@@ -73,8 +75,8 @@ class Alongside:
 
     @torch.no_grad()
     def _begin(self) -> None:
-        self._dense = capture(self._model, self._blocks, self._windows, self._batch_size, self._wrapped)
-        self._pruned = [Batch(batch.hidden, batch.calls, batch.wrapped) for batch in self._dense]
+        self._dense = capture(self._model, self._blocks, self._windows, self._batch_size, self._wrapped, self._cache)
+        self._pruned = [batch.again() for batch in self._dense]
         few, ids = Batch(self._dense[0].hidden[:1, :8], [], self._dense[0].wrapped), self._windows[:1, :8]  # a wrong head is said now, not at the end
         compare_head(self._model, behind(self._model, self._blocks, few, ids, whole=True), behind(self._model, self._blocks, few, ids))
 
@@ -89,7 +91,7 @@ class Alongside:
         window_nll: list[float] = []
         with evaluating(self._model):
             for batch, part in zip(batches, self._windows.split(self._batch_size), strict=True):
-                ids = part.to(batch.hidden.device)
+                ids = part.to(batch.held.device)
                 hidden = behind(self._model, self._blocks, batch, ids)[:, :-1]
                 found = losses(self._model, hidden.reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1))
                 window_nll += found.view(len(ids), -1).double().mean(1).tolist()
