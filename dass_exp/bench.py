@@ -130,7 +130,11 @@ class Bench:
         """What the run needs of memory."""
         settings, scored = self.settings, self.settings.config.eval.perplexity
         stat = settings.method.stat
-        work = Work(settings.config.scope if settings.method.uses else None, stat, settings.config.calibration.batch_size, self.spec.dtype)
+        config = settings.config
+        work = Work(
+            config.scope if settings.method.uses else None, stat, config.calibration.batch_size, config.eval.batch_size, self.spec.dtype, self.spec.device,
+            config.calibration.cache, self.shelf is not None,
+        )  # fmt: skip
         calibration = (settings.cut.num_samples, settings.cut.seq_len) if stat else (0, 0)
         model = models.skeleton(self.spec)
         windows = (len(self.windows.ids), scored.context) if scored is not None and self.windows is not None else (0, 0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from dass_exp.evaluate.head import LOGITS
 from dass_exp.stats import Gram, Stat
 
 _SHARE = 0.9  # of the free memory that a model may take before it is read block by block
+_LIMITS = {  # files of a control group, and its line in memory.stat, by the controllers that /proc/self/cgroup names: none in version 2
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 BASE = 700_000_000  # bytes of the interpreter, torch and transformers themselves
 
 
@@ -24,25 +29,29 @@ class Needs:
     Args:
         model: all weights.
         block: those of the largest block.
+        ahead: of the block that is read ahead; one whose experts are stored one by one is there twice while they are joined.
         outside: those outside the blocks: embedding, norm, head.
-        activations: of the calibration tokens: what goes into a block, what it gives dense, and what its attention gives.
+        activations: of the calibration tokens: what goes into a block, what it gives dense, and what its attention gives; none that wait elsewhere.
         windows: of the windows that are scored beside them, for the dense and for the pruned model.
         solver: statistics, factors and masks of one block.
         batch: what one batch needs inside a block, and the logits that are held at once.
+        copy: of the weights in the scope, from which a sweep gives the shared model back dense.
     """
 
     model: int
     block: int
+    ahead: int
     outside: int
     activations: int
     windows: int
     solver: int
     batch: int
+    copy: int = 0
 
     @property
     def resident(self) -> int:
         """With the whole model in memory."""
-        return BASE + self.model + self.activations + self.solver + self.batch
+        return BASE + self.model + self.copy + self.activations + self.solver + self.batch
 
     @property
     def scored(self) -> int:
@@ -52,12 +61,11 @@ class Needs:
     @property
     def streamed(self) -> int:
         """With two blocks in memory, the one that computes and the one that is read ahead."""
-        return BASE + 2 * self.block + self.outside + self.activations + self.windows + self.solver + self.batch
+        return BASE + self.block + self.ahead + self.outside + self.activations + self.windows + self.solver + self.batch
 
     def told(self) -> str:
         """The parts in a line, in GB."""
-        parts = ("model", "block", "outside", "activations", "windows", "solver", "batch")
-        return ", ".join(f"{name} {getattr(self, name) / 1e9:.2f}" for name in parts) + " GB"
+        return ", ".join(f"{part.name} {getattr(self, part.name) / 1e9:.2f}" for part in fields(self)) + " GB"
 
 
 def needs(decoder: Decoder, model: Any, calibration: tuple[int, int], windows: tuple[int, int], work: Work) -> Needs:
@@ -78,40 +86,78 @@ def needs(decoder: Decoder, model: Any, calibration: tuple[int, int], windows: t
     widest = max((site.matrix.out_features * site.matrix.in_features for site in sites), default=0)
     inputs = {site.source: site.matrix.in_features for site in sites}
     solver = 10 * widest  # scores in float32, their comparison, the mask
+    waiting = work.cache == "device" or (work.cache == "cpu" and work.device.type == "cpu")
     if work.stat is not None and issubclass(work.stat, Gram):
         solver += 4 * sum(size**2 for size in inputs.values()) + 8 * max(inputs.values(), default=0) ** 2
     inside = max((site.matrix.out_features for site in sites), default=features)
-    longest = max(work.batch_size * calibration[1], work.batch_size * windows[1])
+    longest = max(work.batch_size * calibration[1], work.scoring_batch_size * windows[1])
     return Needs(
         model=whole * width,
         block=max(blocks) * width,
+        ahead=(1 if decoder.family.experts is None else 2) * max(blocks) * width,
         outside=(whole - sum(blocks)) * width,
-        activations=3 * calibration[0] * calibration[1] * features * width,
-        windows=2 * windows[0] * windows[1] * features * width,
+        activations=3 * waiting * calibration[0] * calibration[1] * features * width,
+        windows=2 * waiting * windows[0] * windows[1] * features * width,
         solver=solver,
         batch=longest * (4 * inside + 8 * features) * width + 8 * LOGITS,
+        copy=work.shared * sum(site.matrix.out_features * site.matrix.in_features for site in sites) * width,
     )
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is done to a model: ``scope`` None prunes nothing."""
+    """What is done to a model.
+
+    Args:
+        scope: that is pruned; None for nothing.
+        stat: that the method gathers; None for none.
+        batch_size: sequences that pass through a block together.
+        scoring_batch_size: windows that do.
+        dtype, device: in which and where the model computes.
+        cache: where activations wait: ``device``, ``cpu`` or ``disk``.
+        shared: whether other runs use the same model afterwards.
+    """
 
     scope: str | None
     stat: type[Stat] | None
     batch_size: int
+    scoring_batch_size: int
     dtype: torch.dtype
+    device: torch.device
+    cache: str = "device"
+    shared: bool = False
 
 
-def available(device: torch.device) -> int:
-    """Bytes that are free where the model computes."""
+def available(device: torch.device, system: Path = Path("/")) -> int:
+    """Bytes that are free where the model computes; of a machine's memory, no more than a batch system or a container leaves to this process.
+
+    Args:
+        device: of the model.
+        system: where ``proc`` and ``sys`` lie.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    free = [1 << 62]  # where nobody says, the user decides
+    with suppress(OSError, StopIteration):
+        lines = (system / "proc/meminfo").read_text(encoding="ascii").splitlines()
+        free.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
+    with suppress(OSError):
+        for line in (system / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers in _LIMITS:
+                group = Path(path.lstrip("/"))
+                free += [_left(system / "sys/fs/cgroup" / controllers / part, *_LIMITS[controllers]) for part in (group, *group.parents)]
+    return min(free)
+
+
+def _left(group: Path, limit: str, usage: str, cache: str) -> int:
+    """Bytes that a control group may still take, and with it all groups below it; what it only caches from the disk is free."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 1 << 62  # nobody says: the user decides
+        most, taken = ((group / name).read_text(encoding="ascii").strip() for name in (limit, usage))
+        cached = next(int(line.split()[1]) for line in (group / "memory.stat").read_text(encoding="ascii").splitlines() if line.startswith(f"{cache} "))
+    except (OSError, StopIteration, ValueError):
+        return 1 << 62
+    return 1 << 62 if most == "max" else int(most) - int(taken) + cached
 
 
 def placed(asked: str, needs: Needs, free: int) -> tuple[str, str]:
@@ -129,8 +175,8 @@ def placed(asked: str, needs: Needs, free: int) -> tuple[str, str]:
     wanted = {"resident": needs.resident, "stream": needs.streamed, "auto": min(needs.resident, needs.streamed)}[asked]
     if wanted > free:
         raise UserError(
-            f"model.placement={asked}: this run needs {told} ({needs.told()}); take fewer or shorter sequences, a smaller batch, model.dtype=bfloat16, "
-            "or a larger machine"
+            f"model.placement={asked}: this run needs {told} ({needs.told()}); take fewer or shorter sequences, a smaller batch, calibration.cache=disk, "
+            "model.dtype=bfloat16, or a larger machine"
         )
     if asked != "auto":
         return asked, ""

@@ -13,7 +13,7 @@ from support import cell_fixture, contains, results_fixture, run_with, save_tiny
 
 import dass_exp
 from dass_exp import checkpoint, memory
-from dass_exp.bench import Bench
+from dass_exp.bench import Bench, Shelf
 from dass_exp.errors import UserError
 from dass_exp.memory import Needs, placed
 from dass_exp.models import load_model
@@ -212,13 +212,13 @@ def test_a_tied_head_that_is_stored_too_is_no_other_model(cell, tiny, tmp_path):
 # --- where a model goes
 
 
-NEEDS = Needs(model=10_000_000_000, block=500_000_000, outside=300_000_000, activations=100, windows=100, solver=100, batch=100)
+NEEDS = Needs(model=10_000_000_000, block=500_000_000, ahead=500_000_000, outside=300_000_000, activations=100, windows=100, solver=100, batch=100)
 
 
 def test_sizes_add_up():
     assert NEEDS.resident == memory.BASE + 10_000_000_300
     assert NEEDS.streamed == memory.BASE + 1_300_000_400
-    assert "model 10.00, block 0.50" in NEEDS.told()
+    assert "model 10.00, block 0.50, ahead 0.50" in NEEDS.told()
 
 
 @pytest.mark.parametrize(
@@ -256,6 +256,57 @@ def test_sizes_are_those_of_the_model(cell, tiny):
     assert found.windows == 2 * 4 * 32 * 32 * 4
     assert found.solver >= 4 * (32**2 + 64**2) + 8 * 64**2
     assert Bench(settings_of(*cell, "method=dense"), Silent()).needs.solver == 0
+    aside = Bench(settings_of(*cell, "calibration.cache=disk"), Silent()).needs
+    assert (aside.activations, aside.windows) == (0, 0)
+    assert Bench(settings_of(*cell, "calibration.cache=cpu"), Silent()).needs == Bench(settings_of(*cell), Silent()).needs  # the model is there too
+    assert Bench(settings_of(*cell, "eval.batch_size=16"), Silent()).needs.batch > Bench(settings_of(*cell), Silent()).needs.batch
+    scope = sum(parameter.numel() for name, parameter in model.named_parameters() if ".mlp." in name)
+    assert (Bench(settings_of(*cell), Silent(), Shelf()).needs.copy, Bench(settings_of(*cell), Silent()).needs.copy) == (4 * scope, 0)
+
+
+def test_a_mixture_is_there_twice_while_its_experts_are_joined(cell, mixture):
+    found = Bench(settings_of(*[part for part in cell if not part.startswith("model.path")], f"model.path={mixture}"), Silent()).needs
+    assert found.ahead == 2 * found.block
+
+
+FILES = {"": ("max", "current", "inactive_file"), "memory": ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")}
+
+
+def system(folder, free, groups, version):
+    """A machine with so many bytes free and control groups with limit, use and cache; the last is that of this process."""
+    (folder / "proc/self").mkdir(parents=True)
+    (folder / "proc/meminfo").write_text(f"MemTotal: 99999999 kB\nMemAvailable: {free // 1024} kB\n")
+    root = place = folder / "sys/fs/cgroup" / version
+    limit, usage, cache = FILES[version]
+    for name, most, taken, cached in groups:
+        place = place / name
+        place.mkdir(parents=True, exist_ok=True)
+        for file, content in ((limit, most), (usage, taken), ("stat", f"anon 5\n{cache} {cached}\n")):
+            (place / f"memory.{file}").write_text(f"{content}\n")
+    (folder / "proc/self/cgroup").write_text(f"9:cpuset:/elsewhere\n4:{version}:/{place.relative_to(root)}\n")
+    return folder
+
+
+@pytest.mark.parametrize("version", FILES)
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ([], 1 << 30),
+        ([("", 1 << 62, 7, 0)], 1 << 30),
+        ([("job", 1000, 300, 50)], 750),
+        ([("job", 1000, 300, 50), ("step", 1 << 62, 200, 0)], 750),
+        ([("job", 1 << 62, 300, 50), ("step", 500, 200, 10)], 310),
+        ([("job", 1 << 40, 300, 50)], 1 << 30),
+    ],
+)
+def test_a_batch_system_may_leave_less_than_the_machine_has(tmp_path, groups, expected, version):
+    groups = [(name, "max" if most == 1 << 62 and not version else most, *rest) for name, most, *rest in groups]
+    assert memory.available(torch.device("cpu"), system(tmp_path, 1 << 30, groups, version)) == expected
+
+
+def test_where_nobody_says_how_much_is_free_the_user_decides(tmp_path):
+    assert memory.available(torch.device("cpu"), tmp_path) == 1 << 62
+    assert 0 < memory.available(torch.device("cpu")) < 1 << 60
 
 
 def test_an_unknown_placement_is_refused(cell):

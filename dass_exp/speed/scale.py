@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,10 @@ import transformers
 from torch import Tensor
 
 from dass_exp import assets
+from dass_exp.api import method_of
 from dass_exp.checkpoint import Growing
 from dass_exp.decoder import decoder_of
+from dass_exp.memory import Needs, Work, needs
 from dass_exp.record import Store, environment, write_json
 from dass_exp.sources import convert_gguf
 
@@ -53,8 +56,10 @@ SHAPES = (
     Shape("1 GB", 1024, 2816, 32, 16),
     Shape("1.7 GB", 1024, 2816, 60, 16),
     Shape("2 GB", 2048, 5504, 16, 16),
+    Shape("7B", 4096, 11008, 32, 32),
+    Shape("7B, 4 blocks", 4096, 11008, 4, 32),
 )
-SEVEN_B = Shape("7B shape", 4096, 11008, 32, 32)
+SAMPLES, LENGTH = 4, 128  # sequences of calibration, windows that are scored, and tokens of each
 
 
 def make(shape: Shape, folder: Path) -> Path:
@@ -86,7 +91,7 @@ def _random(shapes: Mapping[str, Tensor], draw: torch.Generator) -> dict[str, Te
 
 
 def measure(model: Path, method: str, results: Path, samples: int, length: int) -> dict[str, Any]:
-    """Prune and score a model block by block in a process of its own.
+    """Prune, score and save a model block by block in a process of its own.
 
     Args:
         model: folder of the checkpoint.
@@ -101,7 +106,7 @@ def measure(model: Path, method: str, results: Path, samples: int, length: int) 
     overrides = [
         f"model.path={model}", "model.dtype=bfloat16", "model.placement=stream", f"method={method}", f"results_dir={results}", "tracker=none", "eval=ppl_mini",
         f"eval.perplexity.context={length}", f"eval.perplexity.max_windows={samples}", f"calibration.num_samples={samples}", f"calibration.seq_len={length}",
-        "calibration.batch_size=1", "eval.batch_size=1",
+        "calibration.batch_size=1", "eval.batch_size=1", f"save={results / 'saved'}",
     ]  # fmt: skip
     start = time.perf_counter()
     told = results.with_suffix(".log")
@@ -114,6 +119,7 @@ def measure(model: Path, method: str, results: Path, samples: int, length: int) 
     if running.returncode:
         raise RuntimeError(told.read_text()[-2000:])
     record = next(record for record in Store(results).records() if record["config"]["method"]["name"] == method)
+    shutil.rmtree(results / "saved")
     return {"method": method, "peak_bytes": peak, "seconds": time.perf_counter() - start, "perplexity": record["metrics"]["perplexity"]}
 
 
@@ -125,19 +131,21 @@ def _anonymous(process: int) -> int:
         return 0  # it has just ended
 
 
-def table(rows: list[dict[str, Any]], machine: Mapping[str, Any]) -> str:
+def table(rows: list[dict[str, Any]], machine: Mapping[str, Any], command: str) -> str:
     """Markdown."""
     lines = [
         f"# Peak anonymous memory of a streamed run, {datetime.now(UTC).date().isoformat()}", "",
         f"{machine['cpu']}, {machine['threads']} threads; bfloat16, scope mlp, 2:4, 4 sequences of 128 tokens for calibration and 4 for scoring; the dense "
-        "and the pruned model are scored in the same walk. Made by `python -m dass_exp.speed.scale`.", "",
-        "| checkpoint | hidden | intermediate | blocks | method | two blocks and outside GB | peak GB | seconds |", "|---|---|---|---|---|---|---|---|",
+        f"and the pruned model are scored in the same walk, and the pruned one is saved. Made by `{command}`.",
+        "`planned` is what `plan=true` says and `model.placement=auto` goes by.", "",
+        "| checkpoint | hidden | intermediate | blocks | method | two blocks and outside GB | planned GB | peak GB | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in rows:
         shape: Shape = row["shape"]
         lines.append(
             f"| {row['gigabytes']:.2f} GB | {shape.hidden} | {shape.intermediate} | {shape.blocks} | {row['method']} | {row['least'] / 1e9:.2f} "
-            f"| {row['peak_bytes'] / 1e9:.2f} | {row['seconds']:.0f} |"
+            f"| {row['planned'] / 1e9:.2f} | {row['peak_bytes'] / 1e9:.2f} | {row['seconds']:.0f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -145,26 +153,36 @@ def table(rows: list[dict[str, Any]], machine: Mapping[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m dass_exp.speed.scale", description=__doc__)
-    parser.add_argument("--seven", action="store_true", help="the shape of a 7B model too: 14 GB of disk, some minutes")
-    parser.add_argument("--methods", nargs="+", default=["dass", "sparsegpt"])
+    parser.add_argument("--shapes", nargs="+", choices=[shape.name for shape in SHAPES], default=[shape.name for shape in SHAPES[:4]])
+    parser.add_argument("--methods", nargs="+", default=["dass", "wanda", "sparsegpt"])
     parser.add_argument("--output", type=Path, default=Path("results/bench"))
     asked = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     transformers.utils.logging.disable_progress_bar()
     rows = []
-    for shape in (*SHAPES, *([SEVEN_B] if asked.seven else [])):
+    for shape in (shape for shape in SHAPES if shape.name in asked.shapes):
         with tempfile.TemporaryDirectory() as place:
             folder = make(shape, Path(place) / "model")
             gigabytes = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e9
             for method in asked.methods:
-                found = measure(folder, method, Path(place) / "results", 4, 128)
-                rows.append({"shape": shape, "gigabytes": gigabytes, "least": _least(shape), **found})
+                found = measure(folder, method, Path(place) / "results", SAMPLES, LENGTH)
+                rows.append({"shape": shape, "gigabytes": gigabytes, "least": _least(shape), "planned": planned(shape.config, method).streamed, **found})
                 log.info("%s %s: %.2f GB at its peak, %.0f s", shape.name, method, found["peak_bytes"] / 1e9, found["seconds"])
-    text, date = table(rows, environment()), datetime.now(UTC).date().isoformat()
-    write_json(asked.output / f"memory-{date}.json", [{**row, "shape": vars(row["shape"])} for row in rows])
-    (asked.output / f"memory-{date}.md").write_text(text, encoding="utf-8")
+    command = shlex.join(["python", "-m", "dass_exp.speed.scale", *(sys.argv[1:] if arguments is None else arguments)])
+    text, name = table(rows, environment(), command), f"memory-{datetime.now(UTC).date().isoformat()}"
+    write_json(asked.output / f"{name}.json", [{**row, "shape": vars(row["shape"])} for row in rows])
+    (asked.output / f"{name}.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
     return 0
+
+
+def planned(config: transformers.PretrainedConfig, method: str) -> Needs:
+    """What a run on a model of these shapes needs, as it is planned."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    size = (SAMPLES, LENGTH)
+    work = Work("mlp", method_of(method).stat, 1, 1, torch.bfloat16, torch.device("cpu"))
+    return needs(decoder_of(model), model, size, size, work)
 
 
 def _least(shape: Shape) -> int:
