@@ -154,9 +154,9 @@ class Bench:
         asked, source = self.settings.config.model.placement, Path(self.spec.source)
         if asked == "resident" or (asked == "auto" and source.is_dir() and _small(source, self.spec.device)):
             return False
-        placement, why = placed(self.settings.config.model.placement, self.needs, available(self.spec.device))
-        if why:
-            log.warning("model.placement=auto: %s", why)
+        placement, why = placed(asked, self.needs, available(self.spec.device))
+        if placement == "stream":
+            log.log(logging.WARNING if asked == "auto" else logging.INFO, "model.placement=%s: %s", asked, why)
         return placement == "stream"
 
     @property

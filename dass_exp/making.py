@@ -10,7 +10,7 @@ from typing import Any
 
 from dass_exp import models, pruning
 from dass_exp.bench import Bench
-from dass_exp.checkpoint import Growing, check_room, save_checkpoint, scratch_of
+from dass_exp.checkpoint import Growing, check_room, is_saved, save_checkpoint, scratch_of
 from dass_exp.config import Settings
 from dass_exp.evaluate.perplexity import Perplexity, perplexity
 from dass_exp.evaluate.zeroshot import Options as ZeroShotOptions
@@ -18,7 +18,7 @@ from dass_exp.evaluate.zeroshot import ZeroShot, zero_shot
 from dass_exp.maskfile import PackedMask
 from dass_exp.methods.dense import Dense
 from dass_exp.pruning import Pruned, prune_in_memory
-from dass_exp.record import PeakMemory, Store
+from dass_exp.record import PeakMemory, Record, Store
 from dass_exp.summarise import Made, manifest
 
 
@@ -30,6 +30,18 @@ class Done:
     masks: dict[str, PackedMask] | None
     beside: Made | None = None
     scratch: Path | None = None
+
+
+def finished(settings: Settings, store: Store, key: str) -> Record | None:
+    """The record of this run, if there is nothing to do any more: its saved model and its masks, where they are asked for, are there too.
+
+    Raises:
+        UserError: something else lies where the model is to be saved.
+    """
+    config = settings.config
+    saved = config.save is None or is_saved(config.save, key)  # whatever else lies there must be said before anything is run
+    record = None if config.rerun else store.find(key)
+    return record if saved and (not config.save_masks or not settings.method.uses or store.masks(key).is_file()) else None
 
 
 def make(settings: Settings, bench: Bench, key: str) -> Done:

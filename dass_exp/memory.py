@@ -161,7 +161,7 @@ def _left(group: Path, limit: str, usage: str, cache: str) -> int:
 
 
 def placed(asked: str, needs: Needs, free: int) -> tuple[str, str]:
-    """Where the model goes, ``resident`` or ``stream``, and why in a line (empty where the user said so).
+    """Where the model goes, ``resident`` or ``stream``, and the sizes in a line.
 
     Args:
         asked: ``auto``, ``resident`` or ``stream``.
@@ -178,6 +178,5 @@ def placed(asked: str, needs: Needs, free: int) -> tuple[str, str]:
             f"model.placement={asked}: this run needs {told} ({needs.told()}); take fewer or shorter sequences, a smaller batch, calibration.cache=disk, "
             "model.dtype=bfloat16, or a larger machine"
         )
-    if asked != "auto":
-        return asked, ""
-    return ("resident", "") if needs.resident <= _SHARE * free else ("stream", f"the model is read block by block: {told}")
+    streams = asked == "stream" or (asked == "auto" and needs.resident > _SHARE * free)
+    return ("stream", f"the model is read block by block: {told} ({needs.told()})") if streams else ("resident", told)

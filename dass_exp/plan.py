@@ -10,6 +10,7 @@ from dass_exp.bench import Bench, Shelf, Silent
 from dass_exp.config import Settings
 from dass_exp.errors import UserError
 from dass_exp.key import key_of
+from dass_exp.making import finished
 from dass_exp.record import Record, Store
 
 
@@ -48,13 +49,13 @@ def plan(settings: Settings, shelf: Shelf | None = None) -> Plan:
             raise
         return Plan("", done=False, seconds=None, basis=f"the model is not at hand: {error}", needs=wanted)
     bench.check(settings)
-    memory = (
-        f"this run: {bench.needs.resident / 1e9:.1f} GB with the model in memory, {bench.needs.streamed / 1e9:.1f} GB block by block ({bench.needs.told()})"
-    )
+    how = "it is read block by block" if bench.streams else "it is loaded whole"
+    sizes = f"{bench.needs.resident / 1e9:.1f} GB with the model in memory, {bench.needs.streamed / 1e9:.1f} GB block by block ({bench.needs.told()})"
+    memory = f"this run: {sizes}; {how}"
     wanted = f"{wanted}; {memory}" if wanted else memory
     store = Store(settings.config.results_dir)
     key = key_of(settings, bench.spec, bench.bos)
-    if not settings.config.rerun and store.find(key) is not None:
+    if finished(settings, store, key) is not None:
         return Plan(key, done=True, seconds=0.0, basis="done", needs=wanted)
     same_model = [record for record in store.records() if record["identity"]["model"] == bench.spec.identity]
     prune_s, basis = _median(same_model, settings, "prune_s") if settings.method.uses else (0.0, "nothing to prune")

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from dass_exp.bench import Bench, Observer, Shelf, Silent
-from dass_exp.checkpoint import is_saved, writing
+from dass_exp.checkpoint import writing
 from dass_exp.config import Settings
 from dass_exp.key import identity_of, key_of
-from dass_exp.making import make, scratch_folder, walk
+from dass_exp.making import finished, make, scratch_folder, walk
 from dass_exp.memory import available
 from dass_exp.methods.dense import Dense
 from dass_exp.progress import discard, placement_of, tidy
@@ -110,12 +110,8 @@ def _run(settings: Settings, bench: Bench) -> Outcome:
 
 
 def _found(settings: Settings, bench: Bench, store: Store, key: str) -> Outcome | None:
-    config = settings.config
-    saved = config.save is None or is_saved(config.save, key)  # whatever else lies there must be said before anything is run
-    record = None if config.rerun else store.find(key)
-    if record is None or not saved or (config.save_masks and settings.method.uses and not store.masks(key).is_file()):
-        return None
-    return Outcome(record, store.path(key), _dense(settings, bench), found=True)
+    record = finished(settings, store, key)
+    return None if record is None else Outcome(record, store.path(key), _dense(settings, bench), found=True)
 
 
 def _dense(settings: Settings, bench: Bench, beside: Made | None = None) -> Record | None:

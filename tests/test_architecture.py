@@ -58,7 +58,7 @@ LAYERS = [
     ["api", "__main__"],
     ["speed/__init__", "speed/floor", "speed/table"],
     ["speed/measure", "speed/picture"],
-    ["speed/scoring", "speed/sweep", "speed/scale"],
+    ["speed/scoring", "speed/sweep", "speed/scale", "speed/large"],
     ["speed/__main__"],
     ["__init__"],
 ]

@@ -17,6 +17,7 @@ from dass_exp.bench import Bench, Shelf
 from dass_exp.errors import UserError
 from dass_exp.memory import Needs, placed
 from dass_exp.models import load_model
+from dass_exp.plan import plan
 from dass_exp.run import Silent
 from dass_exp.shards import Shards
 
@@ -228,7 +229,8 @@ def test_sizes_add_up():
 def test_a_model_goes_where_it_fits(asked, free, expected):
     placement, why = placed(asked, NEEDS, int(free))
     assert placement == expected
-    assert bool(why) == (asked == "auto" and expected == "stream")
+    assert contains(why, ["10.7 GB with the whole model in memory, 2.0 GB block by block"])
+    assert ("the model is read block by block: " in why and "block 0.50" in why) == (expected == "stream")
 
 
 @pytest.mark.parametrize(("asked", "free"), [("auto", 1e9), ("resident", 5e9), ("stream", 1.5e9)])
@@ -307,6 +309,25 @@ def test_a_batch_system_may_leave_less_than_the_machine_has(tmp_path, groups, ex
 def test_where_nobody_says_how_much_is_free_the_user_decides(tmp_path):
     assert memory.available(torch.device("cpu"), tmp_path) == 1 << 62
     assert 0 < memory.available(torch.device("cpu")) < 1 << 60
+
+
+def test_the_sizes_are_printed_before_a_streamed_run(cell, caplog):
+    caplog.set_level("INFO")
+    run_with(*cell, STREAM)
+    messages = [record.getMessage() for record in caplog.records]
+    assert contains(next(text for text in messages if "read block by block" in text), ["model.placement=stream", "GB are free", "solver", "activations"])
+
+
+def test_a_plan_says_where_the_model_goes_and_that_a_saved_one_is_missing(cell, tmp_path, monkeypatch):
+    assert "it is loaded whole" in plan(settings_of(*cell)).needs
+    assert "it is read block by block" in plan(settings_of(*cell, STREAM)).needs
+    run_with(*cell)
+    assert plan(settings_of(*cell)).done
+    assert not plan(settings_of(*cell, f"save={tmp_path}/saved")).done
+    assert not plan(settings_of(*cell, "save_masks=true")).done
+    monkeypatch.setattr("dass_exp.bench.available", lambda device: 1000)
+    with pytest.raises(UserError, match=r"model\.placement=stream: this run needs"):
+        plan(settings_of(*cell, STREAM))
 
 
 def test_an_unknown_placement_is_refused(cell):

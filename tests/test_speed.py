@@ -12,8 +12,10 @@ import transformers
 from support import tiny_fixture, tiny_overrides  # noqa: F401 - a fixture
 
 from dass_exp.api import method_of
+from dass_exp.decoder import decoder_of
+from dass_exp.paths import project_root
 from dass_exp.speed import __main__ as command
-from dass_exp.speed import measure, scoring, sweep, table
+from dass_exp.speed import large, measure, scale, scoring, sweep, table
 from dass_exp.speed.floor import passes
 from dass_exp.speed.measure import Work
 from dass_exp.speed.picture import draw
@@ -136,3 +138,42 @@ def test_the_command_writes_what_it_measured(found, tmp_path, monkeypatch, capsy
     assert json.loads(written.read_text())["ratios_to_floor"] == found["ratios_to_floor"]
     assert written.with_suffix(".md").read_text() in capsys.readouterr().out
     assert (tmp_path / "bench" / "speed.svg").is_file()
+
+
+# --- large models
+
+
+def test_large_models_are_counted_by_hand(tiny_model):
+    decoder = decoder_of(tiny_model("llama", num_hidden_layers=1))
+    config = decoder.config
+    hidden, inner, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+    mlp, mixing = 3 * hidden * inner, 2 * hidden * config.num_attention_heads * config.head_dim + 2 * hidden * kv
+    tokens, scored = 128 * 2048, 166 * 2048
+    once = 2 * (mlp + mixing) + 4 * 2048 * config.num_attention_heads * config.head_dim
+    assert large.passes(decoder, 100) == tokens * (once + 2 * mlp) + 2 * scored * once + 2 * scored * 2 * hidden * 100
+    grams = tokens * (hidden**2 + inner**2) + hidden**3 / 3 + inner**3 / 3
+    assert large.solved(decoder) == pytest.approx(grams + 2 * inner * hidden**2 + hidden * inner**2)
+
+
+def test_the_docs_show_what_the_code_prints():
+    assert large.table() in (project_root() / "docs" / "scale.md").read_text(encoding="utf-8")
+
+
+def test_the_shapes_are_those_of_the_published_models():
+    sizes = {"LLaMA2-7B": 6.74e9, "LLaMA2-13B": 13.02e9, "LLaMA2-70B": 68.98e9, "Llama-3.1-405B": 405.85e9}  # parameters, as the hub counts them
+    for shape in large.MODELS:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(shape.config)
+        assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(sizes[shape.name], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_peak_of_a_streamed_run_does_not_grow_with_its_depth(tmp_path):
+    peaks = []
+    for depth in (4, 24):
+        shape = scale.Shape(str(depth), 512, 1408, depth, 8)
+        folder = scale.make(shape, tmp_path / str(depth))
+        peaks.append(min(scale.measure(folder, "dass", tmp_path / f"{depth}-{time}", 4, 128)["peak_bytes"] for time in range(2)))
+        assert peaks[-1] < scale.planned(shape.config, "dass").streamed
+        assert len(list(folder.glob("model-*.safetensors"))) == depth + 1
+    assert peaks[1] - peaks[0] < 60e6  # 20 blocks of 6 MB each, and what was kept of them before: 13 MB a block at twice the width
