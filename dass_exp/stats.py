@@ -155,7 +155,7 @@ class Gram(Stat):
             diagonal += wanted - added
             added = wanted
             lower, failed = torch.linalg.cholesky_ex(hessian)
-            if not failed.item() and bool(torch.isfinite(lower).all()):
+            if not failed.item() and bool(torch.isfinite(lower.diagonal()).all()):  # each number of a row enters its diagonal
                 del hessian, diagonal  # no more than three such matrices at once
                 return lower.flip(0, 1), retry
         raise NumericalError(f"the Hessian stayed singular after its damping was raised {tries} times to {added:.3g}")
@@ -169,14 +169,14 @@ class Gram(Stat):
 
 
 def _feed_back(upper: Tensor, tile: int) -> Tensor:
-    """Turn R into the ``feedback`` of a :class:`Factor`, in place; returns R's diagonal."""
+    """Turn R into the ``feedback`` of a :class:`Factor`, in place and some tiles at a time; returns R's diagonal."""
     diagonal = upper.diagonal().clone()
-    features = len(upper)
+    features, some = len(upper), max(1, 4 * _BAND // tile) * tile
     whole = features // tile * tile
-    for first, last, width in ((0, whole, tile), (whole, features, features - whole)):
+    for first, last, width in (*((start, min(start + some, whole), tile) for start in range(0, whole, some)), (whole, features, features - whole)):
         if first < last:
-            tiles = upper[:, first:last].unflatten(1, (-1, width))  # [in, tiles, width]
-            corners = tiles[first:last].unflatten(0, (-1, width)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [tiles, width, width]
+            tiles = upper[:last, first:last].unflatten(1, (-1, width))  # [in, tiles, width]; below them R is zero
+            corners = tiles[first:].unflatten(0, (-1, width)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [tiles, width, width]
             units = corners / diagonal[first:last].view(-1, 1, width)
             inverse = torch.linalg.solve_triangular(corners, torch.eye(width, device=upper.device).expand_as(corners), upper=True)
             tiles.copy_((tiles.transpose(0, 1) @ inverse).transpose(0, 1))
@@ -197,5 +197,5 @@ def _one_thread(device: torch.device) -> Iterator[None]:
 
 
 def _check_finite(values: Tensor, name: str) -> None:
-    if not bool(torch.isfinite(values).all()):
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):  # isfinite itself would copy them
         raise NumericalError(f"{name}: its inputs hold numbers that are not finite; nothing was pruned there")
