@@ -88,11 +88,13 @@ def prune_model(model: nn.Module, tokens: Tensor | None, method: Pruner, pattern
         the hidden states behind the last block, one tensor [sequences, tokens, features] per batch; none without calibration or ``outputs``.
 
     Raises:
-        UserError: the family is unknown, the scope is empty, the pattern does not divide an axis, or the tokens are no sequences.
+        UserError: the family is unknown, the scope is empty, the pattern does not divide an axis, the tokens are no sequences, or weights are not in memory.
         NumericalError: a number is not finite; the message names the layer.
     """
     decoder = decoder_of(model, options.roles)
     check_shapes(decoder, method, pattern, options.scope)
+    if isinstance(options.source, Resident) and any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError("the model's weights are not all in memory (accelerate has put some elsewhere); load it whole, or prune it with model.placement=stream")
     if method.stat is None:
         for index in _opened(decoder, options, []):
             options.on_block(_prune_unseen(decoder, index, method, pattern, options))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from torch import Tensor, nn
 
 from dass_exp.api import method_of
@@ -452,3 +453,23 @@ def test_tokens_that_are_no_sequences_are_refused(shape, tiny_model):
 def test_impossible_options_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         Options(**settings)
+
+
+@pytest.mark.parametrize("method", ["dass", "sparsegpt"])
+def test_a_model_that_accelerate_has_spread_is_pruned_the_same(method, tiny_model, tokens):
+    """All of its parts on one device, but with the hooks that move activations between several."""
+    plain = tiny_model("llama")
+    spread = copy.deepcopy(plain)
+    parts = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"]
+    dispatch_model(spread, dict.fromkeys(parts, "cpu"), main_device="cpu", force_hooks=True)
+    assert hasattr(spread.model.layers[0].mlp, "_hf_hook")
+    for model in (plain, spread):
+        prune_model(model, tokens, method_of(method), NM(2, 4), Options("all", 2))
+    assert all(torch.equal(one, other) for one, other in zip(plain.parameters(), spread.parameters(), strict=True))
+
+
+def test_a_model_whose_weights_lie_elsewhere_is_refused(tiny_model, tokens):
+    model = tiny_model("llama")
+    model.model.layers[1].to("meta")
+    with pytest.raises(UserError, match=r"not all in memory .* model\.placement=stream"):
+        prune_model(model, tokens, method_of("wanda"), NM(2, 4), Options("mlp", 2))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
+import time
 from dataclasses import dataclass
 
 import torch
@@ -75,31 +77,52 @@ def solved(decoder: Decoder) -> float:
     return total * len(decoder.blocks)
 
 
+def through_the_disk(decoder: Decoder, here: Needs) -> float:
+    """Bytes that a run with ``calibration.cache=disk`` reads and writes: the checkpoint twice, and for each block the state once and what waits.
+
+    Of the calibration tokens a block reads its inputs twice and its dense outputs and those of its attention once, and writes three tensors of that size;
+    windows are read and written for both models.
+    """
+    tokens, windows = here.activations / 3, here.windows / 2
+    return 2 * here.model + len(decoder.blocks) * (tokens + 2 * windows + 7 * tokens + 4 * windows)
+
+
 def table() -> str:
     """Markdown."""
     lines = [
-        "| model | checkpoint GB, read and written | DaSS, Wanda GB | SparseGPT GB | with `calibration.cache=device` | activations on disk GB | state GB "
-        "| passes PFLOP | SparseGPT's own PFLOP |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | checkpoint GB | DaSS, Wanda: memory GB | SparseGPT GB | activations GB | state GB | through the disk TB | PFLOP | SparseGPT's own PFLOP "
+        "| hours at 100 TFLOP/s | hours at 1 GB/s of disk |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for large in MODELS:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(large.config)
         decoder = decoder_of(model)
-        aside = planned(model, decoder, "dass", "disk")
+        dass, solver = (planned(model, decoder, method, "disk").streamed / 1e9 for method in ("dass", "sparsegpt"))
         here = planned(model, decoder, "dass", "device")
-        state = here.activations // 3 + here.windows
+        work, disk = passes(decoder, large.vocabulary), through_the_disk(decoder, here)
         lines.append(
-            f"| {large.name} | {aside.model / 1e9:.0f} | {aside.streamed / 1e9:.1f} | {planned(model, decoder, 'sparsegpt', 'disk').streamed / 1e9:.1f} "
-            f"| {(here.activations + here.windows) / 1e9:.1f} more | {(here.activations + here.windows) / 1e9:.1f} | {state / 1e9:.1f} "
-            f"| {passes(decoder, large.vocabulary) / 1e15:.1f} | {solved(decoder) / 1e15:.1f} |"
+            f"| {large.name} | {here.model / 1e9:.0f} | {dass:.1f} | {solver:.1f} | {(here.activations + here.windows) / 1e9:.0f} "
+            f"| {(here.activations / 3 + here.windows) / 1e9:.0f} | {disk / 1e12:.1f} | {work / 1e15:.0f} | {solved(decoder) / 1e15:.0f} "
+            f"| {work / 1e14 / 3600:.2f} | {disk / 1e9 / 3600:.1f} |"
         )
     return "\n".join(lines) + "\n"
 
 
+def rate(repeats: int = 5) -> float:
+    """Operations a second of this machine's processor in a product of [2048, 4096] by [4096, 11008] in bfloat16, the median of some."""
+    one, other = torch.randn(2048, 4096, dtype=torch.bfloat16), torch.randn(4096, 11008, dtype=torch.bfloat16)
+    seconds = []
+    for _ in range(repeats + 1):  # the first is slower
+        start = time.perf_counter()
+        one @ other
+        seconds.append(time.perf_counter() - start)
+    return 2 * 2048 * 4096 * 11008 / statistics.median(seconds[1:])
+
+
 def main() -> int:
     """Returns the exit code."""
-    sys.stdout.write(table())
+    sys.stdout.write(f"{table()}\nthis processor: {rate() / 1e12:.2f} TFLOP/s in a large product in bfloat16, {torch.get_num_threads()} threads\n")
     return 0
 
 
