@@ -80,13 +80,16 @@ def killed_after(seconds, *settings):
 @pytest.mark.parametrize(("method", "more"), [("dass", []), ("sparsegpt", []), ("dass", [RESIDENT, "checkpoint=true"])])
 def test_killed_at_random_moments_it_ends_in_the_same_weights(deep, tmp_path, method, more):
     (tmp_path / "whole").mkdir()
+    run_with(*overrides(deep, tmp_path / "whole", "dense"), "save=null", RESIDENT)  # a model in memory is scored dense first: the kills are for what follows
     start = time.perf_counter()
     run_with(*overrides(deep, tmp_path / "whole", method), *more)
     lasts = time.perf_counter() - start
-    expected, draw, gone_on = content(tmp_path / "whole"), random.Random(0), 0
-    for moment in range(10):
+    expected, draw, gone_on, moment = content(tmp_path / "whole"), random.Random(0), 0, 0
+    while moment < 10 or (gone_on < 3 and moment < 40):  # on a busy machine most kills may come too early or too late
         folder = tmp_path / str(moment)
         folder.mkdir()
+        if RESIDENT in more:
+            run_with(*overrides(deep, folder, "dense"), "save=null", RESIDENT)
         for _ in range(2):
             killed_after(draw.uniform(0.1, 1.0) * lasts, *overrides(deep, folder, method), *more)
             gone_on += (folder / ".saved.partial" / "state.safetensors").is_file()
@@ -94,6 +97,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_weights(deep, tmp_path, me
         same(content(folder), expected)
         left = {path.name for path in folder.iterdir()}
         assert left - {".saved.lock"} == {"results", "saved"}  # an empty file, if the kill came behind the record
+        moment += 1
     assert gone_on >= 3  # some were killed in the midst
 
 
