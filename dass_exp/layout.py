@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -45,13 +46,15 @@ class Layout:
     Args:
         model: a transformers causal language model; on the meta device is enough.
         shards: of the checkpoint.
+        dtype: that the model computes in; some models keep some tensors in float32 all the same.
 
     Raises:
         UserError: a tensor is not there, or is stored in a way that cannot be read a part at a time.
     """
 
-    def __init__(self, model: Any, shards: Shards) -> None:
+    def __init__(self, model: Any, shards: Shards, dtype: torch.dtype) -> None:
         self._model, self._shards = model, shards
+        self._dtypes = _dtypes(model, dtype)
         transforms, state = get_model_conversion_mapping(model), model.state_dict()
         renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
         converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
@@ -80,20 +83,21 @@ class Layout:
         """The model's own names of all tensors that the checkpoint holds; of tied ones it holds one."""
         return {*self._plain, *(name for group in self._joined for name in group.names)}
 
-    def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
-        """Some tensors of the model, by its own names, in memory of their own, floating ones as ``dtype``.
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Some tensors of the model, by its own names, in memory of their own and the dtype that transformers would load them in.
 
         Raises:
             UserError: a file is missing or damaged; the message names it.
         """
-        wanted = set(names)
-        plain = {name: self._plain[name] for name in wanted if name in self._plain}
-        read = self._shards.read(plain.values(), dtype)
-        found = {name: read[stored] for name, stored in plain.items()}
-        del read
+        wanted, found = set(names), dict[str, Tensor]()
+        for dtype in {self._dtypes[name] for name in wanted if name in self._plain}:
+            plain = {name: self._plain[name] for name in wanted if self._dtypes[name] == dtype and name in self._plain}
+            read = self._shards.read(plain.values(), dtype)
+            found |= {name: read[stored] for name, stored in plain.items()}
+            del read
         for group in self._joined:  # one after the other: pieces and what is made of them are in memory together
             if wanted.intersection(group.names):
-                found |= group.made(self._shards.read(group.stored, dtype), self._model)
+                found |= group.made(self._shards.read(group.stored, self._dtypes[group.names[0]]), self._model)
         return found
 
     def stored(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -121,7 +125,7 @@ class Layout:
         if getattr(self._model.config, "quantization_config", None) is not None or self._shards.quantised:
             raise UserError(f"{refused} is quantised, which only transformers itself can undo; {told}")
         for name in [name for name in tied if name in held and tied[name] in held]:
-            if not torch.equal(*(self.read([own], torch.float32)[own] for own in (name, tied[name]))):
+            if not self._shards.equal(self._plain[name], self._plain[tied[name]]):
                 raise UserError(f"{refused} stores {name} with other values than those of {tied[name]}, to which it is tied; {told}")
             del self._plain[name]  # stored twice
         if missing := [name for name in state if name not in held and name not in tied]:
@@ -129,6 +133,12 @@ class Layout:
         for name, shape in self._shapes.items():
             if shape != list(state[name].shape):
                 raise UserError(f"{refused} gives {name} the shape {shape}, and its config.json {list(state[name].shape)}; fetch it again")
+
+
+def _dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Of each tensor of a model, as transformers loads it."""
+    plan = {re.compile(part.replace("*", ".*")): kind for part, kind in model._get_dtype_plan(dtype).items()}
+    return {name: next((kind for part, kind in plan.items() if part.search(name)), tensor.dtype) for name, tensor in model.state_dict().items()}
 
 
 def _converted(converter: WeightConverter, first: str, pieces: Iterable[tuple[str, str, Tensor]], model: Any) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,9 +104,16 @@ def load_model(spec: ModelSpec) -> nn.Module:
         UserError: it cannot be loaded.
     """
     with quiet(), explained(spec.source):
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            spec.source, revision=spec.revision, trust_remote_code=spec.trust_remote_code, dtype=spec.dtype, use_safetensors=True, output_loading_info=True
-        )
+        if Path(spec.source).is_dir():
+            Shards(Path(spec.source))  # what is missing or damaged is named: transformers fails in many ways
+        try:
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                spec.source, revision=spec.revision, trust_remote_code=spec.trust_remote_code, dtype=spec.dtype, use_safetensors=True, output_loading_info=True
+            )
+        except RuntimeError as error:
+            raise UserError(
+                f"model.path={spec.source}: its weights do not fit its config.json ({' '.join(str(error).split())[:300]}); fetch it again"
+            ) from error
         model, told = loaded
         if missing := sorted(told["missing_keys"]):  # transformers would make them up
             raise UserError(f"model.path={spec.source}: its checkpoint has no {missing[0]} ({len(missing)} tensors are missing); fetch it again")
@@ -127,7 +135,7 @@ def load_streamed(spec: ModelSpec) -> tuple[nn.Module, Streamed]:
         model, layout = empty_model(build, shards, spec.device, spec.dtype, spec.roles)
         if (shards.folder / "generation_config.json").is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(shards.folder)
-    return model, Streamed(model, layout, spec.device, spec.dtype, roles=spec.roles)
+    return model, Streamed(model, layout, spec.device, roles=spec.roles)
 
 
 def skeleton(spec: ModelSpec) -> nn.Module:

@@ -50,6 +50,19 @@ class Shards:
         """Of a tensor."""
         return self._shapes[name]
 
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers; neither is read into memory of its own.
+
+        Raises:
+            UserError: as :meth:`read`.
+        """
+        files = [self._files[name] for name in (one, other)]
+        try:
+            with safe_open(self.folder / files[0], framework="pt") as first, safe_open(self.folder / files[1], framework="pt") as second:
+                return torch.equal(first.get_tensor(one), second.get_tensor(other))
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(self.folder, files[0], error) from error
+
     def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
         """Some tensors in memory of their own, floating ones as ``dtype``.
 

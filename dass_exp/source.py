@@ -49,7 +49,6 @@ class Streamed:
         model: as :func:`empty_model` gives it.
         layout: of its checkpoint.
         device: where a block computes.
-        dtype: in which it computes.
         roles: the roles of a family that the table does not know.
         keep: (an attribute too) handed the weights of each block, by full name, when it is closed, before they go.
     """
@@ -59,11 +58,10 @@ class Streamed:
         model: nn.Module,
         layout: Layout,
         device: torch.device,
-        dtype: torch.dtype,
         keep: Callable[[int, Mapping[str, Tensor]], None] = _forget,
         roles: Mapping[str, str] | None = None,
     ) -> None:
-        self._model, self.layout, self._device, self._dtype = model, layout, device, dtype
+        self._model, self.layout, self._device = model, layout, device
         self.keep = keep
         decoder = decoder_of(model, roles)
         self._blocks, self._names = decoder.blocks, decoder.names
@@ -82,7 +80,7 @@ class Streamed:
             return
         found = self._ahead.pop(index, None) or self._read(index)
         for name, tensor in found.result().items():
-            set_module_tensor_to_device(self._model, name, self._device, tensor)
+            set_module_tensor_to_device(self._model, name, self._device, tensor, dtype=tensor.dtype)
         self._open.add(index)
         if index + 1 < len(self._blocks):
             self._ahead[index + 1] = self._read(index + 1)
@@ -100,7 +98,7 @@ class Streamed:
         self._reader.shutdown(cancel_futures=True)
 
     def _read(self, index: int) -> Future[dict[str, Tensor]]:
-        return self._reader.submit(self.layout.read, self._wanted[index], self._dtype)
+        return self._reader.submit(self.layout.read, self._wanted[index])
 
 
 def _trim() -> None:
@@ -129,10 +127,10 @@ def empty_model(
     """
     with init_empty_weights(include_buffers=False):
         model = build().eval()
-    decoder, layout = decoder_of(model, roles), Layout(model, shards)
+    decoder, layout = decoder_of(model, roles), Layout(model, shards, dtype)
     inside = tuple(f"{name}." for name in decoder.names)
-    for name, tensor in layout.read([name for name in layout.names if not name.startswith(inside)], dtype).items():
-        set_module_tensor_to_device(model, name, device, tensor)
+    for name, tensor in layout.read([name for name in layout.names if not name.startswith(inside)]).items():
+        set_module_tensor_to_device(model, name, device, tensor, dtype=tensor.dtype)
     model.tie_weights()
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from dass_exp import assets, tiny
 from dass_exp.digest import folder_digest, manifest_of
@@ -42,10 +44,11 @@ def locate(settings: Any) -> dict[str, Any]:
         return {**_local(Path(path), trust), "identity": f"local:{folder_digest(Path(path))}", "note": note}
     if path.startswith(("/", ".", "~")):
         raise UserError(f"model.path={path}: there is no such folder; give a folder, a hub id such as meta-llama/Llama-2-7b-hf, or {OFFLINE}smollm2_135m")
-    config = read_config(path, settings.revision, trust)
-    if (revision := getattr(config, "_commit_hash", None)) is None:
+    with quiet(), explained(path):
+        revision = extract_commit_hash(str(cached_file(path, "config.json", revision=settings.revision)), None)
+    if revision is None:
         raise UserError(f"model.path={path}: its commit cannot be told, so its results could not be told apart; download it and give the folder")
-    return {"source": path, "revision": revision, "config": config, "identity": f"{path}@{revision}", "note": ""}
+    return {"source": path, "revision": revision, "config": read_config(path, revision, trust), "identity": f"{path}@{revision}", "note": ""}
 
 
 def _local(folder: Path, trust: bool) -> dict[str, Any]:
@@ -110,6 +113,8 @@ def explained(source: str) -> Iterator[None]:
     """Turn what transformers and the hub raise for a model that cannot be had into one line."""
     try:
         yield
+    except SafetensorError as error:
+        raise UserError(f"model.path={source}: one of its files is damaged ({' '.join(str(error).split())}); fetch it again") from error
     except (OSError, ValueError, KeyError, ImportError) as error:
         if isinstance(error, UserError):
             raise

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shutil
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +13,10 @@ import torch
 import transformers
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load, save_file
-from support import compose, settings_of, tiny_fixture  # noqa: F401 - a fixture
+from support import command, compose, settings_of, tiny_fixture  # noqa: F401 - a fixture
 
 from dass_exp import key as key_module
 from dass_exp import models
-from dass_exp.config import ModelConfig
 from dass_exp.key import identity_of, key_of
 from dass_exp.methods.dass import Dass
 from dass_exp.run import Bench, Silent
@@ -255,15 +254,37 @@ def test_changing_the_tokenizer_changes_the_key(tiny, base, tmp_path):
     assert key_with(folder) != base
 
 
-def test_a_hub_model_is_known_by_its_commit(monkeypatch):
-    def config(source, revision, **kwargs):
-        return SimpleNamespace(_commit_hash={"main": "c0ffee", "v1": "c0ffee", "v2": "decade"}[revision], get_text_config=transformers.LlamaConfig)
+@pytest.fixture(name="hub")
+def hub_fixture(tmp_path, tiny):
+    """A hub's cache as its client leaves it: blobs, and a folder of links to them for each commit, of which branches are names."""
+    place = tmp_path / "hub" / "models--some--model"
+    for commit, branch in (("c0ffee" * 6 + "c0ff", "main"), ("decade" * 6 + "deca", "v2")):
+        snapshot = place / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        for file in tiny.iterdir():
+            blob = place / "blobs" / f"{branch}-{file.name}"
+            blob.parent.mkdir(exist_ok=True)
+            shutil.copy(file, blob)
+            (snapshot / file.name).symlink_to(blob)
+        (place / "refs").mkdir(exist_ok=True)
+        (place / "refs" / branch).write_text(commit)
+    return tmp_path
 
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", config)
-    found = {revision: models.identify(ModelConfig(name="x", path="some/model", revision=revision)) for revision in ("main", "v1", "v2")}
-    assert found["main"].identity == found["v1"].identity == "some/model@c0ffee"
-    assert found["v2"].identity != found["v1"].identity
-    assert found["v1"].revision == "c0ffee"  # what is loaded later is what was identified
+
+def test_a_hub_model_is_known_by_its_commit(hub):
+    """In a process of its own: the hub's client looks at the environment when it is imported."""
+    base = [
+        "method=wanda", "eval=ppl_mini", "eval.perplexity.context=32", "eval.perplexity.max_windows=4", "calibration.num_samples=4", "calibration.seq_len=32",
+        "tracker=none", f"results_dir={hub}/results", "model.path=some/model",
+    ]  # fmt: skip
+    for more in ([], ["model.placement=stream", f"save={hub}/saved"], ["model.revision=v2"], ["model.revision=" + "c0ffee" * 6 + "c0ff"]):
+        done = command(*base, *more, folder=hub, HF_HOME=str(hub), HF_HUB_CACHE=str(hub / "hub"))
+        assert done.returncode == 0, done.stderr
+    records = {path.parent.name: json.loads(path.read_text()) for path in hub.glob("results/runs/*/result.json")}
+    models_seen = [record["identity"]["model"] for record in records.values()]
+    assert sorted(models_seen) == 2 * ["some/model@" + "c0ffee" * 6 + "c0ff"] + 2 * ["some/model@" + "decade" * 6 + "deca"]
+    assert (hub / "saved" / "model.safetensors.index.json").is_file()
+    assert "it cannot be loaded" in command(*base[:-1], "model.path=some/other", folder=hub, HF_HOME=str(hub), HF_HUB_CACHE=str(hub / "hub")).stderr
 
 
 def test_the_rule_for_starved_experts_is_in_the_key_of_a_mixture_only(tiny):

@@ -115,8 +115,9 @@ def test_zero_shot_is_left_out_where_the_saved_model_does_not_fit(cell, tmp_path
     assert "tasks" not in record["metrics"]
 
 
-@pytest.mark.parametrize("harm", ["missing", "damaged"])
-def test_a_bad_shard_is_one_line_and_leaves_no_record(cell, tiny, tmp_path, results, harm):
+@pytest.mark.parametrize("placement", ["stream", "resident", "auto"])
+@pytest.mark.parametrize("harm", ["missing", "damaged", "empty", "index", "shape"])
+def test_a_bad_shard_is_one_line_and_leaves_no_record(cell, tiny, tmp_path, results, harm, placement):
     folder = tmp_path / "model"
     transformers.AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(folder, max_shard_size="30KB")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -124,11 +125,17 @@ def test_a_bad_shard_is_one_line_and_leaves_no_record(cell, tiny, tmp_path, resu
     victim = sorted(folder.glob("model-*.safetensors"))[-1]
     if harm == "missing":
         victim.unlink()
+    elif harm in ("damaged", "empty"):
+        victim.write_bytes(victim.read_bytes()[:-5] if harm == "damaged" else b"")
+    elif harm == "index":
+        victim = folder / "model.safetensors.index.json"
+        victim.write_text('{"weight_map": []}')
     else:
-        victim.write_bytes(victim.read_bytes()[:-5])
+        weights = load_file(victim)
+        save_file({name: tensor[:1].contiguous() for name, tensor in weights.items()}, victim, metadata={"format": "pt"})
     with pytest.raises(UserError) as caught:
-        run_with(*[part for part in cell if not part.startswith("model.path")], f"model.path={folder}", STREAM, f"save={tmp_path}/saved")
-    assert contains(str(caught.value), [victim.name, "fetch it again"])
+        run_with(*[part for part in cell if not part.startswith("model.p")], f"model.path={folder}", f"model.placement={placement}", f"save={tmp_path}/saved")
+    assert contains(str(caught.value), [victim.name if harm != "shape" else str(folder), "fetch it again"])
     assert not list(results.glob("runs/*/result.json"))
     assert not (tmp_path / "saved").exists()
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from dass_exp.api import method_of
 from dass_exp.calibrate import Options, prune_model
@@ -46,7 +47,7 @@ def test_weights_are_identical_and_both_perplexities_are_those_of_the_models(fam
 
     model, layout = opened(folder)
     found: dict[str, torch.Tensor] = {}
-    source = Streamed(model, layout, CPU, torch.float32, lambda index, weights: found.update(copy.deepcopy(dict(weights))))
+    source = Streamed(model, layout, CPU, lambda index, weights: found.update(copy.deepcopy(dict(weights))))
     beside = Alongside(model, windows, 2)
     done = []
     options = Options("all", 2, source=source, before=beside.before, on_block=lambda report: done.append(beside.after(len(done))))
@@ -63,7 +64,7 @@ def test_two_blocks_are_in_memory_at_most(tiny_model, tokens, tmp_path):
     folder = saved(tiny_model("llama", num_hidden_layers=6), tmp_path / "model")
     model, layout = opened(folder)
     blocks, seen = model.model.layers, []
-    source = Streamed(model, layout, CPU, torch.float32)
+    source = Streamed(model, layout, CPU)
 
     def note(index):
         seen.append([number for number, block in enumerate(blocks) if not next(block.parameters()).is_meta])
@@ -121,7 +122,7 @@ def test_a_shard_that_goes_bad_on_the_way_is_named(tiny_model, tokens, tmp_path)
     last = Shards(folder)._files["model.layers.1.mlp.down_proj.weight"]
     (folder / last).write_bytes(b"nothing")
     with pytest.raises(UserError, match=f"{last} is damaged"):
-        prune_model(model, tokens, method_of("wanda"), NM(2, 4), Options("mlp", source=Streamed(model, layout, CPU, torch.float32)))
+        prune_model(model, tokens, method_of("wanda"), NM(2, 4), Options("mlp", source=Streamed(model, layout, CPU)))
 
 
 def test_a_checkpoint_without_the_prefix_of_the_model_is_read(tiny_model, tokens, tmp_path):
@@ -131,10 +132,36 @@ def test_a_checkpoint_without_the_prefix_of_the_model_is_read(tiny_model, tokens
     weights = {name.removeprefix("transformer."): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     streamed, layout = opened(folder)
-    source = Streamed(streamed, layout, CPU, torch.float32)
+    source = Streamed(streamed, layout, CPU)
     beside = Alongside(streamed, tokens, 5)
     for index in range(2):
         source.open(index)
         beside.before(index)
         source.close(index)
     assert beside.dense().window_nll == pytest.approx(perplexity(model, tokens, 5).window_nll, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_a_model_keeps_in_float32_stays_so(dtype, tiny_model, tmp_path, monkeypatch):
+    folder = saved(tiny_model("llama"), tmp_path / "model")
+    monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", ["input_layernorm", "model.norm"])
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model, layout = opened(folder, dtype)
+    source, found = Streamed(model, layout, CPU), dict(model.state_dict())
+    for index in range(2):
+        source.open(index)
+        found |= {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
+        source.close(index)
+    source.stop()
+    assert {tensor.dtype for tensor in found.values()} == {dtype, torch.float32}
+    for name, tensor in expected.state_dict().items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor)
+
+
+def test_tensors_of_two_files_are_compared(tiny_model, tmp_path):
+    shards = Shards(saved(tiny_model("llama"), tmp_path / "model", max_shard_size="8KB"))
+    name, other = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
+    assert shards._files[name] != shards._files[other]
+    assert shards.equal(name, name)
+    assert not shards.equal(name, other)
