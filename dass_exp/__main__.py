@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from dass_exp import workers
-from dass_exp.bench import Shelf, shelf_of_process
+from dass_exp.bench import shelf_of_process
 from dass_exp.components import admitted_packages
 from dass_exp.config import register, validate
 from dass_exp.errors import NumericalError, UserError
@@ -58,7 +58,7 @@ def _cell(composed: DictConfig) -> None:
             raise UserError(f"{launchers[0]}: a launcher runs the cells of a sweep, and this is one run; leave it out, or add -m or sweeps=NAME")
         settings = validate(composed, _ADMITTED)
         if settings.config.plan:
-            _planned(plan(settings, shelf or Shelf()), context.runtime.output_dir, overrides, alone=shelf is None)
+            _planned(plan(settings, shelf), context.runtime.output_dir, overrides, alone=shelf is None)
             return
         outcome = run(settings, Watch(), shelf)
     except Exception as error:

@@ -9,7 +9,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -84,11 +83,6 @@ def shelf_of_process() -> Shelf:
     return Shelf()
 
 
-def _small(folder: Path, device: torch.device) -> bool:
-    """Whether a model is so far from filling the memory that nothing need be computed."""
-    return 16 * sum(file.stat().st_size for file in folder.glob("*.safetensors")) < available(device)
-
-
 def _placed(spec: models.ModelSpec) -> tuple[str, str, str]:
     return spec.identity, spec.dtype_name, str(spec.device)
 
@@ -126,6 +120,11 @@ class Bench:
         return model
 
     @cached_property
+    def skeleton(self) -> nn.Module:
+        """The model's modules and shapes, on the meta device."""
+        return models.skeleton(self.spec)
+
+    @cached_property
     def needs(self) -> Needs:
         """What the run needs of memory."""
         settings, scored = self.settings, self.settings.config.eval.perplexity
@@ -136,9 +135,8 @@ class Bench:
             config.calibration.cache, self.shelf is not None,
         )  # fmt: skip
         calibration = (settings.cut.num_samples, settings.cut.seq_len) if stat else (0, 0)
-        model = models.skeleton(self.spec)
         windows = (len(self.windows.ids), scored.context) if scored is not None and self.windows is not None else (0, 0)
-        return needs(decoder_of(model, self.spec.roles), model, calibration, windows, work)
+        return needs(decoder_of(self.skeleton, self.spec.roles), self.skeleton, calibration, windows, work)
 
     @cached_property
     def streams(self) -> bool:
@@ -147,15 +145,16 @@ class Bench:
         Raises:
             UserError: the run fits in memory in no way.
         """
+        asked, there = self.settings.config.model.placement, 0
         if self.shelf is not None:
-            if self.shelf.model(self.spec) is not None:
-                return False
-            self.shelf.clear()  # the model before this one must not count as memory that is taken
-        asked, source = self.settings.config.model.placement, Path(self.spec.source)
-        if asked == "resident" or (asked == "auto" and source.is_dir() and _small(source, self.spec.device)):
-            return False
-        placement, why = placed(asked, self.needs, available(self.spec.device))
+            if asked != "stream" and self.shelf.model(self.spec) is not None:
+                there = self.needs.model
+            else:
+                self.shelf.clear()  # the model before this one must not count as memory that is taken
+        placement, why = placed(asked, self.needs, available(self.spec.device) + there)
         if placement == "stream":
+            if self.shelf is not None:
+                self.shelf.clear()
             log.log(logging.WARNING if asked == "auto" else logging.INFO, "model.placement=%s: %s", asked, why)
         return placement == "stream"
 
@@ -193,7 +192,7 @@ class Bench:
             if limit is not None and length > limit:
                 raise UserError(f"{setting}={length}: model {self.spec.name} has {limit} positions; choose at most that")
         if settings.method.uses:
-            check_shapes(decoder_of(models.skeleton(self.spec), self.spec.roles), settings.method, settings.pattern, settings.config.scope)
+            check_shapes(decoder_of(self.skeleton, self.spec.roles), settings.method, settings.pattern, settings.config.scope)
         _ = self.windows
         if settings.method.stat:
             _ = self.calibration

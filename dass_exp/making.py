@@ -70,7 +70,7 @@ def walk(settings: Settings, bench: Bench, key: str) -> Done:
     if growing is not None and growing.placed(key):
         growing = None  # an earlier run was killed when its checkpoint was in place and its record was not
     if growing is not None:
-        check_room(growing.folder, _bytes(models.skeleton(bench.spec), bench) - growing.written)
+        check_room(growing.folder, _bytes(bench.skeleton, bench) - growing.written)
     walked = pruning.walk(settings, bench, scratch, growing)
     pruned = walked.pruned
     if growing is not None:

@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from dass_exp.decoder import Decoder
+from dass_exp.decoder import Decoder, Site
 from dass_exp.errors import UserError
 from dass_exp.evaluate.head import LOGITS
 from dass_exp.stats import Gram, Stat
 
 _SHARE = 0.9  # of the free memory that a model may take before it is read block by block
-_LIMITS = {  # files of a control group, and its line in memory.stat, by the controllers that /proc/self/cgroup names: none in version 2
-    "": ("memory.max", "memory.current", "inactive_file"),
-    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-}
+_FILES = (  # of a control group, version 2 and version 1: what is used, lines of memory.stat for what is only cached, limits
+    ("memory.current", ("inactive_file", "active_file"), ("memory.max", "memory.high")),
+    ("memory.usage_in_bytes", ("total_inactive_file", "total_active_file"), ("memory.limit_in_bytes",)),
+)
 BASE = 700_000_000  # bytes of the interpreter, torch and transformers themselves
 
 
@@ -82,15 +82,9 @@ def needs(decoder: Decoder, model: Any, calibration: tuple[int, int], windows: t
     blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in decoder.blocks]
     whole = sum(parameter.numel() for parameter in model.parameters())
     features = int(config.hidden_size)
-    sites = [site for index in range(len(decoder.blocks)) for site in decoder.sites(index, work.scope)] if work.scope else []
-    widest = max((site.matrix.out_features * site.matrix.in_features for site in sites), default=0)
-    inputs = {site.source: site.matrix.in_features for site in sites}
-    solver = 10 * widest  # scores in float32, their comparison, the mask
+    sites = [list(decoder.sites(index, work.scope)) if work.scope else [] for index in range(len(decoder.blocks))]
+    scope = [sum(site.matrix.out_features * site.matrix.in_features for site in block) for block in sites]
     waiting = work.cache == "device" or (work.cache == "cpu" and work.device.type == "cpu")
-    if work.stat is not None and issubclass(work.stat, Gram):
-        solver += 4 * sum(size**2 for size in inputs.values()) + 8 * max(inputs.values(), default=0) ** 2
-    inside = max((site.matrix.out_features for site in sites), default=features)
-    longest = max(work.batch_size * calibration[1], work.scoring_batch_size * windows[1])
     return Needs(
         model=whole * width,
         block=max(blocks) * width,
@@ -98,10 +92,32 @@ def needs(decoder: Decoder, model: Any, calibration: tuple[int, int], windows: t
         outside=(whole - sum(blocks)) * width,
         activations=3 * waiting * calibration[0] * calibration[1] * features * width,
         windows=2 * waiting * windows[0] * windows[1] * features * width,
-        solver=solver,
-        batch=longest * (4 * inside + 8 * features) * width + 8 * LOGITS,
-        copy=work.shared * sum(site.matrix.out_features * site.matrix.in_features for site in sites) * width,
+        solver=max(_solver(block, work) for block in sites) + max(scope),
+        batch=max(_batch(decoder, work, *shape) for shape in ((work.batch_size, calibration[1]), (work.scoring_batch_size, windows[1]))) + 8 * LOGITS,
+        copy=work.shared * sum(scope) * width,
     )
+
+
+def _solver(sites: list[Site], work: Work) -> int:
+    """What pruning one block takes: the scores of a matrix in float32, their comparison and its mask; the Gram matrix of each input, and two more while
+    the largest is factorised.
+    """
+    inputs = {site.source: site.matrix.in_features for site in sites}
+    found = 10 * max((site.matrix.out_features * site.matrix.in_features for site in sites), default=0)
+    if work.stat is not None and issubclass(work.stat, Gram):
+        found += 4 * sum(size**2 for size in inputs.values()) + 8 * max(inputs.values(), default=0) ** 2
+    return found
+
+
+def _batch(decoder: Decoder, work: Work, sequences: int, length: int) -> int:
+    """What a batch takes inside a block: hidden states, those inside the MLP, and the scores of an attention that is computed by plain products."""
+    config, width = decoder.config, work.dtype.itemsize
+    inside = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    if decoder.family.experts is not None:
+        inside = 2 * max(inside, getattr(config, "moe_intermediate_size", 0)) * config.num_experts_per_tok
+    plain = config._attn_implementation == "eager"
+    scores = plain * config.num_attention_heads * length * (4 + 3 * width)  # a softmax in float32, and copies in the model's own dtype
+    return int(sequences * length * ((4 * inside + 8 * config.hidden_size) * width + scores))
 
 
 @dataclass(frozen=True)
@@ -144,20 +160,21 @@ def available(device: torch.device, system: Path = Path("/")) -> int:
     with suppress(OSError):
         for line in (system / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers in _LIMITS:
-                group = Path(path.lstrip("/"))
-                free += [_left(system / "sys/fs/cgroup" / controllers / part, *_LIMITS[controllers]) for part in (group, *group.parents)]
+            if not controllers or "memory" in controllers.split(","):
+                group, files = Path(path.lstrip("/")), _FILES[bool(controllers)]
+                free += [_left(system / "sys/fs/cgroup" / controllers / part, *files) for part in (group, *group.parents)]
     return min(free)
 
 
-def _left(group: Path, limit: str, usage: str, cache: str) -> int:
+def _left(group: Path, usage: str, caches: tuple[str, ...], limits: tuple[str, ...]) -> int:
     """Bytes that a control group may still take, and with it all groups below it; what it only caches from the disk is free."""
     try:
-        most, taken = ((group / name).read_text(encoding="ascii").strip() for name in (limit, usage))
-        cached = next(int(line.split()[1]) for line in (group / "memory.stat").read_text(encoding="ascii").splitlines() if line.startswith(f"{cache} "))
-    except (OSError, StopIteration, ValueError):
+        most = [text for name in limits if (text := (group / name).read_text(encoding="ascii").strip()) != "max"]
+        taken = int((group / usage).read_text(encoding="ascii"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines() if line)
+        return min((int(text) - taken + sum(int(stat[cache]) for cache in caches) for text in most), default=1 << 62)
+    except (OSError, KeyError, ValueError):
         return 1 << 62
-    return 1 << 62 if most == "max" else int(most) - int(taken) + cached
 
 
 def placed(asked: str, needs: Needs, free: int) -> tuple[str, str]:
@@ -178,5 +195,5 @@ def placed(asked: str, needs: Needs, free: int) -> tuple[str, str]:
             f"model.placement={asked}: this run needs {told} ({needs.told()}); take fewer or shorter sequences, a smaller batch, calibration.cache=disk, "
             "model.dtype=bfloat16, or a larger machine"
         )
-    streams = asked == "stream" or (asked == "auto" and needs.resident > _SHARE * free)
+    streams = asked == "stream" or (asked == "auto" and needs.resident > _SHARE * free and needs.streamed <= free)
     return ("stream", f"the model is read block by block: {told} ({needs.told()})") if streams else ("resident", told)

@@ -52,6 +52,9 @@ class Stat(ABC):
     def level(self) -> None:
         """Forget what was seen, and take every input feature for equally important and independent of the others."""
 
+    def release(self) -> None:  # noqa: B027 - most make nothing
+        """Let go of what was made from the sum; it is made again when it is asked for."""
+
     @abstractmethod
     def check(self, name: str) -> None:
         """Raise a NumericalError that names the linear ``name`` if the sum is not finite."""
@@ -162,6 +165,9 @@ class Gram(Stat):
 
     def level(self) -> None:
         self.upper.zero_().fill_diagonal_(1)
+        self.release()
+
+    def release(self) -> None:
         self._factors.clear()
 
     def check(self, name: str) -> None:

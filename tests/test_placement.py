@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -14,6 +15,7 @@ from support import cell_fixture, contains, results_fixture, run_with, save_tiny
 import dass_exp
 from dass_exp import checkpoint, memory
 from dass_exp.bench import Bench, Shelf
+from dass_exp.decoder import decoder_of
 from dass_exp.errors import UserError
 from dass_exp.memory import Needs, placed
 from dass_exp.models import load_model
@@ -231,13 +233,25 @@ def test_sizes_add_up():
 
 @pytest.mark.parametrize(
     ("asked", "free", "expected"),
-    [("auto", 20e9, "resident"), ("auto", 11e9, "stream"), ("auto", 3e9, "stream"), ("resident", 11e9, "resident"), ("stream", 1e12, "stream")],
+    [
+        ("auto", 20e9, "resident"),
+        ("auto", 11e9, "stream"),
+        ("auto", 3e9, "stream"),
+       
+        ("resident", 11e9, "resident"),
+        ("stream", 1e12, "stream"),
+    ],
 )
 def test_a_model_goes_where_it_fits(asked, free, expected):
     placement, why = placed(asked, NEEDS, int(free))
     assert placement == expected
     assert contains(why, ["10.7 GB with the whole model in memory, 2.0 GB block by block"])
     assert ("the model is read block by block: " in why and "block 0.50" in why) == (expected == "stream")
+
+
+def test_what_fits_whole_and_not_block_by_block_is_loaded():
+    many = dataclasses.replace(NEEDS, windows=20_000_000_000)
+    assert placed("auto", many, many.resident + 10)[0] == "resident"
 
 
 @pytest.mark.parametrize(("asked", "free"), [("auto", 1e9), ("resident", 5e9), ("stream", 1.5e9)])
@@ -248,9 +262,9 @@ def test_what_cannot_fit_is_told_with_the_numbers(asked, free):
 
 
 def test_auto_streams_where_memory_is_short(cell, monkeypatch, caplog):
+    cell = [*without_eval(cell), "eval=none"]  # whose windows take more than this model
     whole = Bench(settings_of(*cell), Silent()).needs
     monkeypatch.setattr("dass_exp.bench.available", lambda device: whole.resident + 10)
-    monkeypatch.setattr("dass_exp.bench._small", lambda folder, device: False)
     assert Bench(settings_of(*cell), Silent()).streams
     assert contains(caplog.records[-1].getMessage(), ["model.placement=auto: the model is read block by block", "GB are free"])
 
@@ -278,7 +292,11 @@ def test_a_mixture_is_there_twice_while_its_experts_are_joined(cell, mixture):
     assert found.ahead == 2 * found.block
 
 
-FILES = {"": ("max", "current", "inactive_file"), "memory": ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")}
+FILES = {
+    "": ("max", "current", "inactive_file"),
+    "memory": ("limit_in_bytes", "usage_in_bytes", "total_inactive_file"),
+    "cpu,memory": ("limit_in_bytes", "usage_in_bytes", "total_inactive_file"),
+}
 
 
 def system(folder, free, groups, version):
@@ -290,8 +308,9 @@ def system(folder, free, groups, version):
     for name, most, taken, cached in groups:
         place = place / name
         place.mkdir(parents=True, exist_ok=True)
-        for file, content in ((limit, most), (usage, taken), ("stat", f"anon 5\n{cache} {cached}\n")):
-            (place / f"memory.{file}").write_text(f"{content}\n")
+        content = f"anon 5\n{cache} {cached - cached // 3}\n{cache.replace('inactive', 'active')} {cached // 3}\n"
+        for file, text in ((limit, most), (usage, taken), ("stat", content), *([("high", "max")] if not version else [])):
+            (place / f"memory.{file}").write_text(f"{text}\n")
     (folder / "proc/self/cgroup").write_text(f"9:cpuset:/elsewhere\n4:{version}:/{place.relative_to(root)}\n")
     return folder
 
@@ -313,9 +332,52 @@ def test_a_batch_system_may_leave_less_than_the_machine_has(tmp_path, groups, ex
     assert memory.available(torch.device("cpu"), system(tmp_path, 1 << 30, groups, version)) == expected
 
 
+def test_a_limit_that_throttles_counts_too(tmp_path):
+    folder = system(tmp_path, 1 << 30, [("job", "max", 300, 0)], "")
+    (folder / "sys/fs/cgroup/job/memory.high").write_text("800\n")
+    assert memory.available(torch.device("cpu"), folder) == 500
+
+
 def test_where_nobody_says_how_much_is_free_the_user_decides(tmp_path):
     assert memory.available(torch.device("cpu"), tmp_path) == 1 << 62
     assert 0 < memory.available(torch.device("cpu")) < 1 << 60
+
+
+@pytest.mark.parametrize("placement", ["auto", "resident", "stream"])
+def test_what_cannot_fit_is_not_begun(cell, results, placement, monkeypatch):
+    monkeypatch.setattr("dass_exp.bench.available", lambda device: 1000)
+    with pytest.raises(UserError, match=f"model.placement={placement}: this run needs"):
+        run_with(*cell, f"model.placement={placement}")
+    assert not list(results.glob("runs/*/result.json"))
+
+
+def test_a_model_that_a_sweep_holds_counts_as_memory_at_hand_and_goes_where_another_is_wanted(cell, monkeypatch):
+    shelf, cell = Shelf(), [*without_eval(cell), "eval=none"]
+    first = Bench(settings_of(*cell), Silent(), shelf)
+    assert first.model is not None
+    settings = settings_of(*cell, "method=sparsegpt")
+    wanted = Bench(settings, Silent(), shelf).needs
+    monkeypatch.setattr("dass_exp.memory._SHARE", 1.0)
+    monkeypatch.setattr("dass_exp.bench.available", lambda device: wanted.resident - wanted.model)
+    assert not Bench(settings, Silent(), shelf).streams
+    monkeypatch.setattr("dass_exp.bench.available", lambda device: wanted.resident - wanted.model - 1)
+    assert Bench(settings, Silent(), shelf).streams
+    assert shelf.model(first.spec) is None
+    shelf.put(first.spec, first.model)
+    monkeypatch.setattr("dass_exp.bench.available", lambda device: wanted.resident)
+    assert Bench(settings_of(*cell, STREAM), Silent(), shelf).streams
+    assert shelf.model(first.spec) is None
+
+
+def test_attention_by_plain_products_keeps_scores(cell, tmp_path):
+    config = tiny_config(hidden_size=32)
+    sizes = {}
+    for implementation in ("eager", "sdpa"):
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+        work = memory.Work(None, None, 1, 2, torch.bfloat16, torch.device("cpu"))
+        sizes[implementation] = memory.needs(decoder_of(model), model, (0, 0), (4, 100), work).batch
+    assert sizes["eager"] - sizes["sdpa"] == 2 * 4 * 100 * 100 * (4 + 3 * 2)
 
 
 def test_the_sizes_are_printed_before_a_streamed_run(cell, caplog):

@@ -157,10 +157,12 @@ class Pruner(ABC):
             NumericalError: a score or weight is not finite; the message names the linear.
         """
         cuts = {}
-        for linear in block.linears:
+        for number, linear in enumerate(block.linears):
             start = time.perf_counter()
             cuts[linear.name] = self.prune_linear(linear, block, pattern)
             cuts[linear.name].seconds = time.perf_counter() - start
+            if self.stat is not None and all(other.stat is not linear.stat for other in block.linears[number + 1 :]):
+                linear.stat.release()
         return cuts
 
     @abstractmethod
