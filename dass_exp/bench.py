@@ -132,7 +132,7 @@ class Bench:
         config = settings.config
         work = Work(
             config.scope if settings.method.uses else None, stat, config.calibration.batch_size, config.eval.batch_size, self.spec.dtype, self.spec.device,
-            config.calibration.cache, self.shelf is not None,
+            config.calibration.cache, self.shelf is not None, config.checkpoint is not False,
         )  # fmt: skip
         calibration = (settings.cut.num_samples, settings.cut.seq_len) if stat else (0, 0)
         windows = (len(self.windows.ids), scored.context) if scored is not None and self.windows is not None else (0, 0)

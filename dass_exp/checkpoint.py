@@ -11,6 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.dynamic_module_utils import custom_object_save
 
 from dass_exp.digest import MANIFEST, manifest_of
 from dass_exp.errors import UserError
@@ -20,6 +21,7 @@ from dass_exp.record import write_json
 from dass_exp.shards import INDEX
 from dass_exp.tensorfile import as_os_error, sync, write_tensors
 
+BEFORE = "before"  # beside a checkpoint that is made: the one that it replaces
 _SPARE = 1 << 28  # bytes that must stay free beside the weights: tokenizer, masks, and room for other programs
 
 
@@ -29,7 +31,7 @@ def is_saved(folder: str | Path, key: str) -> bool:
     Raises:
         UserError: something else lies there.
     """
-    place = _place(folder)
+    place = place_of(folder)
     if place.is_mount():
         raise UserError(f"save={folder}: it is a mount point, which cannot be renamed into; name a folder inside it")
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):
@@ -55,6 +57,7 @@ def writing(folder: str | Path | None) -> Iterator[None]:
     try:
         with FileLock(lock, timeout=0):
             try:
+                _put_back(place_of(folder), scratch_of(folder) / BEFORE)
                 yield
             finally:
                 with suppress(OSError):
@@ -69,7 +72,7 @@ def check_room(folder: str | Path, size: int) -> None:
     Raises:
         UserError: they do not.
     """
-    place = _place(folder)
+    place = place_of(folder)
     there = next(parent for parent in (place, *place.parents) if parent.exists())
     needed, free = size + _SPARE, shutil.disk_usage(there).free
     if needed > free:
@@ -91,7 +94,7 @@ def save_checkpoint(folder: str | Path, model: Any, tokenizer: Any, masks: Mappi
     Raises:
         OSError: the disk is full, or the folder cannot be written to; nothing is left behind.
     """
-    place = _place(folder)
+    place = place_of(folder)
     made = scratch_of(folder) / "made"
     shutil.rmtree(made, ignore_errors=True)  # of a run that was killed
     made.mkdir(parents=True)
@@ -99,7 +102,7 @@ def save_checkpoint(folder: str | Path, model: Any, tokenizer: Any, masks: Mappi
         with as_os_error(place):
             model.save_pretrained(made)
             tokenizer.save_pretrained(made)
-        return _put_in_place(made, place, masks, manifest)
+        return _put_inplace_of(made, place, masks, manifest)
     finally:
         shutil.rmtree(made, ignore_errors=True)
         with suppress(OSError):
@@ -172,11 +175,15 @@ class Growing:
         """
         self._write(1, {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta})
         write_json(self._made / INDEX, {"metadata": {"total_size": self._bytes}, "weight_map": self._files})
-        model.config.save_pretrained(self._made)
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(self._made)
-        tokenizer.save_pretrained(self._made)
-        return _put_in_place(self._made, _place(self.folder), masks, manifest)
+        model.config.architectures = [type(model).__name__]
+        with as_os_error(self._made):
+            if model._auto_class is not None:
+                custom_object_save(model, self._made, config=model.config)
+            model.config.save_pretrained(self._made)
+            if getattr(model, "generation_config", None) is not None:
+                model.generation_config.save_pretrained(self._made)
+            tokenizer.save_pretrained(self._made)
+        return _put_inplace_of(self._made, place_of(self.folder), masks, manifest)
 
     def _name(self, number: int) -> str:
         return f"model-{number:05d}-of-{self._blocks + 1:05d}.safetensors"
@@ -192,28 +199,40 @@ class Growing:
         self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _place(folder: str | Path) -> Path:
+def place_of(folder: str | Path) -> Path:
     """Where a folder really lies: a link is followed, so that the disk behind it is the one that is filled."""
     return Path(folder).expanduser().resolve()
 
 
 def scratch_of(folder: str | Path) -> Path:
     """Where a checkpoint grows: beside its place, so that it can be renamed into it."""
-    place = _place(folder)
+    place = place_of(folder)
     return place.with_name(f".{place.name}.partial")
 
 
-def _put_in_place(made: Path, place: Path, masks: Mapping[str, PackedMask], manifest: Mapping[str, Any]) -> Path:
+def _put_inplace_of(made: Path, place: Path, masks: Mapping[str, PackedMask], manifest: Mapping[str, Any]) -> Path:
     """Add masks and manifest, sync, rename; a checkpoint that was there before goes."""
     write_masks(masks, made / MASKS)
     for path in (path for path in made.rglob("*") if path.is_file()):
         path.chmod(0o644)  # safetensors makes files that only their owner can read
         sync(path)
     write_json(made / MANIFEST, {"schema": 1, **manifest})
-    before = made.with_name("before")
+    is_saved(place, manifest["key"])  # whatever else has come to lie there meanwhile is not ours
+    before = made.with_name(BEFORE)
     shutil.rmtree(before, ignore_errors=True)
     if place.exists():
         place.rename(before)
-    made.rename(place)
+    try:
+        made.rename(place)
+    finally:
+        _put_back(place, before)
+    with suppress(OSError):
+        sync(place.parent)
     shutil.rmtree(before, ignore_errors=True)
     return place
+
+
+def _put_back(place: Path, before: Path) -> None:
+    """The checkpoint that was to be replaced is there again, if nothing has taken its place."""
+    if before.exists() and not place.exists():
+        before.rename(place)

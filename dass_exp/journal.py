@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from dass_exp.blockreport import BlockReport
 from dass_exp.capture import Batch, put
+from dass_exp.errors import UserError
 from dass_exp.evaluate.alongside import Alongside
-from dass_exp.maskfile import PackedMask, read_packed, write_masks
+from dass_exp.maskfile import PackedMask, mask_names, read_packed, write_masks
 from dass_exp.masks import Pattern
 from dass_exp.progress import Step, load_step, save_step
 from dass_exp.tensorfile import write_tensors
@@ -76,6 +78,9 @@ class Journal:
             self.layers += [Layer(**layer) for layer in self._step.told["layers"]]
             self.starved += self._step.told["starved"]
             self._spent = self._step.told["seconds"]
+        for index in range(self.blocks if self.keeps.masks else 0):
+            with self._explained(self._masks(index)):
+                mask_names(self._masks(index))  # a damaged file is found before the work, not behind it
         self._written = self.blocks
 
     @property
@@ -110,7 +115,8 @@ class Journal:
         if self.beside is not None:
             self.beside.hidden = self._step.hidden
         for index, block in enumerate(self.keeps.blocks[: self.blocks]):
-            block.load_state_dict(load_file(self._weights(index)))
+            with self._explained(self._weights(index)):
+                block.load_state_dict(load_file(self._weights(index)))
         self._step.hidden.clear()
         log.info("going on behind block %d of an interrupted run", self.blocks - 1)
         return self.blocks
@@ -141,7 +147,18 @@ class Journal:
         """Of all blocks, by linear, mapped from their files; None where they are not kept."""
         if not self.keeps.masks:
             return None
-        return {name: mask for index in range(self._written) for name, mask in read_packed(self._masks(index)).items()}
+        found: dict[str, PackedMask] = {}
+        for index in range(self._written):
+            with self._explained(self._masks(index)):
+                found |= read_packed(self._masks(index))
+        return found
+
+    @contextmanager
+    def _explained(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError, RuntimeError, UserError) as error:
+            raise UserError(f"{path} is missing or damaged, and the run that wrote it cannot go on; remove {self.folder} to begin again") from error
 
     def _masks(self, index: int) -> Path:
         return self.folder / f"masks-{index:05d}.safetensors"

@@ -10,7 +10,7 @@ from typing import Any
 
 from dass_exp import models, pruning
 from dass_exp.bench import Bench
-from dass_exp.checkpoint import Growing, check_room, is_saved, save_checkpoint, scratch_of
+from dass_exp.checkpoint import Growing, check_room, is_saved, place_of, save_checkpoint, scratch_of
 from dass_exp.config import Settings
 from dass_exp.evaluate.perplexity import Perplexity, perplexity
 from dass_exp.evaluate.zeroshot import Options as ZeroShotOptions
@@ -49,7 +49,7 @@ def make(settings: Settings, bench: Bench, key: str) -> Done:
     config, memory = settings.config, PeakMemory()
     with bench.borrowed(config.scope if settings.method.uses else None) as model:
         if config.save is not None:
-            check_room(config.save, _bytes(model, bench))
+            check_room(config.save, _bytes(model, bench) + bench.needs.disk)
         size = sum(parameter.numel() for parameter in model.parameters())
         pruned = prune_in_memory(settings, bench, scratch_folder(settings, key)) if settings.method.uses else Pruned()
         if config.save is not None:
@@ -70,17 +70,17 @@ def walk(settings: Settings, bench: Bench, key: str) -> Done:
     if growing is not None and growing.placed(key):
         growing = None  # an earlier run was killed when its checkpoint was in place and its record was not
     if growing is not None:
-        check_room(growing.folder, _bytes(bench.skeleton, bench) - growing.written)
+        check_room(growing.folder, _bytes(bench.skeleton, bench) + bench.needs.disk - growing.written)
     walked = pruning.walk(settings, bench, scratch, growing)
     pruned = walked.pruned
     if growing is not None:
         growing.finish(walked.model, bench.tokenizer, pruned.masks or {}, manifest(key, settings, bench.spec, bench.bos, pruned.layers))
     sizes, uses = (walked.size, walked.decoder_size), settings.method.uses
     tasks, scoring_s = None, walked.seconds["pruned" if uses else "dense"]
-    if config.eval.zeroshot is not None:
+    if config.eval.zeroshot is not None and config.save is not None:
         walked.model.to("meta")
         start = time.perf_counter()
-        tasks = _tasks(settings, bench, models.load_model(dataclasses.replace(bench.spec, source=str(config.save), revision=None)))
+        tasks = _tasks(settings, bench, models.load_model(dataclasses.replace(bench.spec, source=str(place_of(config.save)), revision=None)))
         scoring_s += time.perf_counter() - start
     cost = {"load_s": 0.0, "prune_s": pruned.seconds, "eval_s": scoring_s, **memory.read()}
     made = _told(settings, bench, pruned, walked.scored if uses else walked.dense, tasks, sizes, cost)

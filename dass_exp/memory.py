@@ -36,6 +36,7 @@ class Needs:
         solver: statistics, factors and masks of one block.
         batch: what one batch needs inside a block, and the logits that are held at once.
         copy: of the weights in the scope, from which a sweep gives the shared model back dense.
+        disk: not of memory: activations that wait on the disk, masks, and the state of a run that can go on, twice while it is replaced.
     """
 
     model: int
@@ -47,6 +48,7 @@ class Needs:
     solver: int
     batch: int
     copy: int = 0
+    disk: int = 0
 
     @property
     def resident(self) -> int:
@@ -84,17 +86,19 @@ def needs(decoder: Decoder, model: Any, calibration: tuple[int, int], windows: t
     features = int(config.hidden_size)
     sites = [list(decoder.sites(index, work.scope)) if work.scope else [] for index in range(len(decoder.blocks))]
     scope = [sum(site.matrix.out_features * site.matrix.in_features for site in block) for block in sites]
+    tokens = features * width * calibration[0] * calibration[1], features * width * windows[0] * windows[1]
     waiting = work.cache == "device" or (work.cache == "cpu" and work.device.type == "cpu")
     return Needs(
         model=whole * width,
         block=max(blocks) * width,
         ahead=(1 if decoder.family.experts is None else 2) * max(blocks) * width,
         outside=(whole - sum(blocks)) * width,
-        activations=3 * waiting * calibration[0] * calibration[1] * features * width,
-        windows=2 * waiting * windows[0] * windows[1] * features * width,
+        activations=3 * waiting * tokens[0],
+        windows=2 * waiting * tokens[1],
         solver=max(_solver(block, work) for block in sites) + max(scope),
         batch=max(_batch(decoder, work, *shape) for shape in ((work.batch_size, calibration[1]), (work.scoring_batch_size, windows[1]))) + 8 * LOGITS,
         copy=work.shared * sum(scope) * width,
+        disk=(work.cache == "disk") * (3 * tokens[0] + 2 * tokens[1]) + sum(scope) // 8 + 2 * work.kept * (tokens[0] + 2 * tokens[1]),
     )
 
 
@@ -132,6 +136,7 @@ class Work:
         dtype, device: in which and where the model computes.
         cache: where activations wait: ``device``, ``cpu`` or ``disk``.
         shared: whether other runs use the same model afterwards.
+        kept: whether the state behind each block is kept.
     """
 
     scope: str | None
@@ -142,6 +147,7 @@ class Work:
     device: torch.device
     cache: str = "device"
     shared: bool = False
+    kept: bool = False
 
 
 def available(device: torch.device, system: Path = Path("/")) -> int:

@@ -12,6 +12,7 @@ from dass_exp.errors import UserError
 from dass_exp.key import key_of
 from dass_exp.making import finished
 from dass_exp.record import Record, Store
+from dass_exp.settled import settled
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,15 @@ def plan(settings: Settings, shelf: Shelf | None = None) -> Plan:
         if settings.config.model.parameters is None:
             raise
         return Plan("", done=False, seconds=None, basis=f"the model is not at hand: {error}", needs=wanted)
+    settings = bench.settings = settled(settings, bench)
     bench.check(settings)
-    how = "it is read block by block" if bench.streams else "it is loaded whole"
-    sizes = f"{bench.needs.resident / 1e9:.1f} GB with the model in memory, {bench.needs.streamed / 1e9:.1f} GB block by block ({bench.needs.told()})"
-    memory = f"this run: {sizes}; {how}"
-    wanted = f"{wanted}; {memory}" if wanted else memory
     store = Store(settings.config.results_dir)
     key = key_of(settings, bench.spec, bench.bos)
     if finished(settings, store, key) is not None:
         return Plan(key, done=True, seconds=0.0, basis="done", needs=wanted)
+    how = "it is read block by block" if bench.streams else "it is loaded whole"
+    sizes = f"{bench.needs.resident / 1e9:.1f} GB with the model in memory, {bench.needs.streamed / 1e9:.1f} GB block by block ({bench.needs.told()})"
+    wanted = f"{wanted}; this run: {sizes}; {how}" if wanted else f"this run: {sizes}; {how}"
     same_model = [record for record in store.records() if record["identity"]["model"] == bench.spec.identity]
     prune_s, basis = _median(same_model, settings, "prune_s") if settings.method.uses else (0.0, "nothing to prune")
     eval_s, _ = _median(same_model, settings, "eval_s")

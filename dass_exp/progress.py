@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from torch import Tensor
 from dass_exp.capture import Batch
 from dass_exp.errors import UserError
 from dass_exp.schema import flattened
-from dass_exp.tensorfile import write_tensors
+from dass_exp.tensorfile import settle, write_tensors
 
 STATE = "state.safetensors"
 _PLACEMENT = "model.placement"
@@ -116,8 +115,8 @@ def save_step(folder: Path, identity: Mapping[str, Any], placement: str, step: S
     scratch = folder / f"{STATE}.partial"
     about = {"identity": _wanted(identity, placement), "blocks": step.blocks, "wrapped": step.wrapped, "told": step.told}
     hidden = {f"{whose}/{number:08d}": tensor for whose, tensors in step.hidden.items() for number, tensor in enumerate(tensors)}
-    write_tensors(hidden, scratch, {"dass_exp": json.dumps(about)})
-    os.replace(scratch, folder / STATE)
+    write_tensors(hidden, scratch, {"dass_exp": json.dumps(about)}, durable=False)
+    settle(scratch, folder / STATE)
 
 
 def _wanted(identity: Mapping[str, Any], placement: str) -> dict[str, Any]:

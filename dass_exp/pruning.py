@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,8 +166,9 @@ def _look(blocks: int, source: Streamed, before: Callable[[int], None], journal:
 
 def _options(settings: Settings, bench: Bench, scratch: Path) -> Options:
     config = settings.config
-    place = scratch / "activations"
-    shutil.rmtree(place, ignore_errors=True)  # of an earlier start
+    for place in scratch.glob("activations-*"):
+        shutil.rmtree(place, ignore_errors=True)  # of an earlier start
+    place = scratch / f"activations-{uuid.uuid4().hex}"  # of this one alone: what an earlier one still holds removes its own files only
 
     def before(index: int) -> None:
         torch.manual_seed(config.seed + 1_000_003 * index)  # each block draws for itself, wherever a run goes on

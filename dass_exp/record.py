@@ -21,6 +21,7 @@ from filelock import FileLock
 from dass_exp.maskfile import MASKS, PackedMask, write_masks
 from dass_exp.paths import project_root
 from dass_exp.schema import problem_of
+from dass_exp.tensorfile import settle
 
 _PACKAGES = ("dass_exp", "torch", "transformers", "datasets", "lm_eval", "tokenizers", "numpy")
 
@@ -59,11 +60,19 @@ class Store:
         return [record for record in found if record is not None]
 
     @contextmanager
-    def lock(self, key: str) -> Iterator[None]:
-        """Hold the key against other processes; the kernel frees it if its owner dies."""
+    def lock(self, key: str, wait: bool = True) -> Iterator[None]:
+        """Hold the key against other processes; the kernel frees it if its owner dies.
+
+        Args:
+            key: of a run.
+            wait: for whoever holds it.
+
+        Raises:
+            Timeout: another process holds it, and ``wait`` is False.
+        """
         folder = self.runs / key
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
+        with FileLock(folder / ".lock", timeout=-1 if wait else 0):
             yield
 
     def write(self, record: Record, beside: Mapping[str, Any], masks: Mapping[str, PackedMask] | None = None) -> Path:
@@ -85,7 +94,7 @@ class Store:
             scratch = folder / f"{MASKS}.partial"
             try:
                 write_masks(masks, scratch)
-                _settle(scratch, self.masks(record["key"]))
+                settle(scratch, self.masks(record["key"]))
             finally:
                 scratch.unlink(missing_ok=True)
         for name, content in beside.items():
@@ -101,7 +110,8 @@ class Store:
             yield
         except Exception as error:
             content = {"key": key, "created": now(), "config": config, "error": str(error), "type": type(error).__name__}
-            write_json(self.runs / key / "failed.json", {**content, "traceback": traceback.format_exc()})
+            with suppress(OSError):  # a full disk must not hide what it did
+                write_json(self.runs / key / "failed.json", {**content, "traceback": traceback.format_exc()})
             raise
 
 
@@ -111,21 +121,9 @@ def write_json(path: Path, content: Any) -> None:
     scratch = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        _settle(scratch, path)
+        settle(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
-
-
-def _settle(scratch: Path, path: Path) -> None:
-    with scratch.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
-    with suppress(OSError):  # not every file system lets a folder be synced
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def now() -> str:

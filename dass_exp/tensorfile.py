@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -33,14 +33,36 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str,
 
 @contextmanager
 def as_os_error(path: Path) -> Iterator[None]:
-    """What safetensors raises on a full disk is its own."""
+    """What safetensors and tokenizers raise on a full disk is their own."""
     try:
         yield
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
+    except Exception as error:
+        if type(error) is Exception:  # tokenizers have no kind of their own
+            raise OSError(f"{path}: {error}") from error
+        raise
 
 
 def sync(path: Path) -> None:
-    """Wait until a file is on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Wait until a file is on the disk, or the names in a folder."""
+    place = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(place)
+    finally:
+        os.close(place)
+
+
+def settle(scratch: Path, path: Path) -> None:
+    """Give a file that was written under another name its own, durably."""
+    sync(scratch)
+    os.replace(scratch, path)
+    with suppress(OSError):  # not every file system lets a folder be synced
+        sync(path.parent)
+
+
+def remove_strays(folder: Path) -> None:
+    """Remove what writers that were killed left below a folder, under the names that safetensors and this project write to first."""
+    for path in folder.rglob("*") if folder.is_dir() else ():
+        if path.is_file() and (path.name.startswith(".tmp") or path.suffix == ".partial"):
+            path.unlink(missing_ok=True)

@@ -48,6 +48,7 @@ LAYERS = [
     ["bench"],
     ["pruning"],
     ["making"],
+    ["settled"],
     ["run", "plan"],
     ["report/load", "report/noise", "report/template"],
     ["report/console", "report/alike"],

@@ -111,7 +111,7 @@ def test_zero_shot_runs_on_the_saved_model_where_it_fits(cell, tmp_path, caplog)
 
 def test_zero_shot_is_left_out_where_the_saved_model_does_not_fit(cell, tmp_path, caplog, monkeypatch):
     cell = without_eval(cell)
-    monkeypatch.setattr("dass_exp.run.available", lambda device: memory.BASE)
+    monkeypatch.setattr("dass_exp.settled.available", lambda device: memory.BASE)
     record = run_with(*cell, *SMALL, STREAM, f"save={tmp_path}/saved").record
     assert contains(caplog.text.strip(), ["zero-shot tasks are left out", "the model alone needs 1.0 GB", f"score {tmp_path}/saved where it fits"])
     assert "tasks" not in record["metrics"]
@@ -237,7 +237,6 @@ def test_sizes_add_up():
         ("auto", 20e9, "resident"),
         ("auto", 11e9, "stream"),
         ("auto", 3e9, "stream"),
-       
         ("resident", 11e9, "resident"),
         ("stream", 1e12, "stream"),
     ],
@@ -396,7 +395,7 @@ def test_a_plan_says_where_the_model_goes_and_that_a_saved_one_is_missing(cell, 
     assert not plan(settings_of(*cell, "save_masks=true")).done
     monkeypatch.setattr("dass_exp.bench.available", lambda device: 1000)
     with pytest.raises(UserError, match=r"model\.placement=stream: this run needs"):
-        plan(settings_of(*cell, STREAM))
+        plan(settings_of(*cell, STREAM, "rerun=true"))
 
 
 def test_an_unknown_placement_is_refused(cell):

@@ -84,7 +84,7 @@ def test_a_crash_while_writing_leaves_the_old_record_and_nothing_half_written(st
 
 
 def test_a_killed_writer_leaves_no_file_that_looks_finished(store, monkeypatch):
-    monkeypatch.setattr(record_module, "_settle", crash)
+    monkeypatch.setattr(record_module, "settle", crash)
     monkeypatch.setattr(Path, "unlink", lambda *args, **kwargs: None)  # a killed process tidies nothing up
     with pytest.raises(Crash):
         store.write(NEW, {})
@@ -104,8 +104,8 @@ def test_a_file_is_renamed_into_place_whole_and_durable(tmp_path, monkeypatch):
 
 
 def test_the_record_is_the_last_file_to_appear(store, monkeypatch):
-    order, settle = [], record_module._settle
-    monkeypatch.setattr(record_module, "_settle", lambda scratch, path: (order.append(path.name), settle(scratch, path))[1])
+    order, settle = [], record_module.settle
+    monkeypatch.setattr(record_module, "settle", lambda scratch, path: (order.append(path.name), settle(scratch, path))[1])
     with store.lock(KEY):
         store.write(NEW, {"documents.json": {}}, {"a": PackedMask.of(torch.ones(1, 1, dtype=torch.bool))})
     assert order == ["masks.safetensors", "documents.json", "result.json"]
