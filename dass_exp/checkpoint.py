@@ -16,12 +16,11 @@ from transformers.dynamic_module_utils import custom_object_save
 from dass_exp.digest import MANIFEST, manifest_of
 from dass_exp.errors import UserError
 from dass_exp.maskfile import MASKS, PackedMask, write_masks
-from dass_exp.progress import STATE
+from dass_exp.progress import BEFORE, STATE
 from dass_exp.record import write_json
 from dass_exp.shards import INDEX
 from dass_exp.tensorfile import as_os_error, sync, write_tensors
 
-BEFORE = "before"  # beside a checkpoint that is made: the one that it replaces
 _SPARE = 1 << 28  # bytes that must stay free beside the weights: tokenizer, masks, and room for other programs
 
 

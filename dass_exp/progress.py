@@ -18,6 +18,7 @@ from dass_exp.schema import flattened
 from dass_exp.tensorfile import settle, write_tensors
 
 STATE = "state.safetensors"
+BEFORE = "before"  # a checkpoint while it is replaced, which nobody may remove
 _PLACEMENT = "model.placement"
 
 
@@ -132,7 +133,7 @@ def discard(folder: Path) -> None:
 
 def tidy(folder: Path) -> None:
     """Remove what a run wrote down on its way, unless another start could go on with it."""
-    if not (folder / STATE).is_file():
+    if not (folder / STATE).is_file() and not (folder / BEFORE).exists():
         discard(folder)
 
 

@@ -61,18 +61,19 @@ def _run(settings: Settings, bench: Bench) -> Outcome:
             _clear(settings, bench, key)
         return outcome
     bench.check(settings)
-    with store.lock(key):
+    with store.lock(key), writing(settings.config.save):
         if (outcome := _found(settings, bench, store, key)) is not None:  # another process may have done it while this one waited
             return outcome
-        with writing(settings.config.save):
-            with store.noting_failure(key, described(settings, bench.spec)):
-                dense = None if bench.streams else _dense(settings, bench)
-                done = _made(settings, bench, key)
-                record = compose(key, settings, bench.spec, done.made)
-                path = store.write(record, {"documents.json": done.made.zeroshot.documents} if done.made.zeroshot else {}, done.masks)
-            if bench.streams:
+        with store.noting_failure(key, described(settings, bench.spec)):
+            dense = None if bench.streams else _dense(settings, bench)
+            done = _made(settings, bench, key)
+            if done.beside is not None:  # before the record, behind which nobody would go on with the state
                 dense = _dense(settings, bench, done.beside)
-            _clear(settings, bench, key)
+            record = compose(key, settings, bench.spec, done.made)
+            path = store.write(record, {"documents.json": done.made.zeroshot.documents} if done.made.zeroshot else {}, done.masks)
+        _clear(settings, bench, key)
+    if bench.streams and dense is None:
+        dense = _dense(settings, bench)
     settings.tracker.track(record, settings.config.results_dir)
     return Outcome(record, path, dense, found=False)
 

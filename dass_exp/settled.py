@@ -8,6 +8,7 @@ from typing import Any
 
 from dass_exp.bench import Bench
 from dass_exp.config import Settings
+from dass_exp.errors import UserError
 from dass_exp.key import identity_of, key_of
 from dass_exp.making import scratch_folder
 from dass_exp.memory import available
@@ -30,7 +31,7 @@ def settled(settings: Settings, bench: Bench) -> Settings:
         bench: of the run.
 
     Raises:
-        UserError: the run fits in memory in no way.
+        UserError: the run fits in memory in no way, or nothing of it is left.
     """
     without = with_config(settings, eval=dataclasses.replace(settings.config.eval, zeroshot=None))
     asked = settings.config.eval.zeroshot is not None
@@ -42,6 +43,8 @@ def settled(settings: Settings, bench: Bench) -> Settings:
             return with_config(candidate, model=dataclasses.replace(model, placement=before if model.placement == "auto" else model.placement))
     done = None if settings.config.rerun else Store(settings.config.results_dir).find(key_of(settings, bench.spec, bench.bos))
     if asked and done is None and bench.streams and (why := _too_large(settings, bench)):
+        if settings.config.eval.perplexity is None and not settings.method.uses:
+            raise UserError(f"the model is read block by block, so its zero-shot tasks, which are all that is asked for, cannot be scored: {why}")
         log.warning("the model is read block by block, so zero-shot tasks are left out: %s", why)
         return without
     return settings

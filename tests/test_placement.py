@@ -97,6 +97,11 @@ def test_zero_shot_is_left_out_with_a_word(cell, caplog):
     assert record["key"] == run_with(*without_eval(cell), *SMALL, STREAM, "eval.zeroshot=null").record["key"]
 
 
+def test_tasks_alone_cannot_be_left_out(cell):
+    with pytest.raises(UserError, match=r"zero-shot tasks, which are all that is asked for, cannot be scored: save=FOLDER"):
+        run_with(*without_eval(cell), "eval=zeroshot_mini", "eval.zeroshot.limit=2", STREAM, "method=dense")
+
+
 def test_zero_shot_runs_on_the_saved_model_where_it_fits(cell, tmp_path, caplog):
     cell = without_eval(cell)
     streamed = run_with(*cell, *SMALL, STREAM, f"save={tmp_path}/saved")
