@@ -74,11 +74,6 @@ class Layout:
         self._check(state)
 
     @property
-    def joined(self) -> bool:
-        """Whether some tensors are made of several."""
-        return bool(self._joined)
-
-    @property
     def names(self) -> set[str]:
         """The model's own names of all tensors that the checkpoint holds; of tied ones it holds one."""
         return {*self._plain, *(name for group in self._joined for name in group.names)}

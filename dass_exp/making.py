@@ -49,7 +49,7 @@ def make(settings: Settings, bench: Bench, key: str) -> Done:
     config, memory = settings.config, PeakMemory()
     with bench.borrowed(config.scope if settings.method.uses else None) as model:
         if config.save is not None:
-            check_room(config.save, _bytes(model, bench) + bench.needs.disk)
+            check_room(config.save, (2 if config.checkpoint else 1) * _bytes(model, bench) + bench.needs.disk)
         size = sum(parameter.numel() for parameter in model.parameters())
         pruned = prune_in_memory(settings, bench, scratch_folder(settings, key)) if settings.method.uses else Pruned()
         if config.save is not None:
