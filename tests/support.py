@@ -22,6 +22,7 @@ from hydra import initialize_config_dir
 from omegaconf import DictConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from dass_exp import progress
 from dass_exp.components import admitted_packages
 from dass_exp.config import Settings, register, validate
 from dass_exp.data import OfflineText
@@ -176,3 +177,21 @@ def files_under(folder: Path) -> list[str]:
 def contains(message: str, words: Sequence[str]) -> bool:
     """Every word stands in the message, which is one line."""
     return "\n" not in message and all(word in message for word in words)
+
+
+class Killed(BaseException):
+    """In the place of a kill: nothing that handles errors handles it."""
+
+
+def stopped_behind(block: int, monkeypatch: pytest.MonkeyPatch, *settings: str) -> None:
+    """Do a run and end it as a kill would, when the state behind a block is on disk."""
+    real = progress.save_step
+
+    def fragile(folder: Path, identity: Any, placement: str, step: progress.Step) -> None:
+        real(folder, identity, placement, step)
+        if step.blocks == block + 1:
+            raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr("dass_exp.journal.save_step", fragile)
+        run_with(*settings)

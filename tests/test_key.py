@@ -277,7 +277,7 @@ def test_a_hub_model_is_known_by_its_commit(hub):
         "method=wanda", "eval=ppl_mini", "eval.perplexity.context=32", "eval.perplexity.max_windows=4", "calibration.num_samples=4", "calibration.seq_len=32",
         "tracker=none", f"results_dir={hub}/results", "model.path=some/model",
     ]  # fmt: skip
-    for more in ([], ["model.placement=stream", f"save={hub}/saved"], ["model.revision=v2"], ["model.revision=" + "c0ffee" * 6 + "c0ff"]):
+    for more in (["model.placement=resident"], ["model.revision=v2", "model.placement=stream", f"save={hub}/saved"]):
         done = command(*base, *more, folder=hub, HF_HOME=str(hub), HF_HUB_CACHE=str(hub / "hub"))
         assert done.returncode == 0, done.stderr
     records = {path.parent.name: json.loads(path.read_text()) for path in hub.glob("results/runs/*/result.json")}

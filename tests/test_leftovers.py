@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from support import cell_fixture, contains, results_fixture, run_with, settings_of, short_texts_fixture, tiny_fixture  # noqa: F401 - fixtures
+from support import Killed, cell_fixture, contains, results_fixture, run_with, settings_of, short_texts_fixture, stopped_behind, tiny_fixture  # noqa: F401 - fixtures
 
 from dass_exp import checkpoint, progress
 from dass_exp.bench import Shelf
@@ -26,24 +26,6 @@ TASKS = ["eval=mini", "eval.perplexity.context=32", "eval.perplexity.max_windows
 pytestmark = pytest.mark.usefixtures("short_texts")
 
 
-class Killed(BaseException):
-    pass
-
-
-def interrupted(monkeypatch, *settings, block=0):
-    """Do a run and end it as a kill would when the state behind a block is on disk."""
-    real = progress.save_step
-
-    def fragile(folder, identity, placement, step):
-        real(folder, identity, placement, step)
-        if step.blocks == block + 1:
-            raise Killed
-
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr("dass_exp.journal.save_step", fragile)
-        run_with(*settings)
-
-
 def elsewhere(cell, folder):
     return [f"results_dir={folder}" if part.startswith("results_dir") else part for part in cell]
 
@@ -59,7 +41,7 @@ def names(folder):
 def test_a_saved_model_holds_no_file_of_a_writer_that_was_killed(cell, tmp_path, results, monkeypatch):
     run_with(*elsewhere(cell, tmp_path / "other"), STREAM, f"save={tmp_path}/whole")
     settings = [*cell, STREAM, f"save={tmp_path}/saved", "save_masks=true"]
-    interrupted(monkeypatch, *settings)
+    stopped_behind(0, monkeypatch, *settings)
     made = tmp_path / ".saved.partial" / "made"
     for name in (".tmpXyZ123", "dass_exp.json.77.partial", "model.safetensors.index.json.77.partial"):
         (made / name).write_bytes(b"half")
@@ -142,7 +124,7 @@ def test_what_a_failed_run_still_holds_does_not_reach_the_files_of_the_next(cell
     settings, kept, hold = [*cell, STREAM, "calibration.cache=disk", "calibration.batch_size=1"], [], Cache.hold
     with monkeypatch.context() as patched:
         patched.setattr(Cache, "hold", lambda cache, tensor: kept.append(hold(cache, tensor)) or kept[-1])
-        interrupted(monkeypatch, *settings)
+        stopped_behind(0, monkeypatch, *settings)
     real = progress.save_step
 
     def late(folder, identity, placement, step):
@@ -159,7 +141,7 @@ def test_tasks_stay_as_they_were_when_a_run_was_interrupted(cell, tmp_path, then
     """Whether they can be scored depends on the memory at hand, which is another at each start."""
     settings = [*with_tasks(cell), STREAM, f"save={tmp_path}/saved"]
     monkeypatch.setattr("dass_exp.settled.available", lambda device: then)
-    interrupted(monkeypatch, *settings)
+    stopped_behind(0, monkeypatch, *settings)
     monkeypatch.setattr("dass_exp.settled.available", lambda device: now)
     caplog.set_level("INFO")
     record = run_with(*settings).record
@@ -178,7 +160,7 @@ def test_a_plan_finds_a_run_without_its_tasks(cell):
 @pytest.mark.parametrize("harm", ["gone", "cut"])
 def test_a_damaged_file_of_an_interrupted_run_is_one_line(cell, results, monkeypatch, file, harm):
     settings = [*cell, RESIDENT, "checkpoint=true", "save_masks=true"]
-    interrupted(monkeypatch, *settings)
+    stopped_behind(0, monkeypatch, *settings)
     (work,) = results.glob("runs/*/work")
     path = work / f"{file}.safetensors"
     if harm == "cut":
@@ -194,7 +176,7 @@ def test_a_damaged_file_of_an_interrupted_run_is_one_line(cell, results, monkeyp
 
 
 def test_in_a_sweep_an_interrupted_run_goes_on_though_the_model_is_in_memory(cell, monkeypatch, caplog):
-    interrupted(monkeypatch, *cell, "method=wanda", STREAM)
+    stopped_behind(0, monkeypatch, *cell, "method=wanda", STREAM)
     shelf = Shelf()
     run(settings_of(*cell), shelf=shelf)
     caplog.set_level("INFO")
@@ -240,7 +222,7 @@ def test_killed_before_its_record_a_streamed_run_reads_nothing_again(cell, tmp_p
 
 
 def test_the_state_of_a_run_that_saved_nothing_goes_with_one_that_does(cell, tmp_path, results, monkeypatch):
-    interrupted(monkeypatch, *cell, STREAM)
+    stopped_behind(0, monkeypatch, *cell, STREAM)
     assert list(results.glob("runs/*/work/state.safetensors"))
     run_with(*cell, STREAM, f"save={tmp_path}/saved")
     assert not list(results.glob("runs/*/work"))

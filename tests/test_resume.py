@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import contains, run_with, save_tiny, short_texts_fixture, tiny_config, tiny_overrides  # noqa: F401 - a fixture
+from support import Killed, contains, run_with, save_tiny, short_texts_fixture, stopped_behind, tiny_config, tiny_overrides  # noqa: F401 - a fixture
 
 import dass_exp
 from dass_exp import progress
@@ -99,24 +99,6 @@ def test_killed_at_random_moments_it_ends_in_the_same_weights(deep, tmp_path, me
         assert left - {".saved.lock"} == {"results", "saved"}  # an empty file, if the kill came behind the record
         moment += 1
     assert gone_on >= 3  # some were killed in the midst
-
-
-class Killed(BaseException):
-    pass
-
-
-def stopped_behind(block, monkeypatch, *settings):
-    """Do a run and end it as a kill would, when the state behind a block is on disk."""
-    real = progress.save_step
-
-    def fragile(folder, identity, placement, step):
-        real(folder, identity, placement, step)
-        if step.blocks == block + 1:
-            raise Killed
-
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr("dass_exp.journal.save_step", fragile)
-        run_with(*settings)
 
 
 @pytest.mark.parametrize("method", ["dass", "magnitude", "dense"])
