@@ -171,9 +171,9 @@ def test_the_shapes_are_those_of_the_published_models():
 def test_the_peak_of_a_streamed_run_does_not_grow_with_its_depth(tmp_path):
     peaks = []
     for depth in (4, 24):
-        shape = scale.Shape(str(depth), 512, 1408, depth, 8)
+        shape = scale.Shape(str(depth), 1024, 2816, depth, 16)
         folder = scale.make(shape, tmp_path / str(depth))
         peaks.append(min(scale.measure(folder, "dass", tmp_path / f"{depth}-{time}", 4, 128)["peak_bytes"] for time in range(2)))
         assert peaks[-1] < scale.planned(shape.config, "dass").streamed
         assert len(list(folder.glob("model-*.safetensors"))) == depth + 1
-    assert peaks[1] - peaks[0] < 60e6  # 20 blocks of 6 MB each, and what was kept of them before: 13 MB a block at twice the width
+    assert peaks[1] - peaks[0] < 120e6  # of 20 blocks more, of which 13 MB each were kept before freed memory was given back
