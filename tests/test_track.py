@@ -66,13 +66,19 @@ def tables(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.name.split("_")[0]: json.loads(path.read_text()) for path in folder.glob("files/media/table/*.table.json")}
 
 
-def test_the_offline_run_holds_the_resolved_config(offline):
-    record, folder = offline
-    for _ in range(50):  # wandb's own process writes the file, and may be late on a busy machine
-        if found := [entry.run for entry in wandb_records(next(folder.glob("*.wandb"))) if entry.HasField("run")]:
+def run_record_of(folder: Path) -> Any:
+    """What an offline run says of itself; wandb's own process writes the file, and may be late on a busy machine."""
+    for _ in range(100):
+        if found := [entry.run for file in folder.glob("*.wandb") for entry in wandb_records(file) if entry.HasField("run")]:
             break
         time.sleep(0.2)
     (run_record,) = found
+    return run_record
+
+
+def test_the_offline_run_holds_the_resolved_config(offline):
+    record, folder = offline
+    run_record = run_record_of(folder)
     config = {item.key: json.loads(item.value_json) for item in run_record.config.update}
     assert run_record.project == "dass_exp"
     assert config["key"] == record["key"]
@@ -243,7 +249,7 @@ def test_a_summary_run_holds_the_tables_and_the_picture(tmp_path, monkeypatch):
     values = [(row[0], row[1], row[3]) for row in found["values"]["data"]]
     assert values == [("dense", "2:4", 20.0), ("dass", "2:4", 51.0), ("wanda", "2:4", None)]
     assert len(list(folder.glob("files/media/images/perplexity_*.png"))) == 1
-    (run_record,) = [entry.run for entry in wandb_records(next(folder.glob("*.wandb"))) if entry.HasField("run")]
+    run_record = run_record_of(folder)
     assert (run_record.display_name, run_record.project) == ("Perplexity of every method", "of_a_team")
 
 
