@@ -24,12 +24,11 @@ from dass_exp.summarise import Made, manifest
 
 @dataclass(frozen=True)
 class Done:
-    """What a run made: its content, masks to keep, and what was found out about the dense model on the way, and the state to let go of."""
+    """What a run made: its content, masks to keep, and what was found out about the dense model on the way."""
 
     made: Made
     masks: dict[str, PackedMask] | None
     beside: Made | None = None
-    scratch: Path | None = None
 
 
 def finished(settings: Settings, store: Store, key: str) -> Record | None:
@@ -59,7 +58,7 @@ def make(settings: Settings, bench: Bench, key: str) -> Done:
         scored, tasks = _evaluate(settings, bench)
         cost = {"load_s": bench.load_s, "prune_s": pruned.seconds, "eval_s": time.perf_counter() - start, **memory.read()}
     made = _told(settings, bench, pruned, scored, tasks, (size, bench.decoder.size), cost)
-    return Done(made, pruned.masks if config.save_masks else None, scratch=scratch_folder(settings, key))
+    return Done(made, pruned.masks if config.save_masks else None)
 
 
 def walk(settings: Settings, bench: Bench, key: str) -> Done:
@@ -88,7 +87,7 @@ def walk(settings: Settings, bench: Bench, key: str) -> Done:
     if uses and walked.dense is not None and tasks is None:
         cost = {**cost, "prune_s": 0.0, "eval_s": walked.seconds["dense"]}
         beside = _told(dataclasses.replace(settings, method=Dense()), bench, Pruned(), walked.dense, None, sizes, cost)
-    return Done(made, pruned.masks if config.save_masks else None, beside, scratch)
+    return Done(made, pruned.masks if config.save_masks else None, beside)
 
 
 def _bytes(model: Any, bench: Bench) -> int:
