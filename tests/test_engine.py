@@ -473,3 +473,18 @@ def test_a_model_whose_weights_lie_elsewhere_is_refused(tiny_model, tokens):
     model.model.layers[1].to("meta")
     with pytest.raises(UserError, match=r"not all in memory .* model\.placement=stream"):
         prune_model(model, tokens, method_of("wanda"), NM(2, 4), Options("mlp", 2))
+
+
+def test_factors_are_made_once_for_linears_of_one_input_and_let_go_behind_the_last(tiny_model, tokens, monkeypatch):
+    made, held, factorise, prune = [], [], Gram._factorise, SparseGPT.prune_linear
+
+    def noted(method, linear, block, pattern):
+        cut = prune(method, linear, block, pattern)
+        held.append(sum(bool(stat._factors) for stat in {id(other.stat): other.stat for other in block.linears}.values()))
+        return cut
+
+    monkeypatch.setattr(Gram, "_factorise", lambda gram, *rest: made.append(gram.features) or factorise(gram, *rest))
+    monkeypatch.setattr(SparseGPT, "prune_linear", noted)
+    prune_model(tiny_model("llama", num_hidden_layers=1), tokens, SparseGPT(), NM(2, 4), Options("all", 2))
+    assert len(made) == 4  # q, k and v share an input, gate and up another
+    assert held == [1] * 7  # one at a time
