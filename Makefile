@@ -25,7 +25,7 @@ report: $(STAMP)  ## write the tables, pictures and page of every sweep that was
 	@$(RUN)dass-report
 
 bench: $(STAMP)  ## time every method against the passes that none can avoid (a quarter of an hour on an idle machine)
-	@$(RUN)python -m dass_exp.speed
+	@$(RUN)python -m dass_exp.benchmark
 
 tiny-models: $(STAMP)  ## train the twelve tiny models of sweeps/glu_variants.yaml (once; seen: 96 minutes on 2 busy cores; goes on where it was stopped)
 	@$(RUN)python -m dass_exp.train

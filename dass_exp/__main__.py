@@ -23,16 +23,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from dass_exp import workers
-from dass_exp.bench import shelf_of_process
-from dass_exp.components import admitted_packages
-from dass_exp.config import register, validate
+from dass_exp.config.components import admitted_packages
+from dass_exp.config.settings import register, validate
 from dass_exp.errors import NumericalError, UserError
-from dass_exp.plan import Plan, plan
-from dass_exp.report.callback import Sweep, note_cell
-from dass_exp.report.console import Watch, show, show_plan
-from dass_exp.run import Outcome, run
-from dass_exp.sketch import sketch
+from dass_exp.report.console import TerminalReporter, show, show_plan
+from dass_exp.report.sweep_callback import Sweep, note_cell
+from dass_exp.runs import workers
+from dass_exp.runs.context import shelf_of_process
+from dass_exp.runs.plan import Plan, plan
+from dass_exp.runs.run import Outcome, run
+from dass_exp.runs.sketch import sketch
 
 log = logging.getLogger("dass_exp")
 
@@ -60,7 +60,7 @@ def _cell(composed: DictConfig) -> None:
         if settings.config.plan:
             _planned(plan(settings, shelf), context.runtime.output_dir, overrides, alone=shelf is None)
             return
-        outcome = run(settings, Watch(), shelf)
+        outcome = run(settings, TerminalReporter(), shelf)
     except Exception as error:
         meant, status = sketch(composed, context.runtime.choices, _ADMITTED), "unplanned" if composed.get("plan") else "failed"
         note_cell(context.runtime.output_dir, {"status": status, "overrides": overrides, "error": _line(error), "config": meant})

@@ -8,17 +8,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dass_exp import assets, models, sources
-from dass_exp.blockreport import BlockReport
-from dass_exp.calibrate import Options, prune_model
-from dass_exp.components import build, choice
-from dass_exp.config import ModelConfig
+from dass_exp.config.components import build, choice
+from dass_exp.config.settings import ModelConfig
+from dass_exp.data import assets
+from dass_exp.engine.block_report import BlockReport
+from dass_exp.engine.prune import Options, prune_model
+from dass_exp.engine.verify import Layer, verify
 from dass_exp.errors import UserError, whole_number
 from dass_exp.evaluate.perplexity import perplexity as score
-from dass_exp.maskfile import load_masks
 from dass_exp.masks import NM, Pattern, Unstructured
 from dass_exp.methods.base import Pruner
-from dass_exp.verify import Layer, verify
+from dass_exp.models import load as models
+from dass_exp.models import locate as sources
+from dass_exp.storage.mask_file import load_masks
 
 __all__ = ["Pruned", "load", "load_masks", "perplexity", "prune"]
 
@@ -47,7 +49,7 @@ def load(path: str = "offline:smollm2_135m", **settings: Any) -> tuple[nn.Module
 
     Args:
         path: hub id, folder, or ``offline:smollm2_135m`` or ``offline:gemma3_270m``.
-        settings: other fields of :class:`dass_exp.config.ModelConfig`: revision, dtype, device, accept_license, ...
+        settings: other fields of :class:`dass_exp.config.settings.ModelConfig`: revision, dtype, device, accept_license, ...
 
     Raises:
         UserError: it cannot be loaded.

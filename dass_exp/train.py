@@ -16,15 +16,16 @@ import torch
 import transformers
 from torch import Tensor
 
-from dass_exp import assets, data
+from dass_exp.data import assets, texts
+from dass_exp.data import tokens as data
 from dass_exp.errors import UserError
 from dass_exp.evaluate.perplexity import perplexity
-from dass_exp.tiny import TRAINING_SEEDS, VARIANTS, Recipe
+from dass_exp.models.tiny import TRAINING_SEEDS, VARIANTS, Recipe
 
 log = logging.getLogger(__name__)
 
-TRAINED_ON = (data.OfflineText("c4"), data.OfflineText("wikipedia", "odd"))
-HELD_OUT = data.OfflineText("wikipedia", "even")  # the articles that the mini protocol scores
+TRAINED_ON = (texts.OfflineText("c4"), texts.OfflineText("wikipedia", "odd"))
+HELD_OUT = texts.OfflineText("wikipedia", "even")  # the articles that the mini protocol scores
 _END = "<|endoftext|>"
 _SAVED_EVERY = 100
 
@@ -105,12 +106,12 @@ def _tokenizer(recipe: Recipe) -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made._tokenizer, eos_token=_END, model_max_length=recipe.context)
 
 
-def _documents(texts: Sequence[data.Text]) -> Iterator[str]:
-    return (document for text in texts for document in text.documents())
+def _documents(sources: Sequence[texts.Text]) -> Iterator[str]:
+    return (document for text in sources for document in text.documents())
 
 
-def _joined(texts: Sequence[data.Text]) -> str:
-    return "\n\n".join(_documents(texts))
+def _joined(sources: Sequence[texts.Text]) -> str:
+    return "\n\n".join(_documents(sources))
 
 
 class _Windows:

@@ -22,12 +22,12 @@ from hydra import initialize_config_dir
 from omegaconf import DictConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dass_exp import progress
-from dass_exp.components import admitted_packages
-from dass_exp.config import Settings, register, validate
-from dass_exp.data import OfflineText
+from dass_exp.config.components import admitted_packages
+from dass_exp.config.settings import Settings, register, validate
+from dass_exp.data.tokens import OfflineText
 from dass_exp.paths import project_root
-from dass_exp.run import Outcome, run
+from dass_exp.runs import progress
+from dass_exp.runs.run import Outcome, run
 
 ROOT = project_root()
 CONF = ROOT / "conf"
@@ -193,5 +193,5 @@ def stopped_behind(block: int, monkeypatch: pytest.MonkeyPatch, *settings: str) 
             raise Killed
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr("dass_exp.journal.save_step", fragile)
+        patched.setattr("dass_exp.runs.journal.save_step", fragile)
         run_with(*settings)

@@ -14,15 +14,15 @@ from transformers import PreTrainedTokenizerFast
 import dass_exp
 from dass_exp import Pruned, load, perplexity, prune
 from dass_exp.api import method_of, pattern_of
+from dass_exp.engine.verify import VerificationError
 from dass_exp.errors import UserError
 from dass_exp.masks import NM, Unstructured
-from dass_exp.methods.base import Block, Cut, LinearView
+from dass_exp.methods.base import Block, LinearView, MaskResult
 from dass_exp.methods.dass import Dass
 from dass_exp.methods.dense import Dense
 from dass_exp.methods.magnitude import Magnitude
 from dass_exp.methods.sparsegpt import SparseGPT
 from dass_exp.methods.wanda import Wanda
-from dass_exp.verify import VerificationError
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_sparsity_counts_the_weights_that_the_masks_remove(tiny_model, tokens):
 
 def test_what_a_method_did_is_verified(tiny_model, tokens):
     class Liar(Wanda):
-        def prune_linear(self, linear: LinearView, block: Block, pattern: NM) -> Cut:
+        def prune_linear(self, linear: LinearView, block: Block, pattern: NM) -> MaskResult:
             before = linear.weight.clone()
             cut = super().prune_linear(linear, block, pattern)
             linear.write(before)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support import settings_of
 
-from dass_exp.families import table
+from dass_exp.models.families import table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

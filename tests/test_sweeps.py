@@ -10,15 +10,15 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from support import CONF, ROOT, cell_fixture, command, results_fixture, run_with, settings_of, tiny_fixture  # noqa: F401
 
-from dass_exp import models
-from dass_exp import tiny as tiny_models
-from dass_exp.bench import Shelf
-from dass_exp.config import register
+from dass_exp.config.settings import register
 from dass_exp.errors import UserError
-from dass_exp.plan import plan
+from dass_exp.models import load as models
+from dass_exp.models import tiny as tiny_models
 from dass_exp.report import cli
 from dass_exp.report.load import cells_of, load
-from dass_exp.run import run
+from dass_exp.runs.context import Shelf
+from dass_exp.runs.plan import plan
+from dass_exp.runs.run import run
 
 SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
 CELLS = sorted((ROOT / "sweeps" / "cells").glob("*.yaml"))
@@ -76,7 +76,7 @@ def test_a_shared_model_is_dense_again_after_a_failure(cell, monkeypatch):
         raise RuntimeError("the scoring broke")
 
     with monkeypatch.context() as patched:
-        patched.setattr("dass_exp.making.perplexity", broken)
+        patched.setattr("dass_exp.runs.making.perplexity", broken)
         with pytest.raises(RuntimeError, match="broke"):
             run(settings_of(*cell, "method=wanda"), shelf=shelf)
     assert run(settings_of(*cell, "method=dense", "rerun=true"), shelf=shelf).record["metrics"] == before

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dass_exp.capture import evaluating
+from dass_exp.engine.capture import evaluating
 from dass_exp.errors import NumericalError, UserError
 from dass_exp.evaluate.head import check_head, last_hidden, losses
 

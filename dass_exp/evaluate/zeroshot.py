@@ -18,9 +18,9 @@ from typing import Any
 import yaml
 from torch import nn
 
-from dass_exp import assets
+from dass_exp.data import assets
 from dass_exp.errors import UserError
-from dass_exp.evaluate.continuations import score_continuations
+from dass_exp.evaluate.loglikelihood import loglikelihoods
 
 # lm-eval's file of each offline task, and what its data need beside another place
 _INSTALLED = {
@@ -110,7 +110,7 @@ def zero_shot(model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
         def _loglikelihood_tokens(self, requests: Any, **settings: Any) -> list[tuple[float, bool]]:
-            return score_continuations(model, [(context, answer) for _, context, answer in requests], options.batch_size, self.max_length)
+            return loglikelihoods(model, [(context, answer) for _, context, answer in requests], options.batch_size, self.max_length)
 
     with tempfile.TemporaryDirectory() as folder, _quiet():
         if data == "offline":

@@ -1,1 +1,4 @@
-"""Pruning methods, one file each."""
+"""How a mask is chosen: base.py and one file per method.
+
+In: weights by role and the statistics of their inputs. Out: masks, and weights where a method changes them.
+"""

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from dass_exp.errors import NumericalError
-from dass_exp.families import Role
 from dass_exp.masks import Pattern
-from dass_exp.matrices import Matrix
-from dass_exp.stats import Stat
+from dass_exp.models.decoder import Matrix
+from dass_exp.models.families import Role
+from dass_exp.statistics import Statistic
 
 ALL_SETTINGS = frozenset({"pattern", "scope", "calibration", "seed"})
 
@@ -33,7 +33,7 @@ class LinearView:
         write_s: seconds spent on changing the weight.
     """
 
-    def __init__(self, name: str, role: Role, matrix: Matrix, stat: Stat | None) -> None:
+    def __init__(self, name: str, role: Role, matrix: Matrix, stat: Statistic | None) -> None:
         self.name = name
         self.role = role
         self._matrix = matrix
@@ -95,7 +95,7 @@ class Block:
 
 
 @dataclass
-class Cut:
+class MaskResult:
     """What a method did to one linear.
 
     Args:
@@ -124,7 +124,7 @@ class Pruner(ABC):
         version: raised when the method's numbers change; part of the key.
     """
 
-    stat: ClassVar[type[Stat] | None] = None
+    stat: ClassVar[type[Statistic] | None] = None
     uses: ClassVar[frozenset[str]] = ALL_SETTINGS
     version: ClassVar[int] = 1
 
@@ -147,7 +147,7 @@ class Pruner(ABC):
         del roles
         return ""
 
-    def prune_block(self, block: Block, pattern: Pattern) -> dict[str, Cut]:
+    def prune_block(self, block: Block, pattern: Pattern) -> dict[str, MaskResult]:
         """Prune every linear of ``block`` in place.
 
         Returns:
@@ -166,7 +166,7 @@ class Pruner(ABC):
         return cuts
 
     @abstractmethod
-    def prune_linear(self, linear: LinearView, block: Block, pattern: Pattern) -> Cut:
+    def prune_linear(self, linear: LinearView, block: Block, pattern: Pattern) -> MaskResult:
         """Prune one linear in place and say what was cut."""
 
 
@@ -177,13 +177,13 @@ class ScorePruner(Pruner):
     def score(self, linear: LinearView, block: Block) -> Tensor:
         """How important each weight is: [out, in], higher stays."""
 
-    def prune_linear(self, linear: LinearView, block: Block, pattern: Pattern) -> Cut:
+    def prune_linear(self, linear: LinearView, block: Block, pattern: Pattern) -> MaskResult:
         scores = self.score(linear, block)
         low, high = finite_range(scores, linear.name)
         dim = self.group(linear.role, pattern)
         keep = pattern.keep(scores, dim)
         linear.zero(keep)
-        return Cut(keep, dim, low, high)
+        return MaskResult(keep, dim, low, high)
 
 
 def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from dass_exp.errors import UserError, finite_number, one_of
-from dass_exp.families import FC1, READER_OF, Role
 from dass_exp.masks import Pattern
 from dass_exp.methods.base import Block, LinearView, ScorePruner
-from dass_exp.stats import InputNorm
+from dass_exp.models.families import FC1, READER_OF, Role
+from dass_exp.statistics import InputNorm
 
 
 @dataclass

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dass_exp.masks import Pattern
-from dass_exp.methods.base import Block, Cut, LinearView, Pruner
+from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner
 
 
 @dataclass
@@ -15,9 +15,9 @@ class Dense(Pruner):
 
     uses: ClassVar[frozenset[str]] = frozenset()
 
-    def prune_block(self, block: Block, pattern: Pattern) -> dict[str, Cut]:
+    def prune_block(self, block: Block, pattern: Pattern) -> dict[str, MaskResult]:
         del block, pattern
         return {}
 
-    def prune_linear(self, linear: LinearView, block: Block, pattern: Pattern) -> Cut:
+    def prune_linear(self, linear: LinearView, block: Block, pattern: Pattern) -> MaskResult:
         raise NotImplementedError("dense prunes nothing")

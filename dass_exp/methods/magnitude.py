@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from dass_exp.families import Role
 from dass_exp.masks import NM, Pattern
 from dass_exp.methods.base import Block, LinearView, ScorePruner
+from dass_exp.models.families import Role
 
 
 @dataclass

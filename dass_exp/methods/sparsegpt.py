@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from dass_exp.errors import UserError, finite_number, whole_number
-from dass_exp.families import Role
 from dass_exp.masks import NM, Pattern
-from dass_exp.methods.base import Block, Cut, LinearView, Pruner, finite_range
-from dass_exp.stats import Gram
+from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner, finite_range
+from dass_exp.models.families import Role
+from dass_exp.statistics import Gram
 
 _STRIP = 16
 
@@ -49,7 +49,7 @@ class SparseGPT(Pruner):
         """Columns of a slab under this pattern."""
         return max(pattern.m, self.blocksize // pattern.m * pattern.m) if isinstance(pattern, NM) else self.blocksize
 
-    def prune_linear(self, linear: LinearView, block: Block, pattern: Pattern) -> Cut:
+    def prune_linear(self, linear: LinearView, block: Block, pattern: Pattern) -> MaskResult:
         del block
         gram: Gram = linear.stat
         columns = self.columns(pattern)
@@ -76,7 +76,7 @@ class SparseGPT(Pruner):
         low, high = finite_range(torch.stack(ranges), linear.name)
         linear.write(pruned.T)
         dim = self.group(linear.role, pattern)
-        return Cut(keep.T.contiguous(), dim, low, high, None if dim == 1 else columns, factor.retries)
+        return MaskResult(keep.T.contiguous(), dim, low, high, None if dim == 1 else columns, factor.retries)
 
 
 def _cut(weight: Tensor, kept: Tensor, feedback: Tensor) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dass_exp.methods.base import Block, LinearView, ScorePruner
-from dass_exp.stats import InputNorm
+from dass_exp.statistics import InputNorm
 
 
 @dataclass

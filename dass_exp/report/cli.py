@@ -15,11 +15,11 @@ from dass_exp.errors import UserError, one_of
 from dass_exp.paths import project_root
 from dass_exp.report import published
 from dass_exp.report.compare import footnotes
+from dass_exp.report.compare_two import pair
 from dass_exp.report.figures import draw, draw_layers
 from dass_exp.report.load import Loaded, Record, cells_of, load, repaired
 from dass_exp.report.page import Chapter, page
-from dass_exp.report.pair import pair
-from dass_exp.report.sheet import Sheet, build
+from dass_exp.report.table import ResultTable, build
 from dass_exp.report.write import caption, long_form, wide_form, write, write_text
 
 log = logging.getLogger("dass_exp.report")
@@ -65,7 +65,7 @@ def _report(asked: argparse.Namespace) -> bool:
     loaded = load(results)
     for problem in loaded.problems:
         log.warning("%s", problem)
-    sheets: list[Sheet] = []
+    sheets: list[ResultTable] = []
     refused = False
     for name in names:
         try:
@@ -86,7 +86,7 @@ def _report(asked: argparse.Namespace) -> bool:
     return not refused
 
 
-def _sheet(name: str, loaded: Loaded, results: Path, mix: bool) -> Sheet | None:
+def _sheet(name: str, loaded: Loaded, results: Path, mix: bool) -> ResultTable | None:
     layout = yaml.safe_load((project_root() / "sweeps" / f"{name}.yaml").read_text(encoding="utf-8")).get("sweep") or {}
     cells = cells_of(results, name)
     if "metric" not in layout or not cells:
@@ -108,7 +108,7 @@ def _scored_as(record: Record) -> str:
     return json.dumps([record["identity"].get(name) for name in ("model", "dtype", "device", "bos", "eval")], sort_keys=True)
 
 
-def _write(sheets: list[Sheet], results: Path, problems: list[str], asked: argparse.Namespace) -> None:
+def _write(sheets: list[ResultTable], results: Path, problems: list[str], asked: argparse.Namespace) -> None:
     rows = published.read(project_root() / "results" / "reference" / "published_numbers.csv") if _has_reference() else []
     chapters: list[Chapter] = []
     output = Path(asked.output or results)
@@ -122,7 +122,7 @@ def _write(sheets: list[Sheet], results: Path, problems: list[str], asked: argpa
         for path in (*written, *pictures):
             log.info("wrote %s", path)
         if asked.wandb:
-            from dass_exp.track import track_sheet
+            from dass_exp.runs.track import track_sheet
 
             track_sheet(sheet.title, {"table": wide_form(sheet), "values": long_form(sheet)}, pictures, str(results))
     if sheets:
@@ -133,7 +133,7 @@ def _has_reference() -> bool:
     return (project_root() / "results" / "reference" / "published_numbers.csv").is_file()
 
 
-def _notes(sheet: Sheet, found: list[published.Published]) -> str:
+def _notes(sheet: ResultTable, found: list[published.Published]) -> str:
     lines = [published.as_markdown(found), ""]
     lines += [f"- failed: `{' '.join(cell.overrides)}`: {cell.error}" for cell in sheet.failed]
     lines += [f"- {note}" for note in footnotes(sheet.records)]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 from rich.table import Table
 
-from dass_exp.components import choice
+from dass_exp.config.components import choice
 from dass_exp.report.console import calibration_label, method_label, pattern_label, scope_label, with_error
 from dass_exp.report.load import Record, varying_settings
 

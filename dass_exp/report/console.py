@@ -23,7 +23,7 @@ def console(stderr: bool = False) -> Console:
     return Console(file=stream, width=None if stream.isatty() else _PLAIN_WIDTH, highlight=False)
 
 
-class Watch:
+class TerminalReporter:
     """Shows the phases of a run on standard error: live on a terminal, one line each elsewhere."""
 
     @contextmanager

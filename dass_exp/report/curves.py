@@ -6,14 +6,14 @@ import math
 from functools import reduce
 from typing import Any
 
-from dass_exp.report.alike import made_by
 from dass_exp.report.load import Record
-from dass_exp.report.sheet import Entry, Sheet
+from dass_exp.report.protocol_check import made_by
+from dass_exp.report.table import Entry, ResultTable
 
 _TELLING = ("model.name", "method.name", "pattern.name", "scope", "calibration.name", "calibration.num_samples", "calibration.seq_len")
 
 
-def curves_of(sheet: Sheet, axis: str) -> tuple[dict[str, dict[float, Entry]], dict[str, Entry]]:
+def curves_of(sheet: ResultTable, axis: str) -> tuple[dict[str, dict[float, Entry]], dict[str, Entry]]:
     """Values over seeds by label and x; and, for the records without the setting, by label.
 
     Args:

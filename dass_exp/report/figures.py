@@ -14,7 +14,7 @@ from dass_exp.errors import one_of
 from dass_exp.report.console import method_label, pattern_label, scope_label
 from dass_exp.report.curves import curves_of
 from dass_exp.report.load import Record, block_of
-from dass_exp.report.sheet import Entry, Sheet
+from dass_exp.report.table import Entry, ResultTable
 from dass_exp.report.write import format_entry
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _UNITS = {"perplexity": "perplexity", "acc": "accuracy %", "acc_norm": "length-n
 _AXES = {"num_samples": "calibration sequences", "seq_len": "tokens per calibration sequence", "sparsity": "sparsity %"}
 
 
-def draw(sheet: Sheet, folder: Path) -> list[Path]:
+def draw(sheet: ResultTable, folder: Path) -> list[Path]:
     """Draw the picture that a sheet asks for; no file where it asks for none or holds no finite number.
 
     Args:
@@ -78,7 +78,7 @@ def draw_layers(record: Record, folder: Path) -> list[Path]:
         return save(figure, ", ".join(filter(None, title)), folder / f"layers-{record['key']}")
 
 
-def _bars(sheet: Sheet, figure: Figure) -> bool:
+def _bars(sheet: ResultTable, figure: Figure) -> bool:
     """One panel a model, one group a column, one bar a row; dense as dashed lines."""
     models = list(dict.fromkeys(record["config"]["model"]["name"] for record in sheet.records))
     panels = {model: found for model in models if (found := [row for row in sheet.rows if row.startswith(f"{model} ")])} or {"": sheet.rows}
@@ -133,7 +133,7 @@ def _name_columns(pane: Axes, columns: Sequence[str], inches: float) -> None:
     pane.set_xlim(-0.55, len(columns) - 0.45)
 
 
-def _lines(sheet: Sheet, axis: str, figure: Figure) -> bool:
+def _lines(sheet: ResultTable, axis: str, figure: Figure) -> bool:
     """One line for what varies besides ``axis``; what has no such setting, dense first of all, is a level."""
     curves, levels = curves_of(sheet, axis)
     if not curves:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dass_exp.schema import is_config, problem_of
+from dass_exp.storage.record_schema import is_config, problem_of
 
 Record = dict[str, Any]
 

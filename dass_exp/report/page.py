@@ -15,7 +15,7 @@ from urllib.parse import quote
 from dass_exp.report.console import method_label, pattern_label, scope_label
 from dass_exp.report.load import Record
 from dass_exp.report.published import NOTHING_PUBLISHED, Published
-from dass_exp.report.sheet import Entry, Sheet
+from dass_exp.report.table import Entry, ResultTable
 from dass_exp.report.template import filled
 from dass_exp.report.write import format_entry, write_text
 
@@ -31,7 +31,7 @@ class Chapter:
         published: figures of others that have a counterpart here.
     """
 
-    sheet: Sheet
+    sheet: ResultTable
     caption: str
     pictures: Sequence[Path] = ()
     published: Sequence[Published] = ()
@@ -88,7 +88,7 @@ def _anchor(name: str) -> str:
     return escape(quote(name, safe=""))
 
 
-def _table(sheet: Sheet) -> str:
+def _table(sheet: ResultTable) -> str:
     lines = [
         [f'<th scope="row">{escape(row)}</th>', *(_cell(sheet.cells.get((row, column), ""), sheet.metric) for column in sheet.columns)] for row in sheet.rows
     ]
@@ -129,7 +129,7 @@ def _picture(path: Path, title: str) -> str:
     return f'<figure role="img" aria-label="{escape(title)}">{drawing}</figure>'
 
 
-def _failures(sheet: Sheet) -> str:
+def _failures(sheet: ResultTable) -> str:
     if not sheet.failed:
         return ""
     listed = "".join(f"<li><code>{escape(' '.join(cell.overrides))}</code>: {escape(cell.error or 'no error was noted')}</li>" for cell in sheet.failed)

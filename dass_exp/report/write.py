@@ -10,7 +10,7 @@ from typing import Any
 
 from dass_exp.report.console import calibration_label
 from dass_exp.report.load import model_of
-from dass_exp.report.sheet import Entry, Sheet
+from dass_exp.report.table import Entry, ResultTable
 
 _UNITS = {"perplexity": "perplexity, lower is better", "acc": "accuracy in %", "acc_norm": "length-normalised accuracy in %", "cost": "cost"}
 _TEX = {"\\": r"\textbackslash{}", **{mark: f"\\{mark}" for mark in "&%$#_{}"}, "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
@@ -25,7 +25,7 @@ def format_entry(entry: Entry | str, metric: str) -> str:
     return f"{entry.mean:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
 
 
-def caption(sheet: Sheet) -> str:
+def caption(sheet: ResultTable) -> str:
     """Model, weights, scope, calibration, context, BOS, dtype, lm-eval and metric of a sheet, and what its marks mean."""
     if not sheet.records:
         return "No cell of this sweep has a record."
@@ -58,7 +58,7 @@ def _note(note: str) -> str:
     return f" ({note})" if note else ""
 
 
-def markdown(sheet: Sheet) -> str:
+def markdown(sheet: ResultTable) -> str:
     """The table in Markdown: best in bold, second underlined."""
 
     def shown(entry: Entry | str) -> str:
@@ -75,7 +75,7 @@ def _pipe(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def long_form(sheet: Sheet) -> list[list[Any]]:
+def long_form(sheet: ResultTable) -> list[list[Any]]:
     """A header, and one line per value in full precision: row, column, mean, sd, stderr, n, mark, status, keys of the records."""
     lines: list[list[Any]] = [["row", "column", "metric", "mean", "sd", "stderr", "n", "mark", "status", "records"]]
     for (row, column), entry in sheet.cells.items():
@@ -86,7 +86,7 @@ def long_form(sheet: Sheet) -> list[list[Any]]:
     return lines
 
 
-def wide_form(sheet: Sheet) -> list[list[str]]:
+def wide_form(sheet: ResultTable) -> list[list[str]]:
     """The table as it is printed, its header first."""
     return [
         ["row", *sheet.columns],
@@ -94,7 +94,7 @@ def wide_form(sheet: Sheet) -> list[list[str]]:
     ]
 
 
-def comma_separated(sheet: Sheet) -> str:
+def comma_separated(sheet: ResultTable) -> str:
     """:func:`long_form` as CSV."""
     return _csv(long_form(sheet))
 
@@ -105,7 +105,7 @@ def _csv(rows: list[list[Any]]) -> str:
     return out.getvalue()
 
 
-def latex(sheet: Sheet) -> str:
+def latex(sheet: ResultTable) -> str:
     """A table environment; it needs the package booktabs."""
 
     def shown(entry: Entry | str) -> str:
@@ -130,7 +130,7 @@ def tex(text: str) -> str:
     return "".join(_TEX.get(mark, mark) for mark in text)
 
 
-def latex_beside(sheet: Sheet, rows: list[list[str]]) -> str:
+def latex_beside(sheet: ResultTable, rows: list[list[str]]) -> str:
     """Published figures beside ours as a table environment of its own; nothing if there are none."""
     head, *lines = rows
     if not lines:
@@ -141,7 +141,7 @@ def latex_beside(sheet: Sheet, rows: list[list[str]]) -> str:
     return "\n".join([*parts, r"\end{table}"]) + "\n"
 
 
-def write(sheet: Sheet, folder: Path, notes: str, beside: list[list[str]]) -> list[Path]:
+def write(sheet: ResultTable, folder: Path, notes: str, beside: list[list[str]]) -> list[Path]:
     """Write the three forms of a sheet, each atomically.
 
     Args:

@@ -1,0 +1,223 @@
+"""Which code a config may name: classes of this package, and of packages that the user has named, and nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from support import compose, contains, settings_of
+
+from dass_exp.config.components import admitted_packages, build, check_targets, choice, locate
+from dass_exp.config.settings import validate
+from dass_exp.data.tokens import Text
+from dass_exp.errors import UserError
+from dass_exp.masks import NM, Pattern
+from dass_exp.methods.base import Pruner
+
+OURS = frozenset({"dass_exp"})
+PLUGIN = """
+from dataclasses import dataclass
+from pathlib import Path
+from dass_exp.methods.magnitude import Magnitude
+
+Path(__file__).with_name("imported").touch()
+
+@dataclass
+class Largest(Magnitude):
+    factor: float = 1.0
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package that anyone could have installed; the file that it returns is there once the package was imported."""
+    folder = tmp_path / "packages" / "someones_plugin"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(str(folder.parent))
+    monkeypatch.delenv("DASS_EXP_PLUGINS", raising=False)
+    yield folder / "imported"
+    sys.modules.pop("someones_plugin", None)
+
+
+METHOD = "method._target_"
+REFUSED = [
+    (f"{METHOD}=os.system", ["os.system", "not admitted", "DASS_EXP_PLUGINS"]),
+    (f"{METHOD}=subprocess.Popen", ["subprocess.Popen", "not admitted"]),
+    (f"{METHOD}=builtins.eval", ["builtins.eval", "not admitted"]),
+    (f"{METHOD}=dass_experiments.Method", ["dass_experiments.Method", "not admitted"]),
+    (f"{METHOD}=5", ["5", "not admitted"]),
+    (f"{METHOD}=null", ["None"]),
+    (f"{METHOD}=''", [METHOD]),
+    (f"{METHOD}=dass_exp.data.assets.subprocess.run", ["dass_exp.data.assets.subprocess.run"]),
+    (f"{METHOD}=dass_exp.data.assets.subprocess.Popen", ["dass_exp.data.assets.subprocess.Popen"]),
+    (f"{METHOD}=dass_exp.data.assets.FileLock", ["dass_exp.data.assets.FileLock", "another package"]),
+    (f"{METHOD}=dass_exp.storage.records.Path", ["dass_exp.storage.records.Path", "another package"]),
+    (f"{METHOD}=dass_exp.data.assets.fetch", ["dass_exp.data.assets.fetch", "expected a class"]),
+    (f"{METHOD}=dass_exp.data.assets.subprocess", ["dass_exp.data.assets.subprocess", "expected a class"]),
+    (f"{METHOD}=dass_exp.methods.wanda", [f"{METHOD}=dass_exp.methods.wanda: "]),
+    (f"{METHOD}=dass_exp.methods.wanda.Wonder", ["dass_exp.methods.wanda.Wonder", "no such class"]),
+    (f"{METHOD}=dass_exp.nothing.Wanda", ["dass_exp.nothing.Wanda", "no such class"]),
+    (f"{METHOD}=dass_exp", ["no such class"]),
+    (f"{METHOD}=dass_exp..x", ["no such class"]),
+    ("calibration.text._target_=subprocess.Popen", ["calibration.text._target_=subprocess.Popen", "not admitted"]),
+    ("eval.perplexity.text._target_=os.system", ["eval.perplexity.text._target_=os.system", "not admitted"]),
+    ("tracker._target_=os.system", ["tracker._target_=os.system", "not admitted"]),
+    ("protocol._target_=os.system", ["protocol._target_=os.system", "not admitted"]),
+    ("sweep={_target_: os.system}", ["sweep._target_=os.system", "not admitted"]),
+    ("+method.inner={_target_: os.system, command: ls}", ["method.inner._target_=os.system", "not admitted"]),
+    ("+method.steps=[1, {deep: [{_target_: os.system}]}]", ["method.steps.1.deep.0._target_=os.system", "not admitted"]),
+    ("+calibration.text.more={a: {b: {c: {_target_: os.system}}}}", ["calibration.text.more.a.b.c._target_=os.system", "not admitted"]),
+]
+
+
+@pytest.mark.parametrize(("override", "words"), REFUSED, ids=[override for override, _ in REFUSED])
+def test_a_foreign_target_is_refused_and_never_called(override, words, monkeypatch):
+    def called(*args, **kwargs):
+        pytest.fail(f"a refused target was called with {args} {kwargs}")
+
+    monkeypatch.setattr("os.system", called)
+    monkeypatch.setattr(subprocess, "Popen", called)
+    keyed = override if override.startswith("+") else f"++{override}"
+    with pytest.raises(UserError) as caught:
+        settings_of(keyed)
+    assert contains(str(caught.value), words), str(caught.value)
+
+
+def test_a_target_that_an_interpolation_makes_is_refused(monkeypatch):
+    monkeypatch.setenv("SOMETHING", "os.system")
+    with pytest.raises(UserError, match=r"method\._target_=os\.system: .* not admitted"):
+        settings_of("method._target_=${oc.env:SOMETHING}")
+
+
+@pytest.mark.parametrize(
+    ("override", "kind"),
+    [
+        ("method._target_=dass_exp.masks.NM", "Pruner"),
+        ("pattern._target_=dass_exp.methods.wanda.Wanda", "Pattern"),
+        ("tracker._target_=dass_exp.data.tokens.OfflineText", "Tracker"),
+        ("calibration.text._target_=dass_exp.runs.track.NullTracker", "Text"),
+        ("eval.perplexity.text._target_=dass_exp.masks.NM", "Text"),
+    ],
+)
+def test_a_target_of_the_wrong_kind_is_refused(override, kind):
+    setting = override.partition("=")[0]
+    with pytest.raises(UserError) as caught:
+        settings_of(override)
+    assert contains(str(caught.value), [setting, f"expected a {kind}"])
+
+
+@pytest.mark.parametrize("override", ["+method._partial_=true", "+pattern._partial_=true", "+calibration.text._partial_=true"])
+def test_a_part_that_is_not_built_is_no_part(override):
+    setting = override.partition("=")[0].lstrip("+").removesuffix("._partial_")
+    with pytest.raises(UserError) as caught:
+        settings_of(override)
+    assert contains(str(caught.value), [setting])
+
+
+def test_an_abstract_class_is_no_part():
+    with pytest.raises(UserError, match=r"^method: "):
+        build({"_target_": "dass_exp.methods.base.ScorePruner"}, Pruner, "method")
+
+
+@pytest.mark.parametrize(
+    ("typed", "named"),
+    [
+        (["plugins=[one]"], {"one"}),
+        (["plugins=[one,two]"], {"one", "two"}),
+        (["plugins=['one', \"two\"]"], {"one", "two"}),
+        (["+plugins=[one]"], {"one"}),
+        (["++plugins=[one]"], {"one"}),
+        (["plugins=[]"], set()),
+        (["method=wanda", "sweeps=plugins"], set()),
+        (["model.plugins=[one]"], set()),
+    ],
+)
+def test_packages_named_on_the_command_line(typed, named, monkeypatch):
+    monkeypatch.delenv("DASS_EXP_PLUGINS", raising=False)
+    assert admitted_packages(typed) == {"dass_exp"} | named
+
+
+@pytest.mark.parametrize(("value", "named"), [("one", {"one"}), ("one,two", {"one", "two"}), (" one  two ", {"one", "two"}), ("", set())])
+def test_packages_named_in_the_environment(value, named, monkeypatch):
+    monkeypatch.setenv("DASS_EXP_PLUGINS", value)
+    assert admitted_packages([]) == {"dass_exp"} | named
+
+
+def test_a_plugin_is_refused_without_being_imported(plugin):
+    with pytest.raises(UserError, match="not admitted"):
+        settings_of("method._target_=someones_plugin.Largest")
+    assert not plugin.exists()
+    assert "someones_plugin" not in sys.modules
+
+
+def test_a_plugin_is_admitted_by_the_environment(plugin, monkeypatch):
+    monkeypatch.setenv("DASS_EXP_PLUGINS", "someones_plugin")
+    assert settings_of("method=magnitude", "method._target_=someones_plugin.Largest", "+method.factor=2.0").method.factor == 2
+    assert plugin.exists()
+
+
+def test_a_plugin_is_admitted_by_the_command_line(plugin):
+    typed = ["plugins=[someones_plugin]", "method=magnitude", "method._target_=someones_plugin.Largest"]
+    assert settings_of(*typed).method.name == "largest"
+    assert plugin.exists()
+
+
+def test_a_config_file_cannot_admit_a_plugin(plugin):
+    composed = compose("plugins=[someones_plugin]", "method=magnitude", "method._target_=someones_plugin.Largest")
+    with pytest.raises(UserError, match="not admitted"):
+        validate(composed, admitted_packages(["sweeps=theirs"]))  # the list stands in the config, and nobody typed it
+    assert not plugin.exists()
+
+
+def test_a_refusal_says_what_is_admitted():
+    with pytest.raises(UserError, match="admitted: another, dass_exp"):
+        check_targets(OmegaConf.create({"method": {"_target_": "os.system"}}), OURS | {"another"})
+
+
+def test_our_own_targets_pass():
+    check_targets(OmegaConf.create({"a": [{"_target_": "dass_exp.masks.NM"}], "b": {"_target_": "dass_exp.methods.dass.Dass"}}), OURS)
+
+
+def test_a_part_is_built_with_its_settings():
+    assert build({"_target_": "dass_exp.masks.NM", "n": 1, "m": 8}, Pattern, "pattern") == NM(1, 8)
+
+
+@pytest.mark.parametrize("node", [None, "wanda", 5, {}, {"alpha": 1}, []])
+def test_a_node_that_names_no_class_is_refused(node):
+    with pytest.raises(UserError, match="method="):
+        build(node, Pruner, "method")
+
+
+def test_a_value_that_a_part_refuses_keeps_its_message():
+    with pytest.raises(UserError, match=r"^method\.alpha=-2: "):
+        build({"_target_": "dass_exp.methods.dass.Dass", "alpha": -2}, Pruner, "method")
+
+
+def test_a_field_that_a_part_does_not_have_is_named_with_its_setting():
+    with pytest.raises(UserError) as caught:
+        build({"_target_": "dass_exp.data.tokens.OfflineText", "asset": "c4", "colour": "red"}, Text, "calibration.text")
+    assert contains(str(caught.value), ["calibration.text", "colour"])
+
+
+def test_a_choice_is_the_content_of_its_file():
+    assert choice("pattern", "4of8") == {"_target_": "dass_exp.masks.NM", "n": 4, "m": 8}
+
+
+def test_an_unknown_choice_lists_the_known_ones():
+    with pytest.raises(UserError) as caught:
+        choice("method", "wandaa")
+    assert contains(str(caught.value), ["method='wandaa'", "dass, dense, magnitude, sparsegpt, wanda"])
+
+
+@pytest.mark.parametrize("name", ["../config", "../../dass_exp/x", ""])
+def test_a_choice_stays_in_its_group(name):
+    with pytest.raises(UserError):
+        choice("method", name)
+
+
+def test_locate_finds_a_class():
+    assert locate("pattern._target_", "dass_exp.masks.NM") is NM

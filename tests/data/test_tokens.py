@@ -1,0 +1,304 @@
+"""Calibration and evaluation tokens: drawn as the Wanda code draws them, framed as the BOS policy says, hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support import contains, tiny_tokenizer
+
+from dass_exp.data.tokens import Cut, HubText, OfflineText, Text, Tokens, calibration_tokens, encode, evaluation_windows
+from dass_exp.errors import UserError
+
+BOS = 1000
+
+
+class Characters:
+    """A tokenizer whose tokens are characters, so that every expected number can be written down."""
+
+    bos_token_id = BOS
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        ids = [ord(character) for character in text]
+        return {"input_ids": [BOS, *ids] if add_special_tokens else ids}
+
+
+@dataclass(frozen=True)
+class Documents(Text):
+    """A text that is written in the test."""
+
+    found: tuple[str, ...]
+
+    @property
+    def identity(self):
+        return {}
+
+    def documents(self):
+        return list(self.found)
+
+
+LENGTHS = random.Random(7)
+TEXT = Documents(tuple("".join(chr(97 + LENGTHS.randrange(26)) for _ in range(LENGTHS.choice([3, 8, 9, 30, 60]))) for _ in range(40)))
+TOKENIZER = Characters()
+
+
+def ids_of(text: str) -> list[int]:
+    return [ord(character) for character in text]
+
+
+def calibrated(cut: Cut, bos: str = "never", seed: int = 0) -> list[list[int]]:
+    return calibration_tokens(TEXT, cut, TOKENIZER, bos, seed).ids.tolist()
+
+
+def evaluated(context: int, bos: str = "never", limit: int | None = None, text: Text = TEXT) -> list[list[int]]:
+    return evaluation_windows(text, context, limit, TOKENIZER, bos).ids.tolist()
+
+
+def joined(windows: Iterable[list[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(windows))
+
+
+# Calibration
+
+
+def wanda_c4(documents: list[str], count: int, length: int, seed: int, head: tuple[int, ...] = ()) -> list[list[int]]:
+    """The loop of get_c4 in lib/data.py of the Wanda code: a document that is longer, then a crop."""
+    draw, samples = random.Random(seed), []
+    for _ in range(count):
+        while True:
+            i = draw.randint(0, len(documents) - 1)
+            enc = [*head, *ids_of(documents[i])]
+            if len(enc) > length:
+                break
+        i = draw.randint(0, len(enc) - length - 1)
+        samples.append(enc[i : i + length])
+    return samples
+
+
+def wanda_wikitext2(documents: list[str], count: int, length: int, seed: int, separator: str, head: tuple[int, ...] = ()) -> list[list[int]]:
+    """The loop of get_wikitext2: crops of everything joined."""
+    draw, enc = random.Random(seed), [*head, *ids_of(separator.join(documents))]
+    starts = [draw.randint(0, len(enc) - length - 1) for _ in range(count)]
+    return [enc[i : i + length] for i in starts]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 42])
+@pytest.mark.parametrize("length", [4, 8, 9, 29])
+def test_documents_are_drawn_as_the_wanda_code_draws_them(seed, length):
+    assert calibrated(Cut("document", 12, length), seed=seed) == wanda_c4(TEXT.documents(), 12, length, seed)
+    assert calibrated(Cut("document", 12, length), "stream", seed) == wanda_c4(TEXT.documents(), 12, length, seed, (BOS,))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 42])
+@pytest.mark.parametrize("separator", [" ", "\n\n"])
+def test_windows_of_the_joined_text_are_drawn_as_the_wanda_code_draws_them(seed, separator):
+    cut = Cut("joined", 12, 16, separator)
+    assert calibrated(cut, seed=seed) == wanda_wikitext2(TEXT.documents(), 12, 16, seed, separator)
+    assert calibrated(cut, "stream", seed) == wanda_wikitext2(TEXT.documents(), 12, 16, seed, separator, (BOS,))
+
+
+@pytest.mark.parametrize("sampling", ["joined", "document"])
+def test_the_draws_do_not_disturb_the_global_generator(sampling):
+    random.seed(5)
+    before = random.getstate()
+    calibrated(Cut(sampling, 4, 8))
+    assert random.getstate() == before
+
+
+@pytest.mark.parametrize("sampling", ["joined", "document"])
+def test_a_window_starts_with_the_token_and_counts_it(sampling):
+    windows = calibrated(Cut(sampling, 10, 9), "window")
+    assert {len(window) for window in windows} == {9}
+    assert {window[0] for window in windows} == {BOS}
+    assert all(BOS not in window[1:] for window in windows)
+    assert [window[1:] for window in windows] == calibrated(Cut(sampling, 10, 8))  # the same places as without it
+
+
+@pytest.mark.parametrize("sampling", ["joined", "document"])
+def test_never_means_never(sampling):
+    assert all(BOS not in window for window in calibrated(Cut(sampling, 40, 8), "never"))
+
+
+def test_stream_puts_the_token_once_at_the_head_of_the_text():
+    text = Documents(("abcdef",))
+    windows = calibration_tokens(text, Cut("joined", 50, 3), TOKENIZER, "stream", 0).ids.tolist()
+    assert {tuple(window) for window in windows} == {(BOS, 97, 98), (97, 98, 99), (98, 99, 100), (99, 100, 101)}  # the Wanda code never draws the last start
+
+
+def test_every_document_longer_than_the_window_can_be_drawn_and_no_shorter_one():
+    windows = {"".join(map(chr, window)) for window in calibrated(Cut("document", 400, 9))}
+    sources = {document for document in TEXT.documents() if any(window in document for window in windows)}
+    assert sources == {document for document in TEXT.documents() if len(document) > 9}
+
+
+def test_the_joined_text_is_too_short():
+    with pytest.raises(UserError) as caught:
+        calibrated(Cut("joined", 1, 100_000))
+    assert contains(str(caught.value), ["calibration.seq_len=100000:", "tokens"])
+
+
+def test_no_document_is_long_enough():
+    with pytest.raises(UserError) as caught:
+        calibrated(Cut("document", 1, 61))
+    assert contains(str(caught.value), ["calibration.seq_len=61:", "sampling=joined"])
+
+
+@pytest.mark.parametrize(("settings", "name"), [(("row", 1, 2), "sampling"), (("joined", 0, 2), "num_samples"), (("joined", 1, 1), "seq_len")])
+def test_a_cut_that_cannot_be_is_refused(settings, name):
+    with pytest.raises(UserError, match=f"^calibration.{name}="):
+        Cut(*settings)
+
+
+# Evaluation
+
+
+def test_evaluation_windows_follow_each_other_and_the_rest_is_dropped():
+    stream = ids_of("\n\n".join(TEXT.documents()))
+    windows = evaluated(100)
+    assert len(windows) == len(stream) // 100
+    assert len(stream) % 100
+    assert joined(windows) == stream[: len(windows) * 100]
+
+
+def test_the_first_windows_only():
+    assert evaluated(100, limit=3) == evaluated(100)[:3]
+    assert evaluated(100, limit=10_000) == evaluated(100)
+
+
+def test_the_token_counts_in_the_context_of_an_evaluation_window():
+    windows = evaluated(100, "window")
+    assert {(len(window), window[0]) for window in windows} == {(100, BOS)}
+    assert joined(window[1:] for window in windows) == joined(evaluated(99))
+
+
+def test_the_token_stands_once_at_the_head_of_an_evaluation_stream():
+    whole = joined(evaluated(100, "stream"))
+    assert whole[0] == BOS
+    assert BOS not in whole[1:]
+    assert whole[1:] == ids_of("\n\n".join(TEXT.documents()))[: len(whole) - 1]
+
+
+def test_no_token_unless_asked():
+    assert BOS not in joined(evaluated(100))
+
+
+def test_one_window_is_enough_and_less_is_not():
+    text = Documents(("abcd",))
+    assert evaluated(4, text=text) == [[97, 98, 99, 100]]
+    assert evaluated(5, "window", text=text) == [[BOS, 97, 98, 99, 100]]
+    with pytest.raises(UserError) as caught:
+        evaluated(5, text=text)
+    assert contains(str(caught.value), ["eval.perplexity.context=5:", "4 tokens"])
+
+
+# Tokens
+
+
+def test_encoding_adds_nothing_of_its_own():
+    assert encode(TOKENIZER, "ab", "never").tolist() == [97, 98]
+    assert encode(TOKENIZER, "ab", "window").tolist() == [97, 98]
+    assert encode(TOKENIZER, "ab", "stream").tolist() == [BOS, 97, 98]
+    assert encode(TOKENIZER, "ab", "stream").dtype == torch.int64
+
+
+def test_a_real_tokenizer_gives_the_text_back():
+    tokenizer = tiny_tokenizer()
+    text = "In 1903 two brothers flew; it took 12 seconds. Ünïcode, too."
+    assert tokenizer.decode(encode(tokenizer, text, "never")) == text
+    assert encode(tokenizer, text, "stream")[0] == tokenizer.bos_token_id
+
+
+def test_the_hash_is_that_of_the_ids_as_little_endian_64_bit_numbers():
+    ids = torch.tensor([[1, 2], [3, 4]])
+    expected = hashlib.sha256(b"".join(number.to_bytes(8, "little") for number in (1, 2, 3, 4))).hexdigest()
+    assert Tokens.of(ids).sha256 == expected
+    assert Tokens.of(torch.tensor([[1, 3], [2, 4]]).T).sha256 == expected  # whatever the strides
+
+
+def test_the_hash_changes_with_the_tokens():
+    cut = Cut("joined", 4, 16)
+    found = [calibration_tokens(TEXT, cut, TOKENIZER, bos, seed).sha256 for bos, seed in (("never", 0), ("never", 1), ("window", 0))]
+    assert len(set(found)) == 3
+    assert calibration_tokens(TEXT, cut, TOKENIZER, "never", 0).sha256 == found[0]
+
+
+# The real texts
+
+
+def test_the_c4_text():
+    documents = OfflineText("c4").documents()
+    assert len(documents) == 584
+    assert all(document.strip() for document in documents)
+    assert sum(len(document.split()) for document in documents) == pytest.approx(220_000, rel=0.03)
+
+
+def test_the_wikipedia_text_has_no_markup_and_no_bare_titles():
+    documents = OfflineText("wikipedia").documents()
+    assert len(documents) > 500
+    assert not [document for document in documents if "<doc" in document or "</doc" in document]
+    assert all("\n" in document for document in documents)
+    assert all(document == document.strip() for document in documents)
+
+
+@pytest.mark.parametrize("asset", ["c4", "wikipedia"])
+def test_even_and_odd_parts_make_up_the_whole(asset):
+    whole, even, odd = (OfflineText(asset, part).documents() for part in ("all", "even", "odd"))
+    assert (even, odd) == (whole[::2], whole[1::2])
+
+
+def test_no_wikipedia_article_is_in_both_parts():
+    even, odd = (OfflineText("wikipedia", part).documents() for part in ("even", "odd"))
+    assert len(even) == pytest.approx(len(odd), abs=1)
+    assert not set(even) & set(odd)
+
+
+def test_the_identity_of_a_text_is_its_content_and_its_part():
+    found = {repr(sorted(OfflineText(asset, part).identity.items())) for asset in ("c4", "wikipedia") for part in ("all", "even", "odd")}
+    assert len(found) == 6
+    assert OfflineText("c4").identity["sha256"].startswith("2daf1ef1")
+
+
+@pytest.mark.parametrize(("settings", "name"), [({"asset": "reddit"}, "asset"), ({"asset": "c4", "part": "third"}, "part")])
+def test_an_unknown_text_is_refused(settings, name):
+    with pytest.raises(UserError, match=rf"^text\.{name}="):
+        OfflineText(**settings)
+
+
+# A data set of the hub
+
+
+def test_a_hub_text_asks_for_what_it_was_told(monkeypatch):
+    asked = {}
+
+    def load_dataset(path, name, **settings):
+        asked.update(settings, path=path, name=name)
+        return {"text": ["one", "two"]}
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    text = HubText("allenai/c4", "train", data_file="en/part.json.gz", revision="abc")
+    assert text.documents() == ["one", "two"]
+    assert asked == {"path": "allenai/c4", "name": None, "data_files": {"train": "en/part.json.gz"}, "split": "train", "revision": "abc"}
+
+
+def test_a_hub_text_without_a_network_gives_one_clear_line(monkeypatch):
+    def load_dataset(*args, **settings):
+        raise ConnectionError("no\nroute")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(UserError) as caught:
+        HubText("allenai/c4", "train").documents()
+    assert contains(str(caught.value), ["allenai/c4", "network", "protocol=demo", "no route"])
+
+
+def test_every_field_of_a_hub_text_is_in_its_identity():
+    base = HubText("a/b", "train")
+    others = [HubText("a/c", "train"), HubText("a/b", "test"), HubText("a/b", "train", name="x"), HubText("a/b", "train", data_file="x")]
+    others.append(HubText("a/b", "train", revision="x"))
+    assert len({repr(text.identity) for text in (base, *others)}) == 6
