@@ -13,7 +13,9 @@ from dass_exp.paths import project_root
 
 os.environ.setdefault("DASS_EXP_ROOT", str(project_root()))  # conf/config.yaml finds sweeps/ by it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin at each barrier make small products many times slower on busy cores
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # threads that spin at each barrier make small products many times slower on busy cores
 os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the libraries below; ours say what a run is doing
 
 import hydra
@@ -55,15 +57,23 @@ def _cell(composed: DictConfig) -> None:
         if shelf is not None:
             workers.join(context.launcher, Path(context.sweep.dir))
         elif launchers := [text for text in context.overrides.hydra if text.startswith("hydra/launcher=")]:
-            raise UserError(f"{launchers[0]}: a launcher runs the cells of a sweep, and this is one run; leave it out, or add -m or sweeps=NAME")
+            raise UserError(
+                f"{launchers[0]}: a launcher runs the cells of a sweep, and this is one run; leave it out, or add -m or sweeps=NAME"
+            )
         settings = validate(composed, _ADMITTED)
         if settings.config.plan:
             _planned(plan(settings, shelf), context.runtime.output_dir, overrides, alone=shelf is None)
             return
         outcome = run(settings, TerminalReporter(), shelf)
     except Exception as error:
-        meant, status = sketch(composed, context.runtime.choices, _ADMITTED), "unplanned" if composed.get("plan") else "failed"
-        note_cell(context.runtime.output_dir, {"status": status, "overrides": overrides, "error": _line(error), "config": meant})
+        meant, status = (
+            sketch(composed, context.runtime.choices, _ADMITTED),
+            "unplanned" if composed.get("plan") else "failed",
+        )
+        note_cell(
+            context.runtime.output_dir,
+            {"status": status, "overrides": overrides, "error": _line(error), "config": meant},
+        )
         if context.mode == RunMode.MULTIRUN:  # the other cells go on; the exit code at the end tells
             log.error("%s: %s", " ".join(overrides), _line(error), exc_info=None if _expected(error) else error)
             return
@@ -118,7 +128,11 @@ def _mistyped() -> str | None:
 def _explained(error: Exception) -> int:
     """Say why Hydra, or the launcher of a sweep, gave up; the exit code."""
     mistake = _mistyped()
-    told = (" ".join(str(part).partition("Config search path")[0].split()) for part in (error, error.__cause__) if part is not None)
+    told = (
+        " ".join(str(part).partition("Config search path")[0].split())
+        for part in (error, error.__cause__)
+        if part is not None
+    )
     log.error("%s", mistake or " ".join(told))
     if mistake or not Sweep.started or isinstance(error, (HydraException, OmegaConfBaseException)):
         return 2
@@ -149,15 +163,21 @@ def main() -> None:
         raise SystemExit(2) from None
     os.environ["DASS_EXP_PLUGINS"] = " ".join(_ADMITTED)  # a worker of a launcher has another command line
     if _names_a_sweep() and not {"-m", "--multirun"} & {*sys.argv}:
-        sys.argv.insert(1, "--multirun")  # the sweep's file says so too, but Hydra then reports its own guess instead of a mistake in the overrides
+        sys.argv.insert(
+            1, "--multirun"
+        )  # the sweep's file says so too, but Hydra then reports its own guess instead of a mistake in the overrides
     if any(override.lower() == "plan=true" for override in sys.argv):  # it runs nothing, so it needs no worker
-        sys.argv[1:] = [text for text in sys.argv[1:] if not text.lstrip("+").startswith(("hydra/launcher=", "hydra.launcher."))]
+        sys.argv[1:] = [
+            text for text in sys.argv[1:] if not text.lstrip("+").startswith(("hydra/launcher=", "hydra.launcher."))
+        ]
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us instead of printing a traceback
     try:
         _cell()
     except KeyboardInterrupt:
-        log.error("stopped; what is finished is kept, and the same command goes on from there. Cells on other machines were not stopped")
+        log.error(
+            "stopped; what is finished is kept, and the same command goes on from there. Cells on other machines were not stopped"
+        )
         raise SystemExit(130) from None
     except Exception as error:
         if _Progress.started or full:

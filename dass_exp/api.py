@@ -127,7 +127,9 @@ def perplexity(model: nn.Module, tokens: Tensor, context: int | None = None, bat
 def _check_tokens(model: Any, tokens: Any) -> None:
     """Raise a UserError unless ``tokens`` holds ids of the model's vocabulary."""
     if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == bool:
-        raise UserError(f"tokens: expected a tensor of token ids, got {type(tokens).__name__} {getattr(tokens, 'dtype', '')}".rstrip())
+        raise UserError(
+            f"tokens: expected a tensor of token ids, got {type(tokens).__name__} {getattr(tokens, 'dtype', '')}".rstrip()
+        )
     size = model.get_input_embeddings().weight.shape[0]
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
         raise UserError(f"tokens: ids from {int(tokens.min())} to {int(tokens.max())}; this model has {size} words")

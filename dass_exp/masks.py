@@ -14,8 +14,12 @@ from torch import Tensor
 
 from dass_exp.errors import UserError, finite_number, whole_number
 
-_SMALL = 1 << 13  # numbers: up to this many, one comparison of all pairs is 2 to 3 times faster than a comparison per pair
-_PAIRWISE_LIMIT = 16  # up to this group size, comparing all pairs is 3 to 8 times faster than a stable sort (CPU, float32)
+_SMALL = (
+    1 << 13
+)  # numbers: up to this many, one comparison of all pairs is 2 to 3 times faster than a comparison per pair
+_PAIRWISE_LIMIT = (
+    16  # up to this group size, comparing all pairs is 3 to 8 times faster than a stable sort (CPU, float32)
+)
 
 
 class Pattern(ABC):
@@ -125,12 +129,20 @@ class NM(Pattern):
         axis = 1 if dim is None else dim
         self.check((scores.shape[0], scores.shape[1]), axis)
         tiles = scores.unflatten(axis, (-1, self.m)).movedim(axis + 1, 0)
-        kept = self._at_once(tiles) if tiles.numel() <= _SMALL else self._by_pairs(tiles) if self.m <= _PAIRWISE_LIMIT else self._by_sort(tiles)
+        kept = (
+            self._at_once(tiles)
+            if tiles.numel() <= _SMALL
+            else self._by_pairs(tiles)
+            if self.m <= _PAIRWISE_LIMIT
+            else self._by_sort(tiles)
+        )
         return kept.movedim(0, axis + 1).flatten(axis, axis + 1)
 
     def _at_once(self, tiles: Tensor) -> Tensor:
         """Rank by comparing all pairs in one operation: for the few groups of a tile of SparseGPT, where each operation costs more than its numbers."""
-        first = torch.ones(self.m, self.m, dtype=torch.bool, device=tiles.device).triu_()[..., *(None,) * (tiles.ndim - 1)]
+        first = torch.ones(self.m, self.m, dtype=torch.bool, device=tiles.device).triu_()[
+            ..., *(None,) * (tiles.ndim - 1)
+        ]
         beats = torch.where(first, tiles[:, None] >= tiles, tiles[:, None] > tiles)
         return beats.sum(0) <= self.n  # a weight is counted against itself too
 

@@ -158,7 +158,9 @@ class Gram(Statistic):
             diagonal += wanted - added
             added = wanted
             lower, failed = torch.linalg.cholesky_ex(hessian)
-            if not failed.item() and bool(torch.isfinite(lower.diagonal()).all()):  # each number of a row enters its diagonal
+            if not failed.item() and bool(
+                torch.isfinite(lower.diagonal()).all()
+            ):  # each number of a row enters its diagonal
                 del hessian, diagonal  # no more than three such matrices at once
                 return lower.flip(0, 1), retry
         raise NumericalError(f"the Hessian stayed singular after its damping was raised {tries} times to {added:.3g}")
@@ -179,12 +181,19 @@ def _feed_back(upper: Tensor, tile: int) -> Tensor:
     diagonal = upper.diagonal().clone()
     features, some = len(upper), max(1, 4 * _BAND // tile) * tile
     whole = features // tile * tile
-    for first, last, width in (*((start, min(start + some, whole), tile) for start in range(0, whole, some)), (whole, features, features - whole)):
+    for first, last, width in (
+        *((start, min(start + some, whole), tile) for start in range(0, whole, some)),
+        (whole, features, features - whole),
+    ):
         if first < last:
             tiles = upper[:last, first:last].unflatten(1, (-1, width))  # [in, tiles, width]; below them R is zero
-            corners = tiles[first:].unflatten(0, (-1, width)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [tiles, width, width]
+            corners = (
+                tiles[first:].unflatten(0, (-1, width)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+            )  # [tiles, width, width]
             units = corners / diagonal[first:last].view(-1, 1, width)
-            inverse = torch.linalg.solve_triangular(corners, torch.eye(width, device=upper.device).expand_as(corners), upper=True)
+            inverse = torch.linalg.solve_triangular(
+                corners, torch.eye(width, device=upper.device).expand_as(corners), upper=True
+            )
             tiles.copy_((tiles.transpose(0, 1) @ inverse).transpose(0, 1))
             corners.copy_(units)
     return diagonal

@@ -48,20 +48,34 @@ def _fill(recipe: Recipe, folder: Path) -> None:
     scratch = recipe.folder.with_name(f".training-{recipe.folder.name}")
     stream = data.encode(tokenizer, _joined(TRAINED_ON), "never")
     transformers.set_seed(recipe.training_seed)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(recipe.mlp.model_type, **recipe.config()))
-    trainer = transformers.Trainer(model=model, args=_arguments(recipe, scratch), train_dataset=_Windows(stream, recipe.context))
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(recipe.mlp.model_type, **recipe.config())
+    )
+    trainer = transformers.Trainer(
+        model=model, args=_arguments(recipe, scratch), train_dataset=_Windows(stream, recipe.context)
+    )
     trainer.train(resume_from_checkpoint=_checkpoint(scratch))
     windows = data.evaluation_windows(HELD_OUT, recipe.context, None, tokenizer, "never")
     reached = perplexity(model.eval(), windows.ids, batch_size=recipe.batch).value
     if not reached <= recipe.perplexity:
-        raise UserError(f"{recipe.name}, training seed {recipe.training_seed}: held-out perplexity {reached:.2f}, above the {recipe.perplexity} of its recipe")
+        raise UserError(
+            f"{recipe.name}, training seed {recipe.training_seed}: held-out perplexity {reached:.2f}, above the {recipe.perplexity} of its recipe"
+        )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     told = {
-        "variant": recipe.variant, "training_seed": recipe.training_seed, "parameters": model.num_parameters(), "training_tokens": len(stream),
-        "tokens_seen": recipe.steps * recipe.batch * recipe.context, "held_out_perplexity": reached, "held_out_windows": len(windows.ids),
-        "final_training_loss": losses[-1:], "seconds_of_this_start": time.perf_counter() - start,
-        "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads(),
-    }  # fmt: skip
+        "variant": recipe.variant,
+        "training_seed": recipe.training_seed,
+        "parameters": model.num_parameters(),
+        "training_tokens": len(stream),
+        "tokens_seen": recipe.steps * recipe.batch * recipe.context,
+        "held_out_perplexity": reached,
+        "held_out_windows": len(windows.ids),
+        "final_training_loss": losses[-1:],
+        "seconds_of_this_start": time.perf_counter() - start,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+    }
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "training.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
@@ -102,8 +116,12 @@ def _tokenizer(recipe: Recipe) -> Any:
     from tokenizers import ByteLevelBPETokenizer
 
     made = ByteLevelBPETokenizer()
-    made.train_from_iterator(_documents(TRAINED_ON), vocab_size=recipe.vocabulary, special_tokens=[_END], show_progress=False)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=made._tokenizer, eos_token=_END, model_max_length=recipe.context)
+    made.train_from_iterator(
+        _documents(TRAINED_ON), vocab_size=recipe.vocabulary, special_tokens=[_END], show_progress=False
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made._tokenizer, eos_token=_END, model_max_length=recipe.context
+    )
 
 
 def _documents(sources: Sequence[texts.Text]) -> Iterator[str]:

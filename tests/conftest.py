@@ -42,7 +42,13 @@ OWN: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "phi3": {"pad_token_id": 0, "sliding_window": WINDOW},
     "mixtral": {"head_dim": 16, "num_local_experts": 4, "sliding_window": WINDOW},
-    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1]},
+    "qwen3_moe": {
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "mlp_only_layers": [1],
+    },
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "gpt2": {"n_inner": 48},
@@ -74,9 +80,13 @@ def tiny_model() -> Callable[..., nn.Module]:
     def make(family: str, **changes: Any) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SHAPE, **OWN[family], **changes}))
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(family, **{**SHAPE, **OWN[family], **changes})
+            )
             for parameter in model.parameters():
-                if parameter.ndim == 1:  # norms and biases start out as ones and zeros, which would hide that they were skipped
+                if (
+                    parameter.ndim == 1
+                ):  # norms and biases start out as ones and zeros, which would hide that they were skipped
                     nn.init.normal_(parameter, mean=0.5, std=0.2)
         return model.eval()
 

@@ -69,21 +69,32 @@ def run_with(*overrides: str) -> Outcome:
 def tiny_overrides(folder: Path, results: Path) -> list[str]:
     """A run of the tiny model that takes a fraction of a second: DaSS 2:4, four short sequences, four short windows."""
     return [
-        f"model.path={folder}", "model.name=tiny", "tracker=none", f"results_dir={results}", "eval=ppl_mini",
-        "eval.perplexity.context=32", "eval.perplexity.max_windows=4", "calibration.num_samples=4", "calibration.seq_len=32",
-    ]  # fmt: skip
+        f"model.path={folder}",
+        "model.name=tiny",
+        "tracker=none",
+        f"results_dir={results}",
+        "eval=ppl_mini",
+        "eval.perplexity.context=32",
+        "eval.perplexity.max_windows=4",
+        "calibration.num_samples=4",
+        "calibration.seq_len=32",
+    ]
 
 
 def environment(**changes: str) -> dict[str, str]:
     """The environment of a command in its own process: it sees this checkout, and has these changes."""
-    modules = os.pathsep.join(filter(None, [str(ROOT), changes.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]))
+    modules = os.pathsep.join(
+        filter(None, [str(ROOT), changes.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")])
+    )
     return {**os.environ, "DASS_EXP_ROOT": str(ROOT), "OMP_NUM_THREADS": "2", **changes, "PYTHONPATH": modules}
 
 
 def command(*arguments: str, folder: Path, **changes: str) -> subprocess.CompletedProcess[str]:
     """Run the command in ``folder``, in its own process, with these changes to the environment."""
     call = [sys.executable, "-m", "dass_exp", *arguments]
-    return subprocess.run(call, cwd=folder, env=environment(**changes), capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        call, cwd=folder, env=environment(**changes), capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def tiny_tokenizer(bos: str | None = "<s>") -> Any:
@@ -92,17 +103,33 @@ def tiny_tokenizer(bos: str | None = "<s>") -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<s>", "</s>", "<pad>"]
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(_CORPUS, trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token="</s>", pad_token="<pad>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=bos, eos_token="</s>", pad_token="<pad>"
+    )
 
 
 def tiny_config(**changes: Any) -> transformers.LlamaConfig:
     """Two LLaMA blocks."""
     settings = {
-        "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
-    }  # fmt: skip
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
     return transformers.LlamaConfig(**{**settings, **changes})
 
 
@@ -161,11 +188,19 @@ def bare_record(key: str, **changes: Any) -> dict[str, Any]:
         "eval": {"name": "none"},
     }
     whole = {
-        "schema": 1, "key": key, "created": "2026-01-01T00:00:00+00:00", "config": config, "identity": {"model": "local:0"},
-        "protocol": {"bos": "never", "dtype": "float32", "device": "cpu", "model_note": ""}, "calibration": None,
-        "sparsity": {"scope": 0.0, "decoder": 0.0, "model": 0.0, "layers": []}, "metrics": {},
-        "cost": {"load_s": 1.0, "prune_s": 0.0, "eval_s": 0.0, "peak_rss_bytes": 1, "peak_gpu_bytes": None}, "solver": {}, "environment": {},
-    }  # fmt: skip
+        "schema": 1,
+        "key": key,
+        "created": "2026-01-01T00:00:00+00:00",
+        "config": config,
+        "identity": {"model": "local:0"},
+        "protocol": {"bos": "never", "dtype": "float32", "device": "cpu", "model_note": ""},
+        "calibration": None,
+        "sparsity": {"scope": 0.0, "decoder": 0.0, "model": 0.0, "layers": []},
+        "metrics": {},
+        "cost": {"load_s": 1.0, "prune_s": 0.0, "eval_s": 0.0, "peak_rss_bytes": 1, "peak_gpu_bytes": None},
+        "solver": {},
+        "environment": {},
+    }
     return whole | changes
 
 

@@ -30,7 +30,9 @@ def folder(tmp_path, tiny_model):
     """A tiny llama with a tokenizer, saved as ``save_pretrained`` does."""
     tiny_model("llama").save_pretrained(tmp_path)
     words = {f"w{index}": index for index in range(64)}
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), unk_token="w0").save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), unk_token="w0"
+    ).save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -151,13 +153,19 @@ def test_a_pattern_that_cannot_be_read_is_refused(text):
         pattern_of(text)
 
 
-@pytest.mark.parametrize(("text", "setting"), [("5:4", "pattern.n"), ("0:4", "pattern.n"), ("100%", "pattern.sparsity"), ("-1%", "pattern.sparsity")])
+@pytest.mark.parametrize(
+    ("text", "setting"),
+    [("5:4", "pattern.n"), ("0:4", "pattern.n"), ("100%", "pattern.sparsity"), ("-1%", "pattern.sparsity")],
+)
 def test_an_impossible_pattern_is_refused(text, setting):
     with pytest.raises(UserError, match=setting):
         pattern_of(text)
 
 
-@pytest.mark.parametrize(("name", "method"), [("dass", Dass()), ("wanda", Wanda()), ("sparsegpt", SparseGPT()), ("magnitude", Magnitude()), ("dense", Dense())])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("dass", Dass()), ("wanda", Wanda()), ("sparsegpt", SparseGPT()), ("magnitude", Magnitude()), ("dense", Dense())],
+)
 def test_methods_of_the_config_group(name, method):
     assert method_of(name) == method
     assert method_of(method) is method
@@ -184,7 +192,9 @@ def test_a_wrong_setting_is_refused_and_the_model_stays_whole(settings, message,
     model = tiny_model("llama")
     with pytest.raises(UserError, match=message):
         prune(model, **{"tokens": tokens, **settings})
-    assert all(bool((module.weight != 0).all()) for module in model.model.layers.modules() if isinstance(module, nn.Linear))
+    assert all(
+        bool((module.weight != 0).all()) for module in model.model.layers.modules() if isinstance(module, nn.Linear)
+    )
 
 
 # --- perplexity of a stream
@@ -201,7 +211,10 @@ def test_a_stream_is_cut_into_windows_and_the_rest_is_dropped(tiny_model, tokens
 
 @pytest.mark.parametrize("context", [61, 1, 0, -5])
 def test_a_context_that_does_not_fit_is_refused(context, tiny_model, tokens):
-    with pytest.raises(UserError, match=f"context={context}: expected (at least 2 and at most the 60 tokens|a whole number of at least 2)"):
+    with pytest.raises(
+        UserError,
+        match=f"context={context}: expected (at least 2 and at most the 60 tokens|a whole number of at least 2)",
+    ):
         perplexity(tiny_model("llama"), tokens, context=context)
 
 

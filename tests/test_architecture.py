@@ -19,9 +19,15 @@ from support import CONF, ROOT
 from dass_exp.methods.base import Pruner
 
 PACKAGE = Path(importlib.import_module("dass_exp").__file__).parent
-FILES = {str(path.relative_to(PACKAGE).with_suffix("")): path for path in sorted(PACKAGE.rglob("*.py")) if "_share" not in path.parts}
+FILES = {
+    str(path.relative_to(PACKAGE).with_suffix("")): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if "_share" not in path.parts
+}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
-METHODS = sorted(name for name in FILES if name.startswith("methods/") and name not in ("methods/__init__", "methods/base"))
+METHODS = sorted(
+    name for name in FILES if name.startswith("methods/") and name not in ("methods/__init__", "methods/base")
+)
 
 # From the ground up: a file imports files of lower lines only. A new file must be given its place here.
 LAYERS = [
@@ -69,7 +75,9 @@ each_file = pytest.mark.parametrize("name", FILES)
 
 def layer_of(name: str) -> int:
     exact = [number for number, layer in enumerate(LAYERS) if name in layer]
-    return (exact or [number for number, layer in enumerate(LAYERS) if any(fnmatch(name, entry) for entry in layer)] or [-1])[0]
+    return (
+        exact or [number for number, layer in enumerate(LAYERS) if any(fnmatch(name, entry) for entry in layer)] or [-1]
+    )[0]
 
 
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -117,7 +125,11 @@ def called(tree: ast.AST) -> set[str]:
 
 def words(tree: ast.AST) -> set[str]:
     """Names and attributes, comments and texts apart."""
-    return {node.attr if isinstance(node, ast.Attribute) else node.id for node in ast.walk(tree) if isinstance(node, (ast.Attribute, ast.Name))}
+    return {
+        node.attr if isinstance(node, ast.Attribute) else node.id
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Attribute, ast.Name))
+    }
 
 
 # Sizes and types
@@ -140,8 +152,15 @@ def test_a_function_has_at_most_7_parameters(name):
 
 @each_file
 def test_every_function_is_typed(name):
-    bare = [function.name for function in functions(TREES[name]) if function.returns is None and function.name != "__init__"]
-    bare += [f"{function.name}({argument.arg})" for function in functions(TREES[name]) for argument in parameters(function) if argument.annotation is None]
+    bare = [
+        function.name for function in functions(TREES[name]) if function.returns is None and function.name != "__init__"
+    ]
+    bare += [
+        f"{function.name}({argument.arg})"
+        for function in functions(TREES[name])
+        for argument in parameters(function)
+        if argument.annotation is None
+    ]
     assert bare == []
 
 
@@ -161,7 +180,9 @@ def test_no_print_no_eval_no_exec(name):
 @each_file
 def test_no_assert_and_no_bare_except(name):
     assert [node.lineno for node in ast.walk(TREES[name]) if isinstance(node, ast.Assert)] == []
-    assert [node.lineno for node in ast.walk(TREES[name]) if isinstance(node, ast.ExceptHandler) and node.type is None] == []
+    assert [
+        node.lineno for node in ast.walk(TREES[name]) if isinstance(node, ast.ExceptHandler) and node.type is None
+    ] == []
 
 
 @each_file
@@ -224,18 +245,30 @@ def test_reports_run_no_model():
             reached.add(name)
             waiting += uses(name)
     assert {name for name in reached if not name.startswith("report/")} <= {
-        "errors", "paths", "schema", "tensorfile", "components", "maskfile", "record", "track",
-    }  # fmt: skip
+        "errors",
+        "paths",
+        "schema",
+        "tensorfile",
+        "components",
+        "maskfile",
+        "record",
+        "track",
+    }
 
 
 def test_methods_are_named_by_configs_and_not_by_code():
     naming = {name: {target for target in uses(name) if target in METHODS} for name in FILES}
-    assert {name: targets for name, targets in naming.items() if targets} == {name: {"methods/dense"} for name in ("making", "run")}
+    assert {name: targets for name, targets in naming.items() if targets} == {
+        name: {"methods/dense"} for name in ("making", "run")
+    }
 
 
 @pytest.mark.parametrize(("library", "home"), EDGES.items())
 def test_third_parties_stay_at_the_edge(library, home):
-    found = {name: [node for node, dotted in imported(tree) if dotted.split(".")[0] == library] for name, tree in TREES.items()}
+    found = {
+        name: [node for node, dotted in imported(tree) if dotted.split(".")[0] == library]
+        for name, tree in TREES.items()
+    }
     assert {name for name, nodes in found.items() if nodes} == {home}
     assert not set(found[home]) & set(TREES[home].body), "it is imported where it is used, not when the program starts"
 
@@ -252,7 +285,11 @@ def test_the_command_starts_without_them():
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_one_dataclass_in_one_file_with_one_choice(name):
     module = importlib.import_module("dass_exp." + name.replace("/", "."))
-    found = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Pruner) and value.__module__ == module.__name__]
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Pruner) and value.__module__ == module.__name__
+    ]
     (method,) = found
     stem = name.removeprefix("methods/")
     assert method.__name__.lower() == stem

@@ -62,7 +62,10 @@ def test_a_sweep_goes_on_past_a_bad_cell_and_ends_with_1(folder, tiny):
 
     cells = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("results/hydra/*/*/*/cell.json")}
     assert {number: cell["status"] for number, cell in cells.items()} == {"0": "failed", "1": "done"}
-    records = {json.loads(path.read_text())["config"]["method"]["name"]: path for path in folder.glob("results/runs/*/result.json")}
+    records = {
+        json.loads(path.read_text())["config"]["method"]["name"]: path
+        for path in folder.glob("results/runs/*/result.json")
+    }
     assert set(records) == {"dass", "dense"}
     assert Path(cells["1"]["record"]) == records["dass"].resolve()
 
@@ -107,7 +110,10 @@ def test_a_config_file_cannot_admit_the_code_that_it_names(tmp_path, folder, way
     assert "not admitted" in done.stderr
 
 
-@pytest.mark.parametrize(("mistake", "word"), [("foo=1", "foo"), ("tracker=nosuch", "tracker/nosuch"), ("calibration=nosuch", "calibration/nosuch")])
+@pytest.mark.parametrize(
+    ("mistake", "word"),
+    [("foo=1", "foo"), ("tracker=nosuch", "tracker/nosuch"), ("calibration=nosuch", "calibration/nosuch")],
+)
 def test_a_mistake_beside_the_axes_of_a_sweep_is_told_in_one_line(folder, mistake, word):
     done = command("sweeps=alpha", "method.alpha=0,1", mistake, folder=folder)
     assert done.returncode == 2
@@ -120,7 +126,9 @@ def test_a_plan_that_cannot_be_leaves_no_failure_behind(folder, tiny):
     from dass_exp.report.load import cells_of
 
     shared = tiny_overrides(tiny, Path("results"))
-    done = command("sweeps=alpha", "pattern=2of4", "method.alpha=0,1", *shared, "plan=true", "scope=wrong", folder=folder)
+    done = command(
+        "sweeps=alpha", "pattern=2of4", "method.alpha=0,1", *shared, "plan=true", "scope=wrong", folder=folder
+    )
     assert done.returncode == 1
     assert "scope='wrong'" in done.stderr
     assert cells_of(folder / "results", "alpha") == []

@@ -8,9 +8,15 @@ import pytest
 from support import run_with
 
 SHORT = [
-    "model=smollm2_135m", "pattern=2of4", "tracker=none", "calibration.num_samples=4", "calibration.seq_len=128",
-    "eval=ppl_mini", "eval.perplexity.context=256", "eval.perplexity.max_windows=4",
-]  # fmt: skip
+    "model=smollm2_135m",
+    "pattern=2of4",
+    "tracker=none",
+    "calibration.num_samples=4",
+    "calibration.seq_len=128",
+    "eval=ppl_mini",
+    "eval.perplexity.context=256",
+    "eval.perplexity.max_windows=4",
+]
 CALIBRATED = ("wanda", "dass", "sparsegpt")
 MLP_OF_SMOLLM2 = 30 * 3 * 576 * 1536
 
@@ -19,7 +25,10 @@ MLP_OF_SMOLLM2 = 30 * 3 * 576 * 1536
 def records(tmp_path_factory) -> dict[str, dict[str, Any]]:
     """One record per method."""
     results = tmp_path_factory.mktemp("results")
-    return {method: run_with(*SHORT, f"method={method}", f"results_dir={results}").record for method in ("dense", "magnitude", *CALIBRATED)}
+    return {
+        method: run_with(*SHORT, f"method={method}", f"results_dir={results}").record
+        for method in ("dense", "magnitude", *CALIBRATED)
+    }
 
 
 def perplexity(record: dict[str, Any]) -> float:

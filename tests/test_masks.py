@@ -40,7 +40,11 @@ def slow_keep(pattern: Pattern, scores: Tensor, dim: int | None) -> Tensor:
 # --- N:M
 
 
-WAYS = {"_at_once": (1 << 13, 16), "_by_pairs": (0, 99), "_by_sort": (0, 0)}  # the limits that lead to each on small matrices
+WAYS = {
+    "_at_once": (1 << 13, 16),
+    "_by_pairs": (0, 99),
+    "_by_sort": (0, 0),
+}  # the limits that lead to each on small matrices
 
 
 def only(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +100,9 @@ def test_few_numbers_are_compared_at_once_small_groups_in_pairs_and_large_ones_s
 
 @pytest.mark.parametrize(("dim", "side", "size"), [(1, "input", 6), (None, "input", 6), (0, "output", 10)])
 def test_an_axis_that_m_does_not_divide_is_refused(dim, side, size):
-    with pytest.raises(UserError, match=rf"pattern 2:4: m=4 does not divide the {side} axis of a \[10, 6\].* divides {size}"):
+    with pytest.raises(
+        UserError, match=rf"pattern 2:4: m=4 does not divide the {side} axis of a \[10, 6\].* divides {size}"
+    ):
         NM(2, 4).keep(torch.rand(10, 6), dim)
     with pytest.raises(UserError, match=side):
         NM(2, 4).check((10, 6), dim)
@@ -116,11 +122,7 @@ def test_n_equal_to_m_keeps_everything():
 
 @pytest.mark.parametrize(
     ("dim", "kept"),
-    [
-        (1, [[1, 0, 1, 0], [1, 1, 0, 0]]),
-        (0, [[1, 1, 1, 1], [0, 0, 0, 0]]),
-        (None, [[1, 1, 1, 0], [1, 0, 0, 0]]),
-    ],
+    [(1, [[1, 0, 1, 0], [1, 1, 0, 0]]), (0, [[1, 1, 1, 1], [0, 0, 0, 0]]), (None, [[1, 1, 1, 0], [1, 0, 0, 0]])],
 )
 def test_unstructured_by_hand(dim, kept):
     scores = torch.tensor([[9.0, 5.0, 8.0, 2.0], [7.0, 3.0, 1.0, 0.5]])
@@ -129,7 +131,12 @@ def test_unstructured_by_hand(dim, kept):
 
 @pytest.mark.parametrize(
     ("row", "kept"),
-    [([4, 4, 4, 4], [1, 1, 0, 0]), ([1, 4, 4, 4], [0, 1, 1, 0]), ([4, 1, 1, 1], [1, 1, 0, 0]), ([1, 1, 4, 4], [0, 0, 1, 1])],
+    [
+        ([4, 4, 4, 4], [1, 1, 0, 0]),
+        ([1, 4, 4, 4], [0, 1, 1, 0]),
+        ([4, 1, 1, 1], [1, 1, 0, 0]),
+        ([1, 1, 4, 4], [0, 0, 1, 1]),
+    ],
 )
 def test_of_equal_scores_unstructured_keeps_the_lower_index(row, kept):
     scores = torch.tensor([row], dtype=torch.float32)
@@ -138,7 +145,10 @@ def test_of_equal_scores_unstructured_keeps_the_lower_index(row, kept):
     assert torch.equal(Unstructured(0.5).keep(scores.view(2, 2), None), mask([kept]).view(2, 2))
 
 
-@pytest.mark.parametrize(("sparsity", "size", "zeros"), [(0.5, 5, 2), (0.5, 1, 0), (0.1, 7, 0), (0.3, 10, 3), (0.99, 8, 7), (0.29, 100, 28), (0.0, 6, 0)])
+@pytest.mark.parametrize(
+    ("sparsity", "size", "zeros"),
+    [(0.5, 5, 2), (0.5, 1, 0), (0.1, 7, 0), (0.3, 10, 3), (0.99, 8, 7), (0.29, 100, 28), (0.0, 6, 0)],
+)
 @pytest.mark.parametrize("dim", [0, 1, None])
 def test_unstructured_cuts_the_integer_part(sparsity, size, zeros, dim):
     pattern = Unstructured(sparsity)
@@ -227,7 +237,12 @@ def test_overfull_and_underfull_count_nonzeros():
 
 
 def test_names():
-    assert [NM(2, 4).name, NM(4, 8).name, Unstructured(0.5).name, Unstructured(0.625).name] == ["2:4", "4:8", "50%", "62.5%"]
+    assert [NM(2, 4).name, NM(4, 8).name, Unstructured(0.5).name, Unstructured(0.625).name] == [
+        "2:4",
+        "4:8",
+        "50%",
+        "62.5%",
+    ]
 
 
 @pytest.mark.parametrize(("n", "m"), [(0, 4), (5, 4), (-1, 4), (2.0, 4), (2, 0), (True, 4), ("2", 4), (2, None)])

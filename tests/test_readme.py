@@ -19,7 +19,15 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_the_python_example_runs() -> None:
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run([sys.executable, "-c", example], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", example],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     dense, pruned, rest = done.stdout.splitlines()
     assert 1 < float(dense.split()[1]) < float(pruned.split()[1])
@@ -45,7 +53,10 @@ COMMANDS = re.findall(r"^dass-exp *(.*?) *(?:#.*)?$", README, re.MULTILINE)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_composes_and_validates(command: str) -> None:
     overrides = [override for override in command.split() if override != "-m" and not override.startswith("sweeps=")]
-    axes = [[f"{key}={value}" for value in values.split(",")] for key, _, values in (override.partition("=") for override in overrides)]
+    axes = [
+        [f"{key}={value}" for value in values.split(",")]
+        for key, _, values in (override.partition("=") for override in overrides)
+    ]
     for cell in itertools.product(*axes):
         settings_of(*(override for override in cell if not override.startswith("model.device=")))
 

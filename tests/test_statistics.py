@@ -118,7 +118,9 @@ def test_the_feedback_by_hand():
     factor = stat.factor(0.0, 2)
     torch.testing.assert_close(factor.diagonal, torch.tensor([2.0, 5.0, 7.0]))
     torch.testing.assert_close(factor.feedback, torch.tensor([[1.0, 3 / 5, 4 / 7], [0.0, 1.0, 6 / 7], [0.0, 0.0, 1.0]]))
-    torch.testing.assert_close(stat.factor(0.0, 1).feedback, torch.tensor([[1.0, 3 / 5, 4 / 7], [0.0, 1.0, 6 / 7], [0.0, 0.0, 1.0]]))
+    torch.testing.assert_close(
+        stat.factor(0.0, 1).feedback, torch.tensor([[1.0, 3 / 5, 4 / 7], [0.0, 1.0, 6 / 7], [0.0, 0.0, 1.0]])
+    )
     wide = Gram(4, torch.device("cpu"))
     upper = torch.tensor([[2.0, 3.0, 4.0, 1.0], [0.0, 5.0, 6.0, 2.0], [0.0, 0.0, 7.0, 14.0], [0.0, 0.0, 0.0, 2.0]])
     wide.upper, wide.sequences = upper @ upper.T, 2
@@ -160,7 +162,9 @@ def test_damping_starts_at_a_millionth_when_an_undamped_matrix_is_singular():
 
 def test_damping_rises_tenfold_until_the_matrix_is_positive_definite():
     stat = observed(Gram, twins())
-    stat.upper = torch.tensor([[4.0, 4.3], [4.3, 4.0]])  # the lowest eigenvalue is -0.3: more than 0.075 of the mean is needed
+    stat.upper = torch.tensor(
+        [[4.0, 4.3], [4.3, 4.0]]
+    )  # the lowest eigenvalue is -0.3: more than 0.075 of the mean is needed
     factor = stat.factor(0.01, 1)
     assert factor.retries == 1
     upper = root(factor, 1)

@@ -39,9 +39,18 @@ def test_every_sweep_composes_at_both_scales(path, protocol, monkeypatch):
 
 
 def test_the_sweeps_of_the_paper_are_there():
-    named = {"perplexity", "zero_shot", "alpha", "granularity", "calibration_size", "calibration_source", "sparsity_levels", "full_model", "cost", "demo"} | {
-        "glu_variants"
-    }
+    named = {
+        "perplexity",
+        "zero_shot",
+        "alpha",
+        "granularity",
+        "calibration_size",
+        "calibration_source",
+        "sparsity_levels",
+        "full_model",
+        "cost",
+        "demo",
+    } | {"glu_variants"}
     assert {path.stem for path in SWEEPS} == named
 
 
@@ -50,9 +59,11 @@ def test_every_cell_of_the_granularity_ablation_validates(path, monkeypatch):
     monkeypatch.setenv("DASS_EXP_ROOT", str(ROOT))
     settings = settings_of(f"+sweeps/cells={path.stem}")
     expected = {
-        "rows_weight": ("dass", {"granularity": "output"}), "rows_activation": ("wanda", {}),
-        "columns_weight": ("dass", {"alpha": 0.0, "granularity": "input"}), "columns_activation": ("dass", {"alpha": 0.5, "granularity": "input"}),
-    }  # fmt: skip
+        "rows_weight": ("dass", {"granularity": "output"}),
+        "rows_activation": ("wanda", {}),
+        "columns_weight": ("dass", {"alpha": 0.0, "granularity": "input"}),
+        "columns_activation": ("dass", {"alpha": 0.5, "granularity": "input"}),
+    }
     assert (settings.method.name, settings.method.settings()) == expected[path.stem]
 
 
@@ -168,7 +179,10 @@ def test_the_report_of_a_sweep(swept, capsys):
 
 def test_a_report_may_be_written_elsewhere(swept, tmp_path):
     cli.main(["alpha", "--results", str(swept), "--output", str(tmp_path / "paper")])
-    assert {path.name for path in (tmp_path / "paper").rglob("*.*")} == {"report.html", *(f"alpha.{ending}" for ending in ("md", "csv", "tex", "svg", "png"))}
+    assert {path.name for path in (tmp_path / "paper").rglob("*.*")} == {
+        "report.html",
+        *(f"alpha.{ending}" for ending in ("md", "csv", "tex", "svg", "png")),
+    }
     links = re.findall(r'href="([^"#]*result.json)"', (tmp_path / "paper" / "report.html").read_text())
     assert len(links) == 3
     assert all((tmp_path / "paper" / link).is_file() for link in links)
@@ -186,7 +200,9 @@ def test_two_records_are_compared(swept, capsys):
     assert "| method.alpha | 0.0 | 1.0 |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("arguments", "code"), [(["nonsense"], 2), (["compare", "0"], 2), (["compare", "zz", "zz"], 2)])
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["nonsense"], 2), (["compare", "0"], 2), (["compare", "zz", "zz"], 2)]
+)
 def test_a_question_that_cannot_be_answered_ends_with_2(swept, arguments, code):
     with pytest.raises(SystemExit) as ended:
         cli.main([*arguments, "--results", str(swept)])

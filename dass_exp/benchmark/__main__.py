@@ -55,8 +55,23 @@ def measure(repeats: int) -> dict[str, Any]:
     found["zero_shot"] = zero_shot_ratio(model, tokenizer, TASKS, 20, repeats)
     overrides = [f"model={MODEL}", "protocol=demo", "eval=ppl_mini"]
     found["sweep"] = sweep_ratio(overrides, found["floor_s"]["median"], found["perplexity"]["plain_s"], log.info)
-    settings = {"model": MODEL, "samples": 16, "length": 512, "scope": "mlp", "pattern": "2:4", "batch_size": 4, "dtype": "float32", "repeats": repeats}
-    return {"schema": 1, "created": datetime.now(UTC).isoformat(timespec="seconds"), "machine": environment(), "settings": settings, **found}
+    settings = {
+        "model": MODEL,
+        "samples": 16,
+        "length": 512,
+        "scope": "mlp",
+        "pattern": "2:4",
+        "batch_size": 4,
+        "dtype": "float32",
+        "repeats": repeats,
+    }
+    return {
+        "schema": 1,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": environment(),
+        "settings": settings,
+        **found,
+    }
 
 
 def _growth(model: Any, tokens: torch.Tensor) -> list[dict[str, float]]:
@@ -70,7 +85,14 @@ def _growth(model: Any, tokens: torch.Tensor) -> list[dict[str, float]]:
     for depth, work in works:
         floor, dass = floor_seconds(work), prune_seconds(work, method_of("dass"))["total"]
         lines.append(
-            {"samples": work.tokens.shape[0], "length": work.tokens.shape[1], "blocks": depth, "floor_s": floor, "dass_s": dass, "ratio": dass / floor}
+            {
+                "samples": work.tokens.shape[0],
+                "length": work.tokens.shape[1],
+                "blocks": depth,
+                "floor_s": floor,
+                "dass_s": dass,
+                "ratio": dass / floor,
+            }
         )
         log.info("growth: %s", lines[-1])
     return lines
@@ -81,7 +103,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dass_exp.benchmark", description=__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="rounds; medians are shown")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
-    parser.add_argument("--output", type=Path, default=Path("results/bench"), help="folder of the JSON, the table and the picture")
+    parser.add_argument(
+        "--output", type=Path, default=Path("results/bench"), help="folder of the JSON, the table and the picture"
+    )
     asked = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     transformers.utils.logging.disable_progress_bar()

@@ -34,9 +34,14 @@ class Large:
     def config(self) -> transformers.LlamaConfig:
         """Of transformers."""
         return transformers.LlamaConfig(
-            vocab_size=self.vocabulary, hidden_size=self.hidden, intermediate_size=self.intermediate, num_hidden_layers=self.blocks,
-            num_attention_heads=self.heads, num_key_value_heads=self.key_value_heads, tie_word_embeddings=False,
-        )  # fmt: skip
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.blocks,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.key_value_heads,
+            tie_word_embeddings=False,
+        )
 
 
 MODELS = (
@@ -61,9 +66,13 @@ def passes(decoder: Decoder, vocabulary: int) -> float:
     config, every = decoder.config, len(decoder.blocks)
     block = sum(parameter.numel() for parameter in decoder.blocks[0].parameters() if parameter.ndim > 1)
     mlp = sum(site.matrix.out_features * site.matrix.in_features for site in decoder.sites(0, "mlp"))
-    attention = 4 * LENGTH * config.num_attention_heads * config.head_dim  # queries by keys and weights by values, a token
+    attention = (
+        4 * LENGTH * config.num_attention_heads * config.head_dim
+    )  # queries by keys and weights by values, a token
     once, tokens, scored = 2 * block + attention, SAMPLES * LENGTH, WINDOWS * LENGTH
-    return float(every * (tokens * (once + 2 * mlp) + 2 * scored * once) + 2 * scored * 2 * config.hidden_size * vocabulary)
+    return float(
+        every * (tokens * (once + 2 * mlp) + 2 * scored * once) + 2 * scored * 2 * config.hidden_size * vocabulary
+    )
 
 
 def solved(decoder: Decoder) -> float:
@@ -93,7 +102,7 @@ def table() -> str:
         "| model | checkpoint GB | DaSS, Wanda: memory GB | SparseGPT GB | activations GB | state GB | through the disk TB | PFLOP | SparseGPT's own PFLOP "
         "| hours at 100 TFLOP/s | hours at 1 GB/s of disk |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for large in MODELS:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(large.config)
@@ -122,7 +131,9 @@ def rate(repeats: int = 5) -> float:
 
 def main() -> int:
     """Returns the exit code."""
-    sys.stdout.write(f"{table()}\nthis processor: {rate() / 1e12:.2f} TFLOP/s in a large product in bfloat16, {torch.get_num_threads()} threads\n")
+    sys.stdout.write(
+        f"{table()}\nthis processor: {rate() / 1e12:.2f} TFLOP/s in a large product in bfloat16, {torch.get_num_threads()} threads\n"
+    )
     return 0
 
 

@@ -87,7 +87,9 @@ def prune_seconds(work: Workload, method: Pruner) -> dict[str, float]:
     options = Options(work.scope, work.batch_size, on_block=on_block)
     with dense_afterwards(work.model, work.scope):
         memory = PeakMemory()
-        total = seconds(lambda: prune_model(work.model, work.tokens if method.stat else None, method, work.pattern, options))
+        total = seconds(
+            lambda: prune_model(work.model, work.tokens if method.stat else None, method, work.pattern, options)
+        )
         peak = memory.read()["peak_rss_bytes"] or 0
     return {**spent, "total": total, "rest": total - sum(spent.values()), "peak_rss_bytes": float(peak)}
 
@@ -120,7 +122,10 @@ def rounds(work: Workload, methods: Sequence[Pruner], repeats: int, tell: Callab
 
 def _medians(runs: list[dict[str, float]]) -> dict[str, Any]:
     names = ("total", "forward", "statistics", "solve", "write", "verify", "rest", "peak_rss_bytes")
-    return {**{name: statistics.median(once.get(name, 0.0) for once in runs) for name in names}, "runs": [once["total"] for once in runs]}
+    return {
+        **{name: statistics.median(once.get(name, 0.0) for once in runs) for name in names},
+        "runs": [once["total"] for once in runs],
+    }
 
 
 def masks_alone(pattern: Pattern, repeats: int) -> dict[str, float]:
@@ -130,4 +135,8 @@ def masks_alone(pattern: Pattern, repeats: int) -> dict[str, float]:
     inputs = torch.randn(8192, 4096, generator=generator)
     made = [seconds(lambda: pattern.keep(weight.abs() * norm.sqrt()[:, None], 0)) for _ in range(repeats)]
     passed = [seconds(lambda: [nn.functional.linear(part, weight) for part in inputs.split(2048)]) for _ in range(2)]
-    return {"mask_s": statistics.median(made), "passes_s": sum(passed), "share": statistics.median(made) / (statistics.median(made) + sum(passed))}
+    return {
+        "mask_s": statistics.median(made),
+        "passes_s": sum(passed),
+        "share": statistics.median(made) / (statistics.median(made) + sum(passed)),
+    }

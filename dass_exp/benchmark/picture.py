@@ -24,7 +24,12 @@ def draw(found: dict[str, Any], folder: Path) -> list[Path]:
         left = [0.0] * len(names)
         for number, part in enumerate(PARTS):
             widths = [floor if part == "forward" else 0.0, *(max(of[part], 0.0) for of in methods.values())]
-            look: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "hatch": HATCHES[number % len(HATCHES)], "edgecolor": "black", "linewidth": 0.6}
+            look: dict[str, Any] = {
+                "color": COLOURS[number % len(COLOURS)],
+                "hatch": HATCHES[number % len(HATCHES)],
+                "edgecolor": "black",
+                "linewidth": 0.6,
+            }
             pane.barh(names, widths, left=left, label=part, **look)
             left = [start + width for start, width in zip(left, widths, strict=True)]
         for row, (name, end) in enumerate(zip(names, left, strict=True)):
@@ -34,4 +39,8 @@ def draw(found: dict[str, Any], folder: Path) -> list[Path]:
         pane.set(xlabel="seconds (beside each bar: its ratio to the floor)", xlim=(0, 1.12 * max(left)))
         figure.legend(loc="outside lower center", ncols=len(PARTS), frameon=False)
         settings = found["settings"]
-        return save(figure, f"Pruning {settings['model']} to {settings['pattern']}, {settings['samples']} x {settings['length']} tokens", folder / "speed")
+        return save(
+            figure,
+            f"Pruning {settings['model']} to {settings['pattern']}, {settings['samples']} x {settings['length']} tokens",
+            folder / "speed",
+        )

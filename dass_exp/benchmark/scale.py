@@ -47,9 +47,18 @@ class Shape:
     def config(self) -> transformers.LlamaConfig:
         """Of transformers."""
         return transformers.LlamaConfig(
-            vocab_size=49152, hidden_size=self.hidden, intermediate_size=self.intermediate, num_hidden_layers=self.blocks, num_attention_heads=self.heads,
-            num_key_value_heads=self.heads, tie_word_embeddings=False, max_position_embeddings=2048, bos_token_id=0, eos_token_id=0, dtype="bfloat16",
-        )  # fmt: skip
+            vocab_size=49152,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.blocks,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads,
+            tie_word_embeddings=False,
+            max_position_embeddings=2048,
+            bos_token_id=0,
+            eos_token_id=0,
+            dtype="bfloat16",
+        )
 
 
 SHAPES = (
@@ -58,7 +67,10 @@ SHAPES = (
     Shape("1.7 GB", 1024, 2816, 60, 16),
     Shape("2 GB", 2048, 5504, 16, 16),
 )
-SEVEN_B = (Shape("7B", 4096, 11008, 32, 32, ("dass", "wanda")), Shape("7B, 4 blocks", 4096, 11008, 4, 32))  # SparseGPT takes a minute or two a block there
+SEVEN_B = (
+    Shape("7B", 4096, 11008, 32, 32, ("dass", "wanda")),
+    Shape("7B, 4 blocks", 4096, 11008, 4, 32),
+)  # SparseGPT takes a minute or two a block there
 SAMPLES, LENGTH = 4, 128  # sequences of calibration, windows that are scored, and tokens of each
 
 
@@ -73,8 +85,17 @@ def make(shape: Shape, folder: Path) -> Path:
     growing.begin(dict, shape.blocks)
     names = decoder_of(model).names
     for index, block in enumerate(names):
-        growing.add(index, _random({name: tensor for name, tensor in model.state_dict().items() if name.startswith(f"{block}.")}, draw))
-    outside = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tuple(f"{block}." for block in names))}
+        growing.add(
+            index,
+            _random(
+                {name: tensor for name, tensor in model.state_dict().items() if name.startswith(f"{block}.")}, draw
+            ),
+        )
+    outside = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(tuple(f"{block}." for block in names))
+    }
     model.load_state_dict(_random(outside, draw), strict=False, assign=True)
     growing.finish(model, tokenizer, {}, {"key": "random", "told": "random weights"})
     shutil.rmtree(folder.with_name(f".{folder.name}.partial"))
@@ -104,10 +125,21 @@ def measure(model: Path, method: str, results: Path, samples: int, length: int) 
         peak anonymous memory in bytes (sampled every 20 ms from ``/proc``), seconds, and both perplexities.
     """
     overrides = [
-        f"model.path={model}", "model.dtype=bfloat16", "model.placement=stream", f"method={method}", f"results_dir={results}", "tracker=none", "eval=ppl_mini",
-        f"eval.perplexity.context={length}", f"eval.perplexity.max_windows={samples}", f"calibration.num_samples={samples}", f"calibration.seq_len={length}",
-        "calibration.batch_size=1", "eval.batch_size=1", f"save={results / 'saved'}",
-    ]  # fmt: skip
+        f"model.path={model}",
+        "model.dtype=bfloat16",
+        "model.placement=stream",
+        f"method={method}",
+        f"results_dir={results}",
+        "tracker=none",
+        "eval=ppl_mini",
+        f"eval.perplexity.context={length}",
+        f"eval.perplexity.max_windows={samples}",
+        f"calibration.num_samples={samples}",
+        f"calibration.seq_len={length}",
+        "calibration.batch_size=1",
+        "eval.batch_size=1",
+        f"save={results / 'saved'}",
+    ]
     start = time.perf_counter()
     told = results.with_suffix(".log")
     with told.open("w") as log_file:
@@ -120,7 +152,12 @@ def measure(model: Path, method: str, results: Path, samples: int, length: int) 
         raise RuntimeError(told.read_text()[-2000:])
     record = next(record for record in Store(results).records() if record["config"]["method"]["name"] == method)
     shutil.rmtree(results / "saved")
-    return {"method": method, "peak_bytes": peak, "seconds": time.perf_counter() - start, "perplexity": record["metrics"]["perplexity"]}
+    return {
+        "method": method,
+        "peak_bytes": peak,
+        "seconds": time.perf_counter() - start,
+        "perplexity": record["metrics"]["perplexity"],
+    }
 
 
 def _anonymous(process: int) -> int:
@@ -134,13 +171,15 @@ def _anonymous(process: int) -> int:
 def table(rows: list[dict[str, Any]], machine: Mapping[str, Any], command: str) -> str:
     """Markdown."""
     lines = [
-        f"# Peak anonymous memory of a streamed run, {datetime.now(UTC).date().isoformat()}", "",
+        f"# Peak anonymous memory of a streamed run, {datetime.now(UTC).date().isoformat()}",
+        "",
         f"{machine['cpu']}, {machine['threads']} threads; bfloat16, scope mlp, 2:4, 4 sequences of 128 tokens for calibration and 4 for scoring; the dense "
         f"and the pruned model are scored in the same walk, and the pruned one is saved. Made by `{command}`.",
-        "`planned` is what `plan=true` says and `model.placement=auto` goes by.", "",
+        "`planned` is what `plan=true` says and `model.placement=auto` goes by.",
+        "",
         "| checkpoint | hidden | intermediate | blocks | method | two blocks and outside GB | planned GB | peak GB | seconds |",
         "|---|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for row in rows:
         shape: Shape = row["shape"]
         lines.append(
@@ -153,7 +192,9 @@ def table(rows: list[dict[str, Any]], machine: Mapping[str, Any], command: str) 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m dass_exp.benchmark.scale", description=__doc__)
-    parser.add_argument("--seven", action="store_true", help="the shape of a 7B model too: 28 GB of disk, some ten minutes")
+    parser.add_argument(
+        "--seven", action="store_true", help="the shape of a 7B model too: 28 GB of disk, some ten minutes"
+    )
     parser.add_argument("--output", type=Path, default=Path("results/bench"))
     asked = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -165,9 +206,25 @@ def main(arguments: list[str] | None = None) -> int:
             gigabytes = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e9
             for method in shape.methods:
                 found = measure(folder, method, Path(place) / "results", SAMPLES, LENGTH)
-                rows.append({"shape": shape, "gigabytes": gigabytes, "least": _least(shape), "planned": planned(shape.config, method).streamed, **found})
-                log.info("%s %s: %.2f GB at its peak, %.0f s", shape.name, method, found["peak_bytes"] / 1e9, found["seconds"])
-    command = shlex.join(["python", "-m", "dass_exp.benchmark.scale", *(sys.argv[1:] if arguments is None else arguments)])
+                rows.append(
+                    {
+                        "shape": shape,
+                        "gigabytes": gigabytes,
+                        "least": _least(shape),
+                        "planned": planned(shape.config, method).streamed,
+                        **found,
+                    }
+                )
+                log.info(
+                    "%s %s: %.2f GB at its peak, %.0f s",
+                    shape.name,
+                    method,
+                    found["peak_bytes"] / 1e9,
+                    found["seconds"],
+                )
+    command = shlex.join(
+        ["python", "-m", "dass_exp.benchmark.scale", *(sys.argv[1:] if arguments is None else arguments)]
+    )
     text, name = table(rows, environment(), command), f"memory-{datetime.now(UTC).date().isoformat()}"
     write_json(asked.output / f"{name}.json", [{**row, "shape": vars(row["shape"])} for row in rows])
     (asked.output / f"{name}.md").write_text(text, encoding="utf-8")

@@ -18,7 +18,12 @@ from dass_exp.evaluate.zeroshot import Options, zero_shot
 
 def perplexity_ratio(model: Any, windows: Tensor, batch_size: int, repeats: int) -> dict[str, float]:
     """Perplexity against the model's own forward, logits included, over the same windows (int64 [windows, tokens]) in the same batches."""
-    return _against(lambda: perplexity(model, windows, batch_size), lambda: _plain(model, windows.split(batch_size)), windows.numel(), repeats)
+    return _against(
+        lambda: perplexity(model, windows, batch_size),
+        lambda: _plain(model, windows.split(batch_size)),
+        windows.numel(),
+        repeats,
+    )
 
 
 def zero_shot_ratio(model: Any, tokenizer: Any, tasks: Sequence[str], limit: int, repeats: int) -> dict[str, float]:
@@ -35,7 +40,9 @@ def zero_shot_ratio(model: Any, tokenizer: Any, tasks: Sequence[str], limit: int
 
 @contextmanager
 def _noting(trunk: Any, batches: list[Tensor]) -> Iterator[None]:
-    hook = trunk.register_forward_pre_hook(lambda module, args, kwargs: batches.append(kwargs["input_ids"]), with_kwargs=True)
+    hook = trunk.register_forward_pre_hook(
+        lambda module, args, kwargs: batches.append(kwargs["input_ids"]), with_kwargs=True
+    )
     try:
         yield
     finally:

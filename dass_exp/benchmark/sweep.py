@@ -32,10 +32,16 @@ def sweep_ratio(overrides: list[str], floor_s: float, plain_s: float, tell: Call
     register()
     shelf, keys = Shelf(), set[str]()
     taken = floors = 0.0
-    with tempfile.TemporaryDirectory() as results, initialize_config_dir(str(project_root() / "conf"), version_base="1.3"):
+    with (
+        tempfile.TemporaryDirectory() as results,
+        initialize_config_dir(str(project_root() / "conf"), version_base="1.3"),
+    ):
         for method in METHODS:
             for pattern in PATTERNS:
-                composed = compose("config", [*overrides, f"method={method}", f"pattern={pattern}", f"results_dir={results}", "tracker=none"])
+                composed = compose(
+                    "config",
+                    [*overrides, f"method={method}", f"pattern={pattern}", f"results_dir={results}", "tracker=none"],
+                )
                 settings = validate(composed)
                 start = time.perf_counter()
                 key = run(settings, shelf=shelf).record["key"]
@@ -44,4 +50,10 @@ def sweep_ratio(overrides: list[str], floor_s: float, plain_s: float, tell: Call
                     floors += plain_s + (floor_s if settings.method.stat else 0.0)
                 keys.add(key)
                 tell(f"sweep: {method} {pattern} {cell:.2f} s")
-    return {"cells": len(METHODS) * len(PATTERNS), "records": len(keys), "seconds": taken, "floors_s": floors, "ratio": taken / floors}
+    return {
+        "cells": len(METHODS) * len(PATTERNS),
+        "records": len(keys),
+        "seconds": taken,
+        "floors_s": floors,
+        "ratio": taken / floors,
+    }

@@ -48,7 +48,9 @@ def check_targets(composed: DictConfig, packages: frozenset[str]) -> None:
                 f"{setting}={target}: a _target_ is code that runs, and its package is not admitted; admitted: {', '.join(sorted(packages))}. "
                 "Name another in DASS_EXP_PLUGINS or with plugins=[...] on the command line"
             )
-        if locate(setting, target).__module__.split(".")[0] not in packages:  # a module of ours that merely imports it does not admit it
+        if (
+            locate(setting, target).__module__.split(".")[0] not in packages
+        ):  # a module of ours that merely imports it does not admit it
             raise UserError(f"{setting}={target}: this class belongs to another package; name that package as a plugin")
 
 
@@ -68,7 +70,9 @@ def build(node: Any, kind: type[Part], setting: str) -> Part:
         cause = error.__cause__
         raise UserError(str(cause) if isinstance(cause, UserError) else f"{setting}: {cause or error}") from error
     if not isinstance(made, kind):
-        raise UserError(f"{setting}: Hydra made a {type(made).__name__} of it; expected a {kind.__name__} (leave _partial_ out)")
+        raise UserError(
+            f"{setting}: Hydra made a {type(made).__name__} of it; expected a {kind.__name__} (leave _partial_ out)"
+        )
     return made
 
 

@@ -163,11 +163,23 @@ def validate(composed: DictConfig, packages: frozenset[str] = OURS) -> Settings:
     except OmegaConfBaseException as error:
         raise UserError(" ".join(str(error).split())) from error
     if not isinstance(config, RunConfig):
-        raise TypeError(f"the composed config is a {type(config).__name__}; conf/config.yaml must list run_schema first")
+        raise TypeError(
+            f"the composed config is a {type(config).__name__}; conf/config.yaml must list run_schema first"
+        )
     _name_model(config.model)
-    Options(config.scope, config.calibration.batch_size, min_tokens=config.experts.min_tokens, starved=config.experts.starved)
+    Options(
+        config.scope,
+        config.calibration.batch_size,
+        min_tokens=config.experts.min_tokens,
+        starved=config.experts.starved,
+    )
     one_of("calibration.cache", config.calibration.cache, CACHES)
-    cut = data.Cut(config.calibration.sampling, config.calibration.num_samples, config.calibration.seq_len, config.calibration.separator)
+    cut = data.Cut(
+        config.calibration.sampling,
+        config.calibration.num_samples,
+        config.calibration.seq_len,
+        config.calibration.separator,
+    )
     whole_number("seed", config.seed, least=0)
     whole_number("repeat", config.repeat, least=0)
     if config.threads is not None:
@@ -191,7 +203,9 @@ def _check_keys(node: Any, schema: type, path: str) -> None:
     types = get_type_hints(schema)
     for key in node:
         if key not in types:
-            raise UserError(f"{path}{key}: there is no such setting; {path.rstrip('.') or 'a run'} has {', '.join(types)}")
+            raise UserError(
+                f"{path}{key}: there is no such setting; {path.rstrip('.') or 'a run'} has {', '.join(types)}"
+            )
         nested = next((kind for kind in (types[key], *get_args(types[key])) if is_dataclass(kind)), None)
         if nested is not None and not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
             _check_keys(node[key], nested, f"{path}{key}.")  # type: ignore[arg-type]

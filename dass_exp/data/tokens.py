@@ -79,16 +79,22 @@ def calibration_tokens(text: Text, cut: Cut, tokenizer: Any, bos: str, seed: int
     return Tokens.of(torch.stack([_framed(window, tokenizer, bos) for window in windows]))
 
 
-def _joined_windows(text: Text, cut: Cut, encoder: Callable[[str], Tensor], draw: random.Random, length: int) -> list[Tensor]:
+def _joined_windows(
+    text: Text, cut: Cut, encoder: Callable[[str], Tensor], draw: random.Random, length: int
+) -> list[Tensor]:
     """Random windows of ``length`` tokens of all documents joined."""
     stream = encoder(cut.separator.join(text.documents()))
     if len(stream) <= length:
-        raise UserError(f"calibration.seq_len={cut.seq_len}: the text has only {len(stream)} tokens; choose a smaller one")
+        raise UserError(
+            f"calibration.seq_len={cut.seq_len}: the text has only {len(stream)} tokens; choose a smaller one"
+        )
     starts = [draw.randint(0, len(stream) - length - 1) for _ in range(cut.num_samples)]
     return [stream[start : start + length] for start in starts]
 
 
-def _document_windows(text: Text, cut: Cut, encoder: Callable[[str], Tensor], draw: random.Random, length: int) -> list[Tensor]:
+def _document_windows(
+    text: Text, cut: Cut, encoder: Callable[[str], Tensor], draw: random.Random, length: int
+) -> list[Tensor]:
     """A random window of a random document that is longer than ``length``, as often as asked; the order of the draws is the Wanda code's."""
     documents = text.documents()
     windows: list[Tensor] = []
@@ -105,7 +111,9 @@ def _document_windows(text: Text, cut: Cut, encoder: Callable[[str], Tensor], dr
         windows.append(ids[start : start + length])
         if len(windows) == cut.num_samples:
             return windows
-    raise UserError(f"calibration.seq_len={cut.seq_len}: none of the {len(documents)} documents is longer; choose a smaller one or sampling=joined")
+    raise UserError(
+        f"calibration.seq_len={cut.seq_len}: none of the {len(documents)} documents is longer; choose a smaller one or sampling=joined"
+    )
 
 
 def evaluation_windows(text: Text, context: int, max_windows: int | None, tokenizer: Any, bos: str) -> Tokens:
@@ -125,7 +133,9 @@ def evaluation_windows(text: Text, context: int, max_windows: int | None, tokeni
     length = context - (bos == "window")
     count = len(stream) // length
     if count == 0:
-        raise UserError(f"eval.perplexity.context={context}: the text has only {len(stream)} tokens; choose a smaller one")
+        raise UserError(
+            f"eval.perplexity.context={context}: the text has only {len(stream)} tokens; choose a smaller one"
+        )
     if max_windows is not None:
         count = min(count, max_windows)
     windows = stream[: count * length].view(count, length)

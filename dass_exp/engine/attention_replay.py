@@ -30,10 +30,14 @@ class Attention:
         self._module = module
         self._stats = stats
         self._cache = cache
-        self._outputs: deque[tuple[CachedTensor, int | None]] = deque()  # and how many entries stood behind it, None where it was no tuple
+        self._outputs: deque[tuple[CachedTensor, int | None]] = (
+            deque()
+        )  # and how many entries stood behind it, None where it was no tuple
         self._batches = 0
         self._seen = 0
-        self._usable = module is not None and not module._forward_hooks  # a hook of the user's would run a second time over what it made
+        self._usable = (
+            module is not None and not module._forward_hooks
+        )  # a hook of the user's would run a second time over what it made
         self._last: Tensor | None = None
         self._version = 0
 
@@ -53,7 +57,9 @@ class Attention:
         """The block has run for one more batch."""
         self._batches += 1
         self._seen = self._tokens()
-        changed = self._last is not None and self._last._version != self._version  # the block wrote into what its attention gave
+        changed = (
+            self._last is not None and self._last._version != self._version
+        )  # the block wrote into what its attention gave
         if len(self._outputs) != self._batches or changed:
             self._refuse()
         self._last = None

@@ -34,7 +34,9 @@ class Batch:
         cache: where the hidden states wait.
     """
 
-    def __init__(self, hidden: Tensor, calls: list[Call], returns_tuple: bool = False, cache: Cache = ON_DEVICE) -> None:
+    def __init__(
+        self, hidden: Tensor, calls: list[Call], returns_tuple: bool = False, cache: Cache = ON_DEVICE
+    ) -> None:
         self.calls, self.returns_tuple, self.cache = calls, returns_tuple, cache
         self.held = cache.hold(hidden)
         self.sequences, self.tokens = hidden.shape[:2]
@@ -72,7 +74,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def capture(
-    model: nn.Module, blocks: Sequence[nn.Module], tokens: Tensor, batch_size: int, returns_tuple: bool | None = None, cache: Cache = ON_DEVICE
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    tokens: Tensor,
+    batch_size: int,
+    returns_tuple: bool | None = None,
+    cache: Cache = ON_DEVICE,
 ) -> list[Batch]:
     """The first block's inputs and every block's arguments, one entry per batch.
 
@@ -98,7 +105,9 @@ def capture(
             # a live cache among the arguments would grow at each replay and corrupt the next batch
             trunk(input_ids=part.to(device), use_cache=False)
             if len(recorder.calls) != len(blocks):
-                raise UserError(f"the model made {len(recorder.calls)} block calls for its {len(blocks)} blocks; this family is not supported")
+                raise UserError(
+                    f"the model made {len(recorder.calls)} block calls for its {len(blocks)} blocks; this family is not supported"
+                )
             calls = recorder.calls
             if batches:
                 calls = [_share_call(call, before) for call, before in zip(calls, batches[-1].calls, strict=True)]

@@ -16,7 +16,9 @@ from dass_exp.statistics import Statistic
 
 
 @contextmanager
-def observing_experts(module: nn.Module, table: Experts, stats: Mapping[int, tuple[Statistic, Statistic]], tokens: int) -> Iterator[None]:
+def observing_experts(
+    module: nn.Module, table: Experts, stats: Mapping[int, tuple[Statistic, Statistic]], tokens: int
+) -> Iterator[None]:
     """While it is open, the experts run one after the other, and each one's statistics gather over the tokens that are routed to it.
 
     Args:
@@ -30,15 +32,25 @@ def observing_experts(module: nn.Module, table: Experts, stats: Mapping[int, tup
     """
     odd = [name for name, usual in _LAYOUT.items() if getattr(module, name, usual) is not usual]
     if odd or getattr(module, table.gate_up).ndim != 3:
-        raise UserError(f"{type(module).__name__}: experts of this layout ({', '.join(odd) or 'not [expert, out, in]'}) are not supported")
+        raise UserError(
+            f"{type(module).__name__}: experts of this layout ({', '.join(odd) or 'not [expert, out, in]'}) are not supported"
+        )
     with standing_in(module, _one_by_one(module, table, stats, tokens)):
         yield
 
 
-_LAYOUT = {"has_bias": False, "has_gate": True, "is_transposed": False, "is_concatenated": True, "has_post_expert_norm": False}
+_LAYOUT = {
+    "has_bias": False,
+    "has_gate": True,
+    "is_transposed": False,
+    "is_concatenated": True,
+    "has_post_expert_norm": False,
+}
 
 
-def _one_by_one(module: nn.Module, table: Experts, stats: Mapping[int, tuple[Statistic, Statistic]], tokens: int) -> Callable[..., Tensor]:
+def _one_by_one(
+    module: nn.Module, table: Experts, stats: Mapping[int, tuple[Statistic, Statistic]], tokens: int
+) -> Callable[..., Tensor]:
     gated: Callable[[Tensor], Tensor] = module._apply_gate  # type: ignore[assignment]
 
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

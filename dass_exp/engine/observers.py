@@ -15,7 +15,9 @@ from dass_exp.statistics import Statistic
 
 
 @contextmanager
-def observing(decoder: Decoder, index: int, scope: str, kind: type[Statistic] | None, tokens: int) -> Iterator[dict[str, Statistic]]:
+def observing(
+    decoder: Decoder, index: int, scope: str, kind: type[Statistic] | None, tokens: int
+) -> Iterator[dict[str, Statistic]]:
     """While it is open, statistics of ``kind`` gather at the inputs of the linears in the scope, one per distinct input.
 
     Args:
@@ -36,7 +38,9 @@ def observing(decoder: Decoder, index: int, scope: str, kind: type[Statistic] | 
                 continue
             stat = stats[site.source] = kind(site.matrix.in_features, site.matrix.parameter.device)
             if site.matrix.expert is None:
-                stack.callback(site.matrix.module.register_forward_pre_hook(_observer(stat, tokens), with_kwargs=True).remove)
+                stack.callback(
+                    site.matrix.module.register_forward_pre_hook(_observer(stat, tokens), with_kwargs=True).remove
+                )
             else:
                 experts.setdefault(site.matrix.expert, {})[site.role == DOWN] = stat
         if experts:
@@ -49,6 +53,8 @@ def _observer(stat: Statistic, tokens: int) -> Callable[[nn.Module, tuple[Any, .
     def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del module
         inputs = args[0] if args else kwargs["input"]
-        stat.update(inputs.unflatten(0, (-1, tokens)) if inputs.ndim == 2 else inputs)  # OPT joins its sequences before the MLP
+        stat.update(
+            inputs.unflatten(0, (-1, tokens)) if inputs.ndim == 2 else inputs
+        )  # OPT joins its sequences before the MLP
 
     return observe

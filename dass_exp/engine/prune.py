@@ -74,7 +74,9 @@ class Options:
 
 
 @torch.no_grad()
-def prune_model(model: nn.Module, tokens: Tensor | None, method: Pruner, pattern: Pattern, options: Options) -> list[Tensor]:
+def prune_model(
+    model: nn.Module, tokens: Tensor | None, method: Pruner, pattern: Pattern, options: Options
+) -> list[Tensor]:
     """Prune a causal language model in place.
 
     Args:
@@ -94,7 +96,9 @@ def prune_model(model: nn.Module, tokens: Tensor | None, method: Pruner, pattern
     decoder = decoder_of(model, options.roles)
     check_shapes(decoder, method, pattern, options.scope)
     if isinstance(options.source, BlocksInMemory) and any(parameter.is_meta for parameter in model.parameters()):
-        raise UserError("the model's weights are not all in memory (accelerate has put some elsewhere); load it whole, or prune it with model.placement=stream")
+        raise UserError(
+            "the model's weights are not all in memory (accelerate has put some elsewhere); load it whole, or prune it with model.placement=stream"
+        )
     if method.stat is None:
         for index in _opened(decoder, options, []):
             options.on_block(_prune_unseen(decoder, index, method, pattern, options))
@@ -102,11 +106,15 @@ def prune_model(model: nn.Module, tokens: Tensor | None, method: Pruner, pattern
     if tokens is None:
         raise UserError(f"method {method.name} needs calibration tokens")
     if tokens.ndim != 2 or not tokens.numel():
-        raise UserError(f"calibration tokens of shape {list(tokens.shape)}: expected [sequences, tokens] with at least one of each")
+        raise UserError(
+            f"calibration tokens of shape {list(tokens.shape)}: expected [sequences, tokens] with at least one of each"
+        )
     with evaluating(model):
         if options.progress.returns_tuple is None:
             options.source.open(0)  # one real call of it tells what blocks return
-        batches = capture(model, list(decoder.blocks), tokens, options.batch_size, options.progress.returns_tuple, options.cache)
+        batches = capture(
+            model, list(decoder.blocks), tokens, options.batch_size, options.progress.returns_tuple, options.cache
+        )
         for index in _opened(decoder, options, batches):
             options.on_block(_prune_block(decoder, index, batches, method, pattern, options))
     return [batch.hidden for batch in batches] if options.outputs else []
@@ -144,15 +152,21 @@ def _prune_unseen(decoder: Decoder, index: int, method: Pruner, pattern: Pattern
     """Prune a block by its weights alone."""
     start = time.perf_counter()
     linears, cuts = _prune_units(_units(decoder, index, options.scope, {}), method, pattern)
-    return BlockReport(decoder.names[index], linears, cuts, None, Spent.on(0.0, (), time.perf_counter() - start, linears))
+    return BlockReport(
+        decoder.names[index], linears, cuts, None, Spent.on(0.0, (), time.perf_counter() - start, linears)
+    )
 
 
-def _prune_block(decoder: Decoder, index: int, batches: list[Batch], method: Pruner, pattern: Pattern, options: Options) -> BlockReport:
+def _prune_block(
+    decoder: Decoder, index: int, batches: list[Batch], method: Pruner, pattern: Pattern, options: Options
+) -> BlockReport:
     start = time.perf_counter()
     module, name = decoder.blocks[index], decoder.names[index]
     again = options.outputs or index + 1 < len(decoder.blocks)
     with observing(decoder, index, options.scope, method.stat, batches[0].tokens) as stats:
-        attention = Attention(decoder.attention(index) if again and options.scope == "mlp" else None, stats, options.cache)
+        attention = Attention(
+            decoder.attention(index) if again and options.scope == "mlp" else None, stats, options.cache
+        )
         with attention.noting():
             dense = deque(options.cache.hold(_passed(module, index, batch, attention)) for batch in batches)
     observed = time.perf_counter()
@@ -200,7 +214,9 @@ def _units(decoder: Decoder, index: int, scope: str, stats: Mapping[str, Statist
     return [Block(name, linears) for name, linears in units.items()]
 
 
-def _prune_units(units: list[Block], method: Pruner, pattern: Pattern) -> tuple[list[LinearView], dict[str, MaskResult]]:
+def _prune_units(
+    units: list[Block], method: Pruner, pattern: Pattern
+) -> tuple[list[LinearView], dict[str, MaskResult]]:
     cuts: dict[str, MaskResult] = {}
     for unit in units:
         cuts |= method.prune_block(unit, pattern)
@@ -209,7 +225,9 @@ def _prune_units(units: list[Block], method: Pruner, pattern: Pattern) -> tuple[
 
 def _feed(experts: list[Block], options: Options) -> tuple[str, ...]:
     """Those that saw fewer tokens than is asked for; their statistics are levelled, or refused."""
-    starved = [unit for unit in experts if any((linear.tokens or 0) < max(options.min_tokens, 1) for linear in unit.linears)]
+    starved = [
+        unit for unit in experts if any((linear.tokens or 0) < max(options.min_tokens, 1) for linear in unit.linears)
+    ]
     for unit in starved:
         if options.starved == "refuse":
             raise NumericalError(

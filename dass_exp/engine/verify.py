@@ -72,12 +72,16 @@ def verify(report: BlockReport, pattern: Pattern) -> list[Layer]:
 def _verify_linear(linear: LinearView, cut: MaskResult, pattern: Pattern, error: float | None) -> Layer:
     name, weight = linear.name, linear.weight
     if cut.keep.shape != weight.shape or cut.keep.dtype != torch.bool:
-        raise VerificationError(f"{name}: its mask is {cut.keep.dtype} {list(cut.keep.shape)}, the weight is {list(weight.shape)}")
+        raise VerificationError(
+            f"{name}: its mask is {cut.keep.dtype} {list(cut.keep.shape)}, the weight is {list(weight.shape)}"
+        )
     if not bool(torch.isfinite(weight).all()):
         raise NumericalError(f"{name}: its pruned weights hold numbers that are not finite")
     slabs = cut.keep.split(cut.columns, dim=1) if cut.columns else (cut.keep,)
     if wrong := sum(pattern.violations(slab, cut.dim) for slab in slabs):
-        raise VerificationError(f"{name}: {wrong} groups of its mask do not have the sparsity of {pattern.name} along the {AXES[cut.dim]} axis")
+        raise VerificationError(
+            f"{name}: {wrong} groups of its mask do not have the sparsity of {pattern.name} along the {AXES[cut.dim]} axis"
+        )
     if survivors := int(((weight != 0) & ~cut.keep).sum()):
         raise VerificationError(f"{name}: {survivors} weights are not zero although the mask removes them")
     if isinstance(pattern, NM) and (overfull := pattern.overfull(weight, cut.dim)):

@@ -40,10 +40,19 @@ def compare_head(model: Any, logits: Tensor, hidden: Tensor) -> None:
         UserError: they are not.
     """
     whole = logits.float().flatten(0, 1)
-    parts = torch.cat([part for part, _ in _logits(model, hidden[0], torch.zeros(hidden.shape[1], dtype=torch.int64, device=hidden.device))])
+    parts = torch.cat(
+        [
+            part
+            for part, _ in _logits(
+                model, hidden[0], torch.zeros(hidden.shape[1], dtype=torch.int64, device=hidden.device)
+            )
+        ]
+    )
     if not torch.allclose(parts, whole, rtol=1e-2, atol=1e-2 * float(whole.abs().nan_to_num().amax()), equal_nan=True):
         name = getattr(model.config.get_text_config(), "model_type", type(model).__name__)
-        raise UserError(f"model family {name!r}: its logits are not what its head gives, so it cannot be scored here; score another model")
+        raise UserError(
+            f"model family {name!r}: its logits are not what its head gives, so it cannot be scored here; score another model"
+        )
 
 
 def losses(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -54,18 +63,29 @@ def losses(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
         hidden: [positions, features].
         targets: int64 [positions].
     """
-    return torch.cat([nn.functional.cross_entropy(logits, part, reduction="none") for logits, part in _logits(model, hidden, targets)])
+    return torch.cat(
+        [
+            nn.functional.cross_entropy(logits, part, reduction="none")
+            for logits, part in _logits(model, hidden, targets)
+        ]
+    )
 
 
 def losses_and_hits(model: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`losses`, with bool [positions]: whether the target is the word that the model finds most likely."""
-    found = [(nn.functional.cross_entropy(logits, part, reduction="none"), logits.argmax(-1) == part) for logits, part in _logits(model, hidden, targets)]
+    found = [
+        (nn.functional.cross_entropy(logits, part, reduction="none"), logits.argmax(-1) == part)
+        for logits, part in _logits(model, hidden, targets)
+    ]
     return torch.cat([loss for loss, _ in found]), torch.cat([hit for _, hit in found])
 
 
 def _logits(model: Any, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """float32 [positions, words] and their targets, for some positions at a time."""
-    head, cap = model.get_output_embeddings(), getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2 caps softly
+    head, cap = (
+        model.get_output_embeddings(),
+        getattr(model.config.get_text_config(), "final_logit_softcapping", None),
+    )  # Gemma 2 caps softly
     rows = max(1, LOGITS // head.weight.shape[0])
     for states, part in zip(hidden.split(rows), targets.split(rows), strict=True):
         logits = head(states).float()

@@ -35,7 +35,9 @@ def loglikelihoods(model: Any, requests: Sequence[Request], batch_size: int, lon
         UserError: an answer is empty or longer than the model takes, or the model's logits are not those of its head.
     """
     if wrong := [len(answer) for _, answer in requests if not 0 < len(answer) <= longest]:
-        raise UserError(f"eval.zeroshot.tasks: an answer of {wrong[0]} tokens cannot be scored; this model takes 1 to {longest}: choose other tasks")
+        raise UserError(
+            f"eval.zeroshot.tasks: an answer of {wrong[0]} tokens cannot be scored; this model takes 1 to {longest}: choose other tasks"
+        )
     asked: dict[tuple[int, ...], list[int]] = {}
     for number, (context, continuation) in enumerate(requests):
         asked.setdefault((*context, *continuation)[-longest - 1 : -1], []).append(number)
@@ -53,18 +55,24 @@ def loglikelihoods(model: Any, requests: Sequence[Request], batch_size: int, lon
     return [found[number] for number in range(len(requests))]
 
 
-def _score(model: Any, batch: Sequence[Sequence[int]], rows: Sequence[int], answers: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
+def _score(
+    model: Any, batch: Sequence[Sequence[int]], rows: Sequence[int], answers: Sequence[Sequence[int]]
+) -> list[tuple[float, bool]]:
     """Scores of some answers, each at the end of one row of a batch."""
     device = next(model.parameters()).device
     ids = torch.zeros(len(batch), len(batch[0]), dtype=torch.int64)
     for row, sequence in enumerate(batch):
         ids[row, : len(sequence)] = torch.tensor(sequence)  # what follows it cannot be seen from within
     hidden = last_hidden(model, ids.to(device))
-    read = [hidden[row, len(batch[row]) - len(answer) : len(batch[row])] for row, answer in zip(rows, answers, strict=True)]
+    read = [
+        hidden[row, len(batch[row]) - len(answer) : len(batch[row])] for row, answer in zip(rows, answers, strict=True)
+    ]
     targets = torch.tensor([token for answer in answers for token in answer], device=device)
     losses, hits = losses_and_hits(model, torch.cat(read), targets)
     lengths = [len(answer) for answer in answers]
-    return [(-_total(loss), bool(hit.all())) for loss, hit in zip(losses.split(lengths), hits.split(lengths), strict=True)]
+    return [
+        (-_total(loss), bool(hit.all())) for loss, hit in zip(losses.split(lengths), hits.split(lengths), strict=True)
+    ]
 
 
 def _total(loss: Tensor) -> float:

@@ -26,7 +26,15 @@ class StreamedPerplexity:
         cache: where hidden states wait.
     """
 
-    def __init__(self, model: Any, windows: Tensor, batch_size: int, roles: Any = None, returns_tuple: bool | None = None, cache: Cache = ON_DEVICE) -> None:
+    def __init__(
+        self,
+        model: Any,
+        windows: Tensor,
+        batch_size: int,
+        roles: Any = None,
+        returns_tuple: bool | None = None,
+        cache: Cache = ON_DEVICE,
+    ) -> None:
         self._model, self._windows, self._batch_size = model, windows, batch_size
         self._blocks = list(decoder_of(model, roles).blocks)
         self._returns_tuple, self._cache = returns_tuple, cache
@@ -75,10 +83,19 @@ class StreamedPerplexity:
 
     @torch.no_grad()
     def _begin(self) -> None:
-        self._dense = capture(self._model, self._blocks, self._windows, self._batch_size, self._returns_tuple, self._cache)
+        self._dense = capture(
+            self._model, self._blocks, self._windows, self._batch_size, self._returns_tuple, self._cache
+        )
         self._pruned = [batch.again() for batch in self._dense]
-        few, ids = Batch(self._dense[0].hidden[:1, :8], [], self._dense[0].returns_tuple), self._windows[:1, :8]  # a wrong head is said now, not at the end
-        compare_head(self._model, behind(self._model, self._blocks, few, ids, whole=True), behind(self._model, self._blocks, few, ids))
+        few, ids = (
+            Batch(self._dense[0].hidden[:1, :8], [], self._dense[0].returns_tuple),
+            self._windows[:1, :8],
+        )  # a wrong head is said now, not at the end
+        compare_head(
+            self._model,
+            behind(self._model, self._blocks, few, ids, whole=True),
+            behind(self._model, self._blocks, few, ids),
+        )
 
     def _sets(self) -> dict[str, list[Batch]]:
         return {"windows, dense": self._dense, "windows, pruned": self._pruned}

@@ -32,7 +32,9 @@ _INSTALLED = {
     "boolq": "super_glue/boolq/default.yaml",
     "openbookqa": "openbookqa/openbookqa.yaml",
 }
-_ADAPTED: dict[str, dict[str, Any]] = {"boolq": {"doc_to_target": "{{answer|int}}"}}  # its labels are booleans in this copy
+_ADAPTED: dict[str, dict[str, Any]] = {
+    "boolq": {"doc_to_target": "{{answer|int}}"}
+}  # its labels are booleans in this copy
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,17 @@ def check_tasks(tasks: Sequence[str], data: str) -> None:
     known: Collection[str] = list(_INSTALLED) if data == "offline" else _all_tasks()
     for task in tasks:
         if task not in known:
-            choice = f"one of {', '.join(known)}" if data == "offline" else "a task of lm-eval (`lm-eval ls tasks` lists them)"
+            choice = (
+                f"one of {', '.join(known)}"
+                if data == "offline"
+                else "a task of lm-eval (`lm-eval ls tasks` lists them)"
+            )
             raise UserError(f"eval.zeroshot.tasks: unknown task {task!r}; expected {choice}")
 
 
-def zero_shot(model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int | None, data: str, options: Options) -> ZeroShot:
+def zero_shot(
+    model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int | None, data: str, options: Options
+) -> ZeroShot:
     """Score a model on multiple-choice tasks without examples.
 
     Args:
@@ -110,7 +118,9 @@ def zero_shot(model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
         def _loglikelihood_tokens(self, requests: Any, **settings: Any) -> list[tuple[float, bool]]:
-            return loglikelihoods(model, [(context, answer) for _, context, answer in requests], options.batch_size, self.max_length)
+            return loglikelihoods(
+                model, [(context, answer) for _, context, answer in requests], options.batch_size, self.max_length
+            )
 
     with tempfile.TemporaryDirectory() as folder, _quiet():
         if data == "offline":
@@ -119,7 +129,13 @@ def zero_shot(model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int
             manager = TaskManager(include_path=folder, include_defaults=False)
         else:
             manager = TaskManager()
-        wrapped = Quiet(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=options.batch_size, softmax_dtype="float32")
+        wrapped = Quiet(
+            pretrained=model,
+            tokenizer=tokenizer,
+            backend="causal",
+            batch_size=options.batch_size,
+            softmax_dtype="float32",
+        )
         try:
             loaded = manager.load(list(tasks))
             for task in loaded["tasks"].values():
@@ -130,7 +146,9 @@ def zero_shot(model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int
         except (OSError, RuntimeError, ValueError) as error:
             if data == "hub":
                 reason = " ".join(str(error).split())[:300]
-                raise UserError(f"the zero-shot tasks cannot be scored: check the network, or set eval=zeroshot_mini ({reason})") from error
+                raise UserError(
+                    f"the zero-shot tasks cannot be scored: check the network, or set eval=zeroshot_mini ({reason})"
+                ) from error
             raise
     return _collect(found, tasks, limit)
 
@@ -169,14 +187,26 @@ def _collect(found: Any, tasks: Sequence[str], limit: int | None) -> ZeroShot:
     documents: dict[str, dict[str, list[float]]] = {}
     for task in tasks:
         row = {key.removesuffix(",none"): value for key, value in found["results"][task].items()}
-        kept = {key: row[key] for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr") if isinstance(row.get(key), float)}
+        kept = {
+            key: row[key]
+            for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+            if isinstance(row.get(key), float)
+        }
         if "acc" not in kept:
             raise UserError(f"eval.zeroshot.tasks: {task} has no accuracy; only multiple-choice tasks can be scored")
         config = found["configs"][task]
         split = config.get("test_split") or config.get("validation_split")
         samples = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
-        scores[task] = {**kept, "version": found["versions"].get(task), "split": split, "limit": limit, "documents": len(samples)}
-        documents[task] = {metric: [float(sample[metric]) for sample in samples] for metric in ("acc", "acc_norm") if metric in kept}
+        scores[task] = {
+            **kept,
+            "version": found["versions"].get(task),
+            "split": split,
+            "limit": limit,
+            "documents": len(samples),
+        }
+        documents[task] = {
+            metric: [float(sample[metric]) for sample in samples] for metric in ("acc", "acc_norm") if metric in kept
+        }
     return ZeroShot(scores, documents)
 
 

@@ -188,7 +188,10 @@ class ScorePruner(Pruner):
 
 def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields as a record can hold them; a method inside a method brings its own."""
-    return {key: {"name": value.name, **value.settings()} if isinstance(value, Pruner) else value for key, value in fields.items()}
+    return {
+        key: {"name": value.name, **value.settings()} if isinstance(value, Pruner) else value
+        for key, value in fields.items()
+    }
 
 
 def finite_range(scores: Tensor, name: str) -> tuple[float, float]:

@@ -47,7 +47,11 @@ class Dass(ScorePruner):
         return {"granularity": self.granularity} if self.granularity == "output" else super().settings()
 
     def remark(self, roles: Collection[Role]) -> str:
-        return "DaSS on an MLP without a GLU is an extension of dass_exp: the paper defines it for GLU MLPs only" if FC1 in roles else ""
+        return (
+            "DaSS on an MLP without a GLU is an extension of dass_exp: the paper defines it for GLU MLPs only"
+            if FC1 in roles
+            else ""
+        )
 
     def score(self, linear: LinearView, block: Block) -> Tensor:
         if linear.role not in READER_OF:

@@ -12,7 +12,21 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dass_exp.errors import UserError
-from dass_exp.models.families import ATTENTION, DOWN, GATE, GLU, INPUT_OF, SCOPES, UP, Experts, Family, Role, assumed_family, family_of, unknown_family
+from dass_exp.models.families import (
+    ATTENTION,
+    DOWN,
+    GATE,
+    GLU,
+    INPUT_OF,
+    SCOPES,
+    UP,
+    Experts,
+    Family,
+    Role,
+    assumed_family,
+    family_of,
+    unknown_family,
+)
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +77,13 @@ class Decoder:
             module = self._module(index, role, place.path)
             rows = place.rows(self.config) if place.rows else None
             matrix = Matrix(module, module.weight, transposed=isinstance(module, Conv1D), rows=rows)  # type: ignore[arg-type]
-            yield LinearSite(f"{name}.{place.path}" + (f".{role.value}" if rows is not None else ""), role, matrix, INPUT_OF[role], name)
+            yield LinearSite(
+                f"{name}.{place.path}" + (f".{role.value}" if rows is not None else ""),
+                role,
+                matrix,
+                INPUT_OF[role],
+                name,
+            )
         if experts is not None and SCOPES[scope] & GLU:
             yield from self._expert_sites(f"{name}.{self._table().path}", experts)
 
@@ -71,7 +91,11 @@ class Decoder:
         """The module that holds the attention of block ``index`` and nothing of its MLP; None where there is no such module."""
         parents = {role: place.path.rpartition(".")[0] for role, place in self.family.places.items()}
         parent, *others = {path for role, path in parents.items() if role in ATTENTION}
-        if others or not parent or any(f"{path}.".startswith(f"{parent}.") for role, path in parents.items() if role not in ATTENTION):
+        if (
+            others
+            or not parent
+            or any(f"{path}.".startswith(f"{parent}.") for role, path in parents.items() if role not in ATTENTION)
+        ):
             return None
         try:
             return self.blocks[index].get_submodule(parent)
@@ -93,7 +117,10 @@ class Decoder:
         width = down.shape[-1]
         for number in range(len(down)):
             unit = f"{path}.{number}"
-            halves = {GATE: Matrix(module, fused, number, rows=slice(0, width)), UP: Matrix(module, fused, number, rows=slice(width, 2 * width))}
+            halves = {
+                GATE: Matrix(module, fused, number, rows=slice(0, width)),
+                UP: Matrix(module, fused, number, rows=slice(width, 2 * width)),
+            }
             for role, matrix in {**halves, DOWN: Matrix(module, down, number)}.items():
                 yield LinearSite(f"{unit}.{role.value}", role, matrix, f"expert {number} {INPUT_OF[role]}", unit)
 
@@ -129,9 +156,17 @@ def decoder_of(model: nn.Module, roles: Mapping[str, str] | None = None) -> Deco
     try:
         blocks = model.get_submodule(family.blocks)
     except AttributeError as error:
-        raise UserError(f"the model has no blocks at {family.blocks}; set model.roles.blocks") if known else unknown_family(model_type) from error
+        raise (
+            UserError(f"the model has no blocks at {family.blocks}; set model.roles.blocks")
+            if known
+            else unknown_family(model_type)
+        ) from error
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
-        raise UserError(f"{family.blocks} is no list of decoder blocks; set model.roles.blocks") if known else unknown_family(model_type)
+        raise (
+            UserError(f"{family.blocks} is no list of decoder blocks; set model.roles.blocks")
+            if known
+            else unknown_family(model_type)
+        )
     decoder = Decoder(family, config, blocks, [f"{family.blocks}.{index}" for index in range(len(blocks))])
     if known is None:
         _assume(decoder, model_type)
@@ -146,7 +181,10 @@ def _assume(decoder: Decoder, model_type: str) -> None:
         raise unknown_family(model_type) from error
     told = ", ".join(f"{role.value}: {place.path}" for role, place in decoder.family.places.items())
     log.warning(
-        "model family %r is in no table: it is taken for a LLaMA, with blocks: %s, %s; its BOS as its tokenizer does", model_type, decoder.family.blocks, told
+        "model family %r is in no table: it is taken for a LLaMA, with blocks: %s, %s; its BOS as its tokenizer does",
+        model_type,
+        decoder.family.blocks,
+        told,
     )
 
 
@@ -182,7 +220,13 @@ class Matrix:
     def out_features(self) -> int:
         """Rows."""
         whole = self.parameter.shape[-1 if self.transposed else -2]
-        return whole if self.rows is None else len(range(whole)[self.rows]) if isinstance(self.rows, slice) else len(self.rows)
+        return (
+            whole
+            if self.rows is None
+            else len(range(whole)[self.rows])
+            if isinstance(self.rows, slice)
+            else len(self.rows)
+        )
 
     @property
     def weight(self) -> Tensor:

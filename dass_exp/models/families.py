@@ -35,9 +35,16 @@ SCOPES: dict[str, frozenset[Role]] = {"mlp": GLU | PLAIN, "attention": ATTENTION
 
 # Linears whose roles share an input see the very same tensor, so it is observed once.
 INPUT_OF: dict[Role, str] = {
-    Q: "attention", K: "attention", V: "attention", O: "heads",
-    GATE: "mlp", UP: "mlp", DOWN: "intermediate", FC1: "mlp", FC2: "intermediate",
-}  # fmt: skip
+    Q: "attention",
+    K: "attention",
+    V: "attention",
+    O: "heads",
+    GATE: "mlp",
+    UP: "mlp",
+    DOWN: "intermediate",
+    FC1: "mlp",
+    FC2: "intermediate",
+}
 
 # Which linear of an MLP reads the neurons that this one makes.
 READER_OF: dict[Role, Role] = {GATE: DOWN, UP: DOWN, FC1: FC2}
@@ -115,7 +122,9 @@ def _phi3_heads(role: Role) -> Callable[[Any], Rows]:
     def rows(config: Any) -> Rows:
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
-        return {Q: slice(0, queries), K: slice(queries, queries + keys), V: slice(queries + keys, queries + 2 * keys)}[role]
+        return {Q: slice(0, queries), K: slice(queries, queries + keys), V: slice(queries + keys, queries + 2 * keys)}[
+            role
+        ]
 
     return rows
 
@@ -125,7 +134,11 @@ def _neox_heads(number: int) -> Callable[[Any], Rows]:
 
     def rows(config: Any) -> Rows:
         size = config.hidden_size // config.num_attention_heads
-        return [(3 * head + number) * size + feature for head in range(config.num_attention_heads) for feature in range(size)]
+        return [
+            (3 * head + number) * size + feature
+            for head in range(config.num_attention_heads)
+            for feature in range(size)
+        ]
 
     return rows
 
@@ -147,34 +160,52 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(_LLAMA.places, "GeGLU", bos="window", seen="Gemma-3-270M"),
     "phi3": Family(
         _places(
-            **{role.value: Place("self_attn.qkv_proj", _phi3_heads(role)) for role in (Q, K, V)}, o="self_attn.o_proj",
-            gate=Place("mlp.gate_up_proj", _half(0)), up=Place("mlp.gate_up_proj", _half(1)), down="mlp.down_proj",
+            **{role.value: Place("self_attn.qkv_proj", _phi3_heads(role)) for role in (Q, K, V)},
+            o="self_attn.o_proj",
+            gate=Place("mlp.gate_up_proj", _half(0)),
+            up=Place("mlp.gate_up_proj", _half(1)),
+            down="mlp.down_proj",
         ),
         "SwiGLU",
     ),
     "mixtral": _MIXTURE,
     "qwen3_moe": _MIXTURE,
     "olmoe": _MIXTURE,
-    "opt": Family(_places(**{**_ATTENTION, "o": "self_attn.out_proj"}, fc1="fc1", fc2="fc2"), "ReLU, no GLU", blocks="model.decoder.layers"),
+    "opt": Family(
+        _places(**{**_ATTENTION, "o": "self_attn.out_proj"}, fc1="fc1", fc2="fc2"),
+        "ReLU, no GLU",
+        blocks="model.decoder.layers",
+    ),
     "gpt2": Family(
         _places(
             **{role.value: Place("attn.c_attn", _third(number)) for number, role in enumerate((Q, K, V))},
-            o="attn.c_proj", fc1="mlp.c_fc", fc2="mlp.c_proj",
+            o="attn.c_proj",
+            fc1="mlp.c_fc",
+            fc2="mlp.c_proj",
         ),
-        "GELU, no GLU", blocks="transformer.h",
+        "GELU, no GLU",
+        blocks="transformer.h",
     ),
     "gpt_neox": Family(
         _places(
-            **{role.value: Place("attention.query_key_value", _neox_heads(number)) for number, role in enumerate((Q, K, V))},
-            o="attention.dense", fc1="mlp.dense_h_to_4h", fc2="mlp.dense_4h_to_h",
+            **{
+                role.value: Place("attention.query_key_value", _neox_heads(number))
+                for number, role in enumerate((Q, K, V))
+            },
+            o="attention.dense",
+            fc1="mlp.dense_h_to_4h",
+            fc2="mlp.dense_4h_to_h",
         ),
-        "GELU, no GLU", blocks="gpt_neox.layers",
+        "GELU, no GLU",
+        blocks="gpt_neox.layers",
     ),
     "arcee": Family(
-        _places(**_ATTENTION, fc1="mlp.up_proj", fc2="mlp.down_proj"), "any activation, no GLU", seen="tiny models, trained here"
+        _places(**_ATTENTION, fc1="mlp.up_proj", fc2="mlp.down_proj"),
+        "any activation, no GLU",
+        seen="tiny models, trained here",
     ),
     "phi": Family(_places(**{**_ATTENTION, "o": "self_attn.dense"}, fc1="mlp.fc1", fc2="mlp.fc2"), "GELU, no GLU"),
-}  # fmt: skip
+}
 
 
 def table() -> str:
@@ -213,7 +244,9 @@ def family_of(model_type: str, roles: Mapping[str, str] | None = None) -> Family
         told = f"missing {', '.join(missing)}" if missing else "an MLP has gate, up and down, or fc1 and fc2, not both"
         raise UserError(f"model.roles: {told}; give the path inside a block of each of {', '.join(needed)}")
     base = FAMILIES.get(model_type, _LLAMA)
-    return Family({role: Place(given[role]) for role in needed}, "as model.roles says", given.get("blocks", base.blocks), base.bos)
+    return Family(
+        {role: Place(given[role]) for role in needed}, "as model.roles says", given.get("blocks", base.blocks), base.bos
+    )
 
 
 def assumed_family() -> Family:

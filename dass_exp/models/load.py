@@ -79,9 +79,13 @@ def identify(settings: Any) -> ModelSpec:
     one_of("model.placement", settings.placement, ("auto", "resident", "stream"))
     found = locate(settings)
     spec = ModelSpec(
-        **found, name=settings.name, dtype=_dtype(settings.dtype, found["config"], device), device=device,
-        roles=settings.roles, trust_remote_code=bool(settings.trust_remote_code),
-    )  # fmt: skip
+        **found,
+        name=settings.name,
+        dtype=_dtype(settings.dtype, found["config"], device),
+        device=device,
+        roles=settings.roles,
+        trust_remote_code=bool(settings.trust_remote_code),
+    )
     if spec.family is None:
         decoder_of(skeleton(spec))  # what cannot be taken for a LLaMA is said before anything is loaded
     return spec
@@ -94,7 +98,9 @@ def load_tokenizer(spec: ModelSpec) -> Any:
         UserError: it cannot be loaded.
     """
     with quiet(), explained(spec.source):
-        return transformers.AutoTokenizer.from_pretrained(spec.source, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+        return transformers.AutoTokenizer.from_pretrained(
+            spec.source, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
 
 
 def load_model(spec: ModelSpec) -> nn.Module:
@@ -108,7 +114,12 @@ def load_model(spec: ModelSpec) -> nn.Module:
             Shards(Path(spec.source))  # what is missing or damaged is named: transformers fails in many ways
         try:
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                spec.source, revision=spec.revision, trust_remote_code=spec.trust_remote_code, dtype=spec.dtype, use_safetensors=True, output_loading_info=True
+                spec.source,
+                revision=spec.revision,
+                trust_remote_code=spec.trust_remote_code,
+                dtype=spec.dtype,
+                use_safetensors=True,
+                output_loading_info=True,
             )
         except RuntimeError as error:
             raise UserError(
@@ -116,7 +127,9 @@ def load_model(spec: ModelSpec) -> nn.Module:
             ) from error
         model, told = loaded
         if missing := sorted(told["missing_keys"]):  # transformers would make them up
-            raise UserError(f"model.path={spec.source}: its checkpoint has no {missing[0]} ({len(missing)} tensors are missing); fetch it again")
+            raise UserError(
+                f"model.path={spec.source}: its checkpoint has no {missing[0]} ({len(missing)} tensors are missing); fetch it again"
+            )
     return model.to(spec.device).eval()
 
 
@@ -130,7 +143,9 @@ def load_streamed(spec: ModelSpec) -> tuple[nn.Module, StreamedBlocks]:
         shards = Shards(folder_of(spec.source, spec.revision))
 
         def build() -> Any:
-            return transformers.AutoModelForCausalLM.from_config(spec.config, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code)
+            return transformers.AutoModelForCausalLM.from_config(
+                spec.config, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code
+            )
 
         model, layout = empty_model(build, shards, spec.device, spec.dtype, spec.roles)
         if (shards.folder / "generation_config.json").is_file():
@@ -157,7 +172,9 @@ def bos_policy(setting: str, spec: ModelSpec, tokenizer: Any) -> str:
             setting = "window"
         else:
             ids = tokenizer("a")["input_ids"]
-            setting = "stream" if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] else "never"
+            setting = (
+                "stream" if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] else "never"
+            )
     if setting != "never" and tokenizer.bos_token_id is None:
         raise UserError(f"model.bos={setting}: this tokenizer has no beginning-of-sequence token; set model.bos=never")
     return setting
@@ -172,7 +189,9 @@ def _device(setting: str) -> torch.device:
     except RuntimeError as error:
         raise UserError(f"model.device={setting!r}: expected auto, cpu, cuda or cuda:N") from error
     if device.type != "cpu" and (accelerator is None or accelerator.type != device.type):
-        raise UserError(f"model.device={setting!r}: this machine has {accelerator.type if accelerator else 'no accelerator'}; set model.device=auto")
+        raise UserError(
+            f"model.device={setting!r}: this machine has {accelerator.type if accelerator else 'no accelerator'}; set model.device=auto"
+        )
     return device
 
 

@@ -26,34 +26,58 @@ OFFLINE = "offline:"  # a path that starts so names one of the models of assets.
 TINY = "tiny:"  # and one that starts so, one of tiny.py
 
 _NEEDS_LICENCE = {"gemma3_270m": "the Gemma Terms of Use (https://ai.google.dev/gemma/terms)"}
-_NOTES = {"smollm2_135m": "dequantised from 4-bit weights (GGUF Q4_1)", "gemma3_270m": "dequantised from 4-bit weights (GGUF Q4_K_M)"}
+_NOTES = {
+    "smollm2_135m": "dequantised from 4-bit weights (GGUF Q4_1)",
+    "gemma3_270m": "dequantised from 4-bit weights (GGUF Q4_K_M)",
+}
 
 
 def locate(settings: Any) -> dict[str, Any]:
     """Where the model lies and what it is: source, identity, config, revision, note and trained of a :class:`ModelSpec`."""
     path, trust = str(settings.path), bool(settings.trust_remote_code)
     if settings.training_seed is not None and not path.startswith(TINY):
-        raise UserError(f"model.training_seed={settings.training_seed}: only the models of `make tiny-models` were trained more than once; leave it null")
+        raise UserError(
+            f"model.training_seed={settings.training_seed}: only the models of `make tiny-models` were trained more than once; leave it null"
+        )
     if path.startswith(TINY):
         recipe = tiny.trained(path.removeprefix(TINY), settings.training_seed)
         told = {"recipe": f"{path}@{recipe.digest}", "seed": recipe.training_seed}
         identity = f"{path}@{folder_digest(recipe.folder)}"
-        return {**_local(recipe.folder, trust=False), "identity": identity, "note": "trained from scratch by make tiny-models", "trained": told}
+        return {
+            **_local(recipe.folder, trust=False),
+            "identity": identity,
+            "note": "trained from scratch by make tiny-models",
+            "trained": told,
+        }
     if path.startswith(OFFLINE):
         name = path.removeprefix(OFFLINE)
         folder = _offline(name, bool(settings.accept_license))
-        return {**_local(folder, trust=False), "identity": f"{path}@{assets.MODELS[name].sha256[:16]}", "note": _NOTES[name]}
+        return {
+            **_local(folder, trust=False),
+            "identity": f"{path}@{assets.MODELS[name].sha256[:16]}",
+            "note": _NOTES[name],
+        }
     if Path(path).is_dir():
         made = manifest_of(Path(path))
         note = f"pruned by dass_exp: {made['told']}, record {made['key']}" if made else ""
         return {**_local(Path(path), trust), "identity": f"local:{folder_digest(Path(path))}", "note": note}
     if path.startswith(("/", ".", "~")):
-        raise UserError(f"model.path={path}: there is no such folder; give a folder, a hub id such as meta-llama/Llama-2-7b-hf, or {OFFLINE}smollm2_135m")
+        raise UserError(
+            f"model.path={path}: there is no such folder; give a folder, a hub id such as meta-llama/Llama-2-7b-hf, or {OFFLINE}smollm2_135m"
+        )
     with quiet(), explained(path):
         revision = extract_commit_hash(str(cached_file(path, "config.json", revision=settings.revision)), None)
     if revision is None:
-        raise UserError(f"model.path={path}: its commit cannot be told, so its results could not be told apart; download it and give the folder")
-    return {"source": path, "revision": revision, "config": read_config(path, revision, trust), "identity": f"{path}@{revision}", "note": ""}
+        raise UserError(
+            f"model.path={path}: its commit cannot be told, so its results could not be told apart; download it and give the folder"
+        )
+    return {
+        "source": path,
+        "revision": revision,
+        "config": read_config(path, revision, trust),
+        "identity": f"{path}@{revision}",
+        "note": "",
+    }
 
 
 def _local(folder: Path, trust: bool) -> dict[str, Any]:
@@ -71,7 +95,9 @@ def _offline(name: str, accepted: bool) -> Path:
 def convert_gguf(source: Path, folder: Path) -> None:
     """Turn a GGUF file into safetensors and tokenizer files, dequantised to float32, each weight as the file holds it."""
     with quiet():
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, dtype=torch.float32
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         # transformers refuses to save a model that it believes to be quantised
         model.hf_quantizer = None
@@ -119,7 +145,9 @@ def explained(source: str) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise UserError(f"model.path={source}: one of its files is damaged ({' '.join(str(error).split())}); fetch it again") from error
+        raise UserError(
+            f"model.path={source}: one of its files is damaged ({' '.join(str(error).split())}); fetch it again"
+        ) from error
     except (OSError, ValueError, KeyError, ImportError) as error:
         if isinstance(error, UserError):
             raise
@@ -141,7 +169,11 @@ def folder_digest(folder: Path) -> str:
     Raises:
         UserError: it holds no safetensors.
     """
-    files = sorted(file for file in folder.iterdir() if (file.suffix == ".safetensors" and file.name != MASKS) or file.name in _IDENTIFYING)
+    files = sorted(
+        file
+        for file in folder.iterdir()
+        if (file.suffix == ".safetensors" and file.name != MASKS) or file.name in _IDENTIFYING
+    )
     if not any(file.suffix == ".safetensors" for file in files):
         raise UserError(f"model.path={folder}: the folder holds no .safetensors file; other formats are not read")
     return _digest(tuple((file.absolute(), file.stat().st_mtime_ns, file.stat().st_size) for file in files))
@@ -153,7 +185,11 @@ def manifest_of(folder: Path) -> dict[str, Any]:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) and isinstance(found.get("key"), str) and isinstance(found.get("told"), str) else {}
+    return (
+        found
+        if isinstance(found, dict) and isinstance(found.get("key"), str) and isinstance(found.get("told"), str)
+        else {}
+    )
 
 
 @functools.lru_cache(maxsize=64)

@@ -75,10 +75,14 @@ def check_room(folder: str | Path, size: int) -> None:
     there = next(parent for parent in (place, *place.parents) if parent.exists())
     needed, free = size + _SPARE, shutil.disk_usage(there).free
     if needed > free:
-        raise UserError(f"save={folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free on that disk; make room or name another folder")
+        raise UserError(
+            f"save={folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free on that disk; make room or name another folder"
+        )
 
 
-def save_checkpoint(folder: str | Path, model: Any, tokenizer: Any, masks: Mapping[str, PackedMask], manifest: Mapping[str, Any]) -> Path:
+def save_checkpoint(
+    folder: str | Path, model: Any, tokenizer: Any, masks: Mapping[str, PackedMask], manifest: Mapping[str, Any]
+) -> Path:
     """Write a model as ``from_pretrained`` loads it, into :func:`scratch_of` the folder, synced, then renamed.
 
     Its config.json says nothing of sparsity: servers refuse a ``sparsity_config``.
@@ -151,12 +155,16 @@ class CheckpointWriter:
         for index in range(done):
             path = self._made / self._name(index + 2)
             if not path.is_file():
-                raise UserError(f"{path} is missing, and the run that wrote it cannot go on; remove {self._scratch} to begin again")
+                raise UserError(
+                    f"{path} is missing, and the run that wrote it cannot go on; remove {self._scratch} to begin again"
+                )
             try:
                 with safe_open(path, framework="pt") as file:
                     self._note(path.name, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - it is no mapping
             except SafetensorError as error:
-                raise UserError(f"{path} is damaged ({error}), and the run that wrote it cannot go on; remove {self._scratch} to begin again") from error
+                raise UserError(
+                    f"{path} is damaged ({error}), and the run that wrote it cannot go on; remove {self._scratch} to begin again"
+                ) from error
 
     def add(self, index: int, weights: Mapping[str, Tensor]) -> None:
         """Write the weights of a block, by the model's own names.

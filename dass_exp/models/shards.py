@@ -34,7 +34,9 @@ class Shards:
         for file in sorted(set(self._files.values())):
             self._shapes |= self._look_into(file)
         if missing := sorted(set(self._files) - set(self._shapes)):
-            raise UserError(f"model.path={folder}: {self._files[missing[0]]} does not hold {missing[0]}, which the index says; fetch it again")
+            raise UserError(
+                f"model.path={folder}: {self._files[missing[0]]} does not hold {missing[0]}, which the index says; fetch it again"
+            )
 
     @property
     def quantised(self) -> bool:
@@ -58,7 +60,10 @@ class Shards:
         """
         files = [self._files[name] for name in (one, other)]
         try:
-            with safe_open(self.folder / files[0], framework="pt") as first, safe_open(self.folder / files[1], framework="pt") as second:
+            with (
+                safe_open(self.folder / files[0], framework="pt") as first,
+                safe_open(self.folder / files[1], framework="pt") as second,
+            ):
                 return torch.equal(first.get_tensor(one), second.get_tensor(other))
         except (OSError, SafetensorError) as error:
             raise _unreadable(self.folder, files[0], error) from error
@@ -97,7 +102,9 @@ class Shards:
 def _files(folder: Path) -> dict[str, str]:
     """The file of each tensor."""
     try:
-        if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():  # transformers, too, takes the single file first
+        if (folder / INDEX).is_file() and not (
+            folder / SINGLE
+        ).is_file():  # transformers, too, takes the single file first
             found = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
             return {str(name): str(file) for name, file in found.items()}
         with safe_open(folder / SINGLE, framework="pt") as single:

@@ -65,7 +65,10 @@ class StreamedBlocks:
         self.keep = keep
         decoder = decoder_of(model, roles)
         self._blocks, self._names = decoder.blocks, decoder.names
-        self._wanted = [[f"{name}.{own}" for own in block.state_dict()] for name, block in zip(self._names, self._blocks, strict=True)]
+        self._wanted = [
+            [f"{name}.{own}" for own in block.state_dict()]
+            for name, block in zip(self._names, self._blocks, strict=True)
+        ]
         self._open: set[int] = set()
         self._reader = ThreadPoolExecutor(max_workers=1)
         self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
@@ -108,7 +111,11 @@ def _trim() -> None:
 
 
 def empty_model(
-    build: Callable[[], Any], shards: Shards, device: torch.device, dtype: torch.dtype, roles: Mapping[str, str] | None = None
+    build: Callable[[], Any],
+    shards: Shards,
+    device: torch.device,
+    dtype: torch.dtype,
+    roles: Mapping[str, str] | None = None,
 ) -> tuple[Any, WeightNames]:
     """A model with everything but its blocks in memory: embedding, norm and head are read, the blocks have shapes only.
 

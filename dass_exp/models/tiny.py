@@ -89,8 +89,14 @@ class Recipe:
     @property
     def digest(self) -> str:
         """12 hex digits over what is trained, its training seed apart, and the texts."""
-        settings = {key: value for key, value in dataclasses.asdict(self).items() if key not in ("training_seed", "perplexity")}
-        told = {"version": TRAINING_VERSION, "recipe": settings, "texts": {name: assets.TEXTS[name].sha256 for name in ("c4", "wikipedia")}}
+        settings = {
+            key: value for key, value in dataclasses.asdict(self).items() if key not in ("training_seed", "perplexity")
+        }
+        told = {
+            "version": TRAINING_VERSION,
+            "recipe": settings,
+            "texts": {name: assets.TEXTS[name].sha256 for name in ("c4", "wikipedia")},
+        }
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -101,11 +107,19 @@ class Recipe:
     def config(self) -> dict[str, Any]:
         """The settings of its transformers config."""
         return {
-            "vocab_size": self.vocabulary, "hidden_size": self.hidden, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
-            "num_key_value_heads": self.heads, "intermediate_size": self.glu_size if self.mlp.gated else self.glu_size * 3 // 2,
-            "hidden_act": self.mlp.activation, "max_position_embeddings": self.context, "tie_word_embeddings": True,
-            "bos_token_id": None, "eos_token_id": 0, "use_cache": False,
-        }  # fmt: skip
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.heads,
+            "intermediate_size": self.glu_size if self.mlp.gated else self.glu_size * 3 // 2,
+            "hidden_act": self.mlp.activation,
+            "max_position_embeddings": self.context,
+            "tie_word_embeddings": True,
+            "bos_token_id": None,
+            "eos_token_id": 0,
+            "use_cache": False,
+        }
 
 
 def trained(variant: str, training_seed: int | None) -> Recipe:
@@ -118,6 +132,12 @@ def trained(variant: str, training_seed: int | None) -> Recipe:
         raise UserError(f"model.path=tiny:{variant}: the tiny models are {', '.join(VARIANTS)}")
     recipe = Recipe(variant, TRAINING_SEEDS[0] if training_seed is None else training_seed)
     if not assets.complete(recipe.folder):
-        command = "`make tiny-models`" if recipe.training_seed in TRAINING_SEEDS else f"`python -m dass_exp.train {variant} --training-seeds {training_seed}`"
-        raise UserError(f"model.path=tiny:{variant}, model.training_seed={recipe.training_seed}: it is not trained yet; run {command} once (minutes a model)")
+        command = (
+            "`make tiny-models`"
+            if recipe.training_seed in TRAINING_SEEDS
+            else f"`python -m dass_exp.train {variant} --training-seeds {training_seed}`"
+        )
+        raise UserError(
+            f"model.path=tiny:{variant}, model.training_seed={recipe.training_seed}: it is not trained yet; run {command} once (minutes a model)"
+        )
     return recipe

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key, revert_weight_conversion
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
 from dass_exp.errors import UserError
 from dass_exp.models.shards import Shards
@@ -37,7 +43,12 @@ class JoinedTensors:
 
     def made(self, pieces: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
         """The model's tensors out of the pieces, by the model's own names."""
-        return _converted(self.converter, self.first, [(name, pattern, pieces[name]) for name, pattern in zip(self.stored, self.patterns, strict=True)], model)
+        return _converted(
+            self.converter,
+            self.first,
+            [(name, pattern, pieces[name]) for name, pattern in zip(self.stored, self.patterns, strict=True)],
+            model,
+        )
 
 
 class WeightNames:
@@ -70,7 +81,9 @@ class WeightNames:
                 parts.setdefault(name, []).append((stored, str(pattern)))
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         self._joined = [self._group(name, pieces, by_pattern[pieces[0][1]]) for name, pieces in parts.items()]
-        model._weight_conversions = [transform for transform in transforms if transform.was_used()]  # what from_pretrained notes, for the way back
+        model._weight_conversions = [
+            transform for transform in transforms if transform.was_used()
+        ]  # what from_pretrained notes, for the way back
         self._check(state)
 
     @property
@@ -99,11 +112,17 @@ class WeightNames:
         """Tensors of the model as the checkpoint holds them, by the names there."""
         made = {name for group in self._joined for name in group.names}
         found = {self._plain[name]: tensor for name, tensor in weights.items() if name in self._plain}
-        return found | (revert_weight_conversion(self._model, {name: weights[name] for name in weights if name in made}) if made else {})
+        return found | (
+            revert_weight_conversion(self._model, {name: weights[name] for name in weights if name in made})
+            if made
+            else {}
+        )
 
     def _group(self, first: str, pieces: list[tuple[str, str]], converter: WeightConverter) -> JoinedTensors:
         """Which tensors come of these pieces is tried on their shapes."""
-        shapes = [(stored, pattern, torch.empty(self._shards.shape(stored), device="meta")) for stored, pattern in pieces]
+        shapes = [
+            (stored, pattern, torch.empty(self._shards.shape(stored), device="meta")) for stored, pattern in pieces
+        ]
         try:
             made = _converted(converter, first, shapes, self._model)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -112,7 +131,13 @@ class WeightNames:
                 f"({' '.join(str(error).split())}); set model.placement=resident"
             ) from error
         self._shapes |= {name: list(tensor.shape) for name, tensor in made.items()}
-        return JoinedTensors(tuple(made), tuple(stored for stored, _ in pieces), tuple(pattern for _, pattern in pieces), first, converter)
+        return JoinedTensors(
+            tuple(made),
+            tuple(stored for stored, _ in pieces),
+            tuple(pattern for _, pattern in pieces),
+            first,
+            converter,
+        )
 
     def _check(self, state: Mapping[str, Tensor]) -> None:
         tied, held = getattr(self._model, "all_tied_weights_keys", {}), self.names
@@ -121,22 +146,31 @@ class WeightNames:
             raise UserError(f"{refused} is quantised, which only transformers itself can undo; {told}")
         for name in [name for name in tied if name in held and tied[name] in held]:
             if not self._shards.equal(self._plain[name], self._plain[tied[name]]):
-                raise UserError(f"{refused} stores {name} with other values than those of {tied[name]}, to which it is tied; {told}")
+                raise UserError(
+                    f"{refused} stores {name} with other values than those of {tied[name]}, to which it is tied; {told}"
+                )
             del self._plain[name]  # stored twice
         if missing := [name for name in state if name not in held and name not in tied]:
             raise UserError(f"{refused} has no tensor {missing[0]} as the model has it; {told}")
         for name, shape in self._shapes.items():
             if shape != list(state[name].shape):
-                raise UserError(f"{refused} gives {name} the shape {shape}, and its config.json {list(state[name].shape)}; fetch it again")
+                raise UserError(
+                    f"{refused} gives {name} the shape {shape}, and its config.json {list(state[name].shape)}; fetch it again"
+                )
 
 
 def _dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Of each tensor of a model, as transformers loads it."""
     plan = {re.compile(part.replace("*", ".*")): kind for part, kind in model._get_dtype_plan(dtype).items()}
-    return {name: next((kind for part, kind in plan.items() if part.search(name)), tensor.dtype) for name, tensor in model.state_dict().items()}
+    return {
+        name: next((kind for part, kind in plan.items() if part.search(name)), tensor.dtype)
+        for name, tensor in model.state_dict().items()
+    }
 
 
-def _converted(converter: WeightConverter, first: str, pieces: Iterable[tuple[str, str, Tensor]], model: Any) -> dict[str, Tensor]:
+def _converted(
+    converter: WeightConverter, first: str, pieces: Iterable[tuple[str, str, Tensor]], model: Any
+) -> dict[str, Tensor]:
     fresh = deepcopy(converter)  # it collects what it is given
     for stored, pattern, tensor in pieces:
         fresh.add_tensor(first, stored, pattern, tensor)  # type: ignore[arg-type]  # it takes tensors too, as it does on the way back

@@ -46,14 +46,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="dass-report", description="Write the tables and pictures of sweeps from their records; or compare two records: dass-report compare KEY KEY"
+        prog="dass-report",
+        description="Write the tables and pictures of sweeps from their records; or compare two records: dass-report compare KEY KEY",
     )
-    parser.add_argument("sweeps", nargs="*", metavar="SWEEP", help="names of sweeps (all that were run, if none is given), or: compare KEY KEY")
+    parser.add_argument(
+        "sweeps",
+        nargs="*",
+        metavar="SWEEP",
+        help="names of sweeps (all that were run, if none is given), or: compare KEY KEY",
+    )
     parser.add_argument("--results", default="results", help="the results folder (default: results)")
-    parser.add_argument("--output", metavar="DIR", help="where tables/, figures/ and report.html are written (default: the results folder)")
-    parser.add_argument("--mix", action="store_true", help="put records of different protocols into one table, with what differs beside each row")
-    parser.add_argument("--layers", action="store_true", help="also draw the error and sparsity of every block, one picture per pruned record")
-    parser.add_argument("--wandb", action="store_true", help="log tables and pictures to Weights & Biases, one summary run per sweep")
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="where tables/, figures/ and report.html are written (default: the results folder)",
+    )
+    parser.add_argument(
+        "--mix",
+        action="store_true",
+        help="put records of different protocols into one table, with what differs beside each row",
+    )
+    parser.add_argument(
+        "--layers",
+        action="store_true",
+        help="also draw the error and sparsity of every block, one picture per pruned record",
+    )
+    parser.add_argument(
+        "--wandb", action="store_true", help="log tables and pictures to Weights & Biases, one summary run per sweep"
+    )
     return parser
 
 
@@ -77,7 +97,11 @@ def _report(asked: argparse.Namespace) -> bool:
         if sheet is not None:
             sheets.append(sheet)
         elif asked.sweeps and cells_of(results, name):
-            log.warning("%s: this sweep has no table of its own; its cells stand in the comparison.md of its folder in %s", name, results / "hydra")
+            log.warning(
+                "%s: this sweep has no table of its own; its cells stand in the comparison.md of its folder in %s",
+                name,
+                results / "hydra",
+            )
         elif asked.sweeps:
             log.warning("%s: no cell of this sweep was run into %s; run dass-exp sweeps=%s", name, results, name)
     if not sheets and not refused:
@@ -105,11 +129,15 @@ def _dense_of(records: list[Record], loaded: Loaded) -> list[Record]:
 
 
 def _scored_as(record: Record) -> str:
-    return json.dumps([record["identity"].get(name) for name in ("model", "dtype", "device", "bos", "eval")], sort_keys=True)
+    return json.dumps(
+        [record["identity"].get(name) for name in ("model", "dtype", "device", "bos", "eval")], sort_keys=True
+    )
 
 
 def _write(sheets: list[ResultTable], results: Path, problems: list[str], asked: argparse.Namespace) -> None:
-    rows = published.read(project_root() / "results" / "reference" / "published_numbers.csv") if _has_reference() else []
+    rows = (
+        published.read(project_root() / "results" / "reference" / "published_numbers.csv") if _has_reference() else []
+    )
     chapters: list[Chapter] = []
     output = Path(asked.output or results)
     for sheet in sheets:
@@ -126,7 +154,11 @@ def _write(sheets: list[ResultTable], results: Path, problems: list[str], asked:
 
             track_sheet(sheet.title, {"table": wide_form(sheet), "values": long_form(sheet)}, pictures, str(results))
     if sheets:
-        log.info("wrote %s, which shows %s", page(chapters, problems, output / "report.html", results), ", ".join(sheet.name for sheet in sheets))
+        log.info(
+            "wrote %s, which shows %s",
+            page(chapters, problems, output / "report.html", results),
+            ", ".join(sheet.name for sheet in sheets),
+        )
 
 
 def _has_reference() -> bool:
@@ -153,7 +185,9 @@ def _compare(results: Path, keys: list[str]) -> None:
 def _only(start: str, records: dict[str, Record]) -> Record:
     found = [record for key, record in records.items() if key.startswith(start)]
     if len(found) != 1:
-        raise UserError(f"record {start}: {len(found)} records begin so; give more of the key (results/runs lists them)")
+        raise UserError(
+            f"record {start}: {len(found)} records begin so; give more of the key (results/runs lists them)"
+        )
     return found[0]
 
 

@@ -38,19 +38,34 @@ def _row(record: Record, shown: Sequence[str]) -> dict[str, str]:
     method = " ".join([config["method"]["name"], *(f"{key}={config['method'][key]}" for key in shown)])
     seed = "" if config["seed"] is None else str(config["seed"])
     row = {
-        "model": config["model"]["name"], "method": method, "pattern": pattern_label(config), "scope": config["scope"] or "",
-        "calibration": calibration_label(record), "seed": seed,
-    }  # fmt: skip
+        "model": config["model"]["name"],
+        "method": method,
+        "pattern": pattern_label(config),
+        "scope": config["scope"] or "",
+        "calibration": calibration_label(record),
+        "seed": seed,
+    }
     if scored := metrics.get("perplexity"):
         row["perplexity"] = " ".join(f"{value:.2f}" for value in scored.values())
     row |= {task: with_error(scores, "acc") for task, scores in metrics.get("tasks", {}).items()}
-    row |= {label: f"{100 * metrics[name]:.1f}" for name, label in (("mean_acc", "mean acc"), ("mean_acc_norm", "mean acc_norm")) if name in metrics}
-    return row | {"prune s": f"{record['cost']['prune_s']:.1f}", "peak GB": f"{record['cost']['peak_rss_bytes'] / 1e9:.1f}", "record": record["key"][:8]}
+    row |= {
+        label: f"{100 * metrics[name]:.1f}"
+        for name, label in (("mean_acc", "mean acc"), ("mean_acc_norm", "mean acc_norm"))
+        if name in metrics
+    }
+    return row | {
+        "prune s": f"{record['cost']['prune_s']:.1f}",
+        "peak GB": f"{record['cost']['peak_rss_bytes'] / 1e9:.1f}",
+        "record": record["key"][:8],
+    }
 
 
 def settings_line(records: list[Record]) -> str:
     """What the rows leave out because it is the same in all: pattern, scope, and the methods' hyper-parameters."""
-    labels = [{pattern_label(record["config"]) for record in records} - {""}, {scope_label(record["config"]) for record in records} - {""}]
+    labels = [
+        {pattern_label(record["config"]) for record in records} - {""},
+        {scope_label(record["config"]) for record in records} - {""},
+    ]
     shared = [label.pop() for label in labels if len(label) == 1]
     methods = dict.fromkeys(method_label(record["config"]) for record in records)
     told = [*shared, *(label for label in methods if "=" in label)]
@@ -65,7 +80,9 @@ def footnotes(records: list[Record]) -> list[str]:
         if (name := record["config"]["model"]["name"]) not in PAPER_MODELS:
             noted.setdefault(record["protocol"]["model_note"], {})[name] = None
     for note, names in noted.items():
-        told = f"{'the models are' if len(names) > 1 else 'the model is'} {', '.join(names)}" + (f" ({note})" if note else "")
+        told = f"{'the models are' if len(names) > 1 else 'the model is'} {', '.join(names)}" + (
+            f" ({note})" if note else ""
+        )
         found[f"{told}; the paper prunes {', '.join(PAPER_MODELS)}"] = None
     for record in records:
         found |= dict.fromkeys(_differences(record))
@@ -79,21 +96,35 @@ def _differences(record: Record) -> list[str]:
     if protocol.get("method_note"):
         found.append(protocol["method_note"])
     if starved := record.get("solver", {}).get("starved_experts"):
-        found.append(f"{len(starved)} experts saw too few calibration tokens for statistics of their own: their inputs were taken for equally important")
+        found.append(
+            f"{len(starved)} experts saw too few calibration tokens for statistics of their own: their inputs were taken for equally important"
+        )
     ours = calibration and (calibration["name"], calibration["num_samples"], calibration["seq_len"])
     theirs = (paper_calibration["name"], paper_calibration["num_samples"], paper_calibration["seq_len"])
     if ours and ours != theirs:
-        found.append(f"calibration: {ours[1]} x {ours[2]} tokens of {ours[0]}; the paper: {theirs[1]} x {theirs[2]} of {theirs[0]}")
+        found.append(
+            f"calibration: {ours[1]} x {ours[2]} tokens of {ours[0]}; the paper: {theirs[1]} x {theirs[2]} of {theirs[0]}"
+        )
     scored = paper_eval["perplexity"]
     asked = config["eval"].get("perplexity") or {}
-    if "dataset" in protocol and (protocol["dataset"], protocol["context"], asked.get("max_windows")) != (scored["name"], scored["context"], None):
+    if "dataset" in protocol and (protocol["dataset"], protocol["context"], asked.get("max_windows")) != (
+        scored["name"],
+        scored["context"],
+        None,
+    ):
         found.append(
             f"perplexity: {protocol['windows']} windows of {protocol['context']} tokens of {protocol['dataset']}; "
             f"the paper: all windows of {scored['context']} of {scored['name']}, test split"
         )
     if protocol.get("limit"):
-        found.append(f"zero-shot: the first {protocol['limit']} documents of each task; the paper: all. Beside each accuracy stands its standard error")
-    splits = {task: scores["split"] for task, scores in record["metrics"].get("tasks", {}).items() if task.startswith("arc") and scores["split"] != "test"}
+        found.append(
+            f"zero-shot: the first {protocol['limit']} documents of each task; the paper: all. Beside each accuracy stands its standard error"
+        )
+    splits = {
+        task: scores["split"]
+        for task, scores in record["metrics"].get("tasks", {}).items()
+        if task.startswith("arc") and scores["split"] != "test"
+    }
     if splits:
         found.append(f"{' and '.join(splits)} are scored on the validation split; lm-eval's default is test")
     if config["scope"] not in (None, "mlp"):

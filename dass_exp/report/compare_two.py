@@ -16,7 +16,10 @@ def pair(first: Record, second: Record, results: Path) -> str:
     lines = [f"# {first['key']} and {second['key']}", "", "## Settings that differ", ""]
     lines += _table(("setting", first["key"], second["key"]), _differences(first["identity"], second["identity"]))
     lines += ["", "## Scores", ""]
-    lines += _table(("score", first["key"], second["key"], "difference", "95 % interval (paired bootstrap)"), _scores(first, second, results))
+    lines += _table(
+        ("score", first["key"], second["key"], "difference", "95 % interval (paired bootstrap)"),
+        _scores(first, second, results),
+    )
     lines += ["", "## Masks", "", *_overlap(first, second, results)]
     return "\n".join(lines) + "\n"
 
@@ -24,12 +27,20 @@ def pair(first: Record, second: Record, results: Path) -> str:
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     if not rows:
         return ["none"]
-    return ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *("| " + " | ".join(row) + " |" for row in rows)]
+    return [
+        "| " + " | ".join(header) + " |",
+        "|" + "---|" * len(header),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
 
 
 def _differences(first: Any, second: Any, path: str = "") -> list[tuple[str, ...]]:
     if isinstance(first, dict) and isinstance(second, dict):
-        return [row for key in sorted({*first, *second}) for row in _differences(first.get(key), second.get(key), f"{path}.{key}".lstrip("."))]
+        return [
+            row
+            for key in sorted({*first, *second})
+            for row in _differences(first.get(key), second.get(key), f"{path}.{key}".lstrip("."))
+        ]
     return [] if first == second else [(path, str(first), str(second))]
 
 
@@ -44,7 +55,9 @@ def _scores(first: Record, second: Record, results: Path) -> list[tuple[str, ...
     return rows
 
 
-def _paired(first: Record, second: Record, results: Path) -> Iterator[tuple[str, float, float, tuple[list[float], list[float]] | None]]:
+def _paired(
+    first: Record, second: Record, results: Path
+) -> Iterator[tuple[str, float, float, tuple[list[float], list[float]] | None]]:
     """Name, both values, and the paired outcomes where both were scored on the same windows or documents."""
     ours, theirs = first["metrics"], second["metrics"]
     for name in set(ours.get("perplexity", {})) & set(theirs.get("perplexity", {})):
@@ -79,10 +92,16 @@ def _overlap(first: Record, second: Record, results: Path) -> list[str]:
             counts[place] = before[0] + both, before[1] + either
     if not counts:
         return ["The two records have no linear in common."]
-    blocks = sorted({block for block, _ in counts}, key=lambda block: (block != "all", int(block) if block.isdigit() else -1))
+    blocks = sorted(
+        {block for block, _ in counts}, key=lambda block: (block != "all", int(block) if block.isdigit() else -1)
+    )
     columns = [*dict.fromkeys(role for role in roles.values() if ("all", role) in counts), "all"]
     lines = [(block, *(_jaccard(counts.get((block, column))) for column in columns)) for block in blocks]
-    return ["Jaccard overlap: weights that both keep / weights that either keeps.", "", *_table(("block", *columns), lines)]
+    return [
+        "Jaccard overlap: weights that both keep / weights that either keeps.",
+        "",
+        *_table(("block", *columns), lines),
+    ]
 
 
 def _jaccard(counted: tuple[int, int] | None) -> str:

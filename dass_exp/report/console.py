@@ -34,7 +34,13 @@ class TerminalReporter:
             screen.print(f"{name} ...")
             yield lambda: None
             return
-        columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), *([MofNCompleteColumn()] if steps else []), TimeElapsedColumn()]
+        columns = [
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            *([MofNCompleteColumn()] if steps else []),
+            TimeElapsedColumn(),
+        ]
         with Progress(*columns, console=screen, transient=True) as progress:
             task = progress.add_task(name, total=steps)
             yield lambda: progress.advance(task)
@@ -43,7 +49,11 @@ class TerminalReporter:
 def show(record: Record, dense: Record | None, path: Path, found: bool) -> None:
     """Print the summary of a run: pruned beside dense, and where the record is."""
     config = record["config"]
-    title = " · ".join(part for part in (config["model"]["name"], method_label(config), pattern_label(config), scope_label(config)) if part)
+    title = " · ".join(
+        part
+        for part in (config["model"]["name"], method_label(config), pattern_label(config), scope_label(config))
+        if part
+    )
     table = Table(title=title, title_justify="left")
     table.add_column("")
     columns = [record] if dense is None else [dense, record]
@@ -71,7 +81,15 @@ def show_plan(cells: list[dict[str, Any]]) -> None:
         seen.add(cell["key"])
         seconds = 0.0 if again else cell["seconds"]
         total, unknown = total + (seconds or 0.0), unknown + (seconds is None)
-        state = "done" if cell["done"] else "same record as above" if again else "would run" if cell["key"] else "not at hand"
+        state = (
+            "done"
+            if cell["done"]
+            else "same record as above"
+            if again
+            else "would run"
+            if cell["key"]
+            else "not at hand"
+        )
         basis = "" if cell["done"] or again else cell["basis"]
         name = " ".join(override for override in cell["overrides"] if override not in common)
         table.add_row(name, cell["key"], state, "?" if seconds is None else f"{seconds:.0f}", basis)
@@ -83,7 +101,9 @@ def show_plan(cells: list[dict[str, Any]]) -> None:
     if unknown == len(cells):
         screen.print("no like record yet: how long it takes is not known")
         return
-    screen.print(f"about {total / 60:.0f} min in one process{more}; loading the model, and a dense record that is not there yet, are not counted")
+    screen.print(
+        f"about {total / 60:.0f} min in one process{more}; loading the model, and a dense record that is not there yet, are not counted"
+    )
 
 
 def _rows(record: Record) -> dict[str, str]:
@@ -91,10 +111,21 @@ def _rows(record: Record) -> dict[str, str]:
     rows = {f"perplexity {name}": f"{value:.2f}" for name, value in metrics.get("perplexity", {}).items()}
     for task, scores in metrics.get("tasks", {}).items():
         rows |= {f"{task} {name} %": with_error(scores, name) for name in ("acc", "acc_norm") if name in scores}
-    rows |= {f"{name.replace('_', ' ', 1)} %": f"{100 * metrics[name]:.1f}" for name in ("mean_acc", "mean_acc_norm") if name in metrics}
-    for name, label in (("scope", "sparsity of the scope %"), ("decoder", "of the decoder's linears %"), ("model", "of the whole model %")):
+    rows |= {
+        f"{name.replace('_', ' ', 1)} %": f"{100 * metrics[name]:.1f}"
+        for name in ("mean_acc", "mean_acc_norm")
+        if name in metrics
+    }
+    for name, label in (
+        ("scope", "sparsity of the scope %"),
+        ("decoder", "of the decoder's linears %"),
+        ("model", "of the whole model %"),
+    ):
         rows[label] = f"{100 * record['sparsity'][name]:.1f}"
-    rows |= {label: f"{cost[name]:.1f}" for name, label in (("load_s", "seconds to load"), ("prune_s", "to prune"), ("eval_s", "to evaluate"))}
+    rows |= {
+        label: f"{cost[name]:.1f}"
+        for name, label in (("load_s", "seconds to load"), ("prune_s", "to prune"), ("eval_s", "to evaluate"))
+    }
     rows["peak memory GB"] = f"{cost['peak_rss_bytes'] / 1e9:.2f}"
     if cost.get("peak_gpu_bytes") is not None:
         rows["peak GPU memory GB"] = f"{cost['peak_gpu_bytes'] / 1e9:.2f}"
@@ -108,7 +139,9 @@ def with_error(scores: dict[str, Any], name: str) -> str:
 
 def method_label(config: dict[str, Any]) -> str:
     """The method with its hyper-parameters: ``dass alpha=0.5 granularity=input``."""
-    return " ".join([config["method"]["name"], *(f"{key}={value}" for key, value in config["method"].items() if key != "name")])
+    return " ".join(
+        [config["method"]["name"], *(f"{key}={value}" for key, value in config["method"].items() if key != "name")]
+    )
 
 
 def pattern_label(config: dict[str, Any]) -> str:
@@ -130,13 +163,19 @@ def calibration_label(record: Record) -> str:
 def caption(record: Record, others: Sequence[Record] = ()) -> str:
     """How the numbers of a record, and of others that are shown with it, were made: calibration and seed only where they are the same in all."""
     protocol = record["protocol"]
-    parts = [f"Model {record['identity']['model']}" + (f", {protocol['model_note']}" if protocol["model_note"] else "") + f", {protocol['dtype']}"]
+    parts = [
+        f"Model {record['identity']['model']}"
+        + (f", {protocol['model_note']}" if protocol["model_note"] else "")
+        + f", {protocol['dtype']}"
+    ]
     calibrations = {label for one in (record, *others) if (label := calibration_label(one))}
     seeds = {one["config"]["seed"] for one in (record, *others)} - {None}
     if len(calibrations) == 1:
         parts.append(f"calibration {calibrations.pop()}" + (f", seed {seeds.pop()}" if len(seeds) == 1 else ""))
     if "dataset" in protocol:
-        parts.append(f"perplexity over {protocol['windows']} windows of {protocol['context']} tokens of {protocol['dataset']} ({protocol['split']})")
+        parts.append(
+            f"perplexity over {protocol['windows']} windows of {protocol['context']} tokens of {protocol['dataset']} ({protocol['split']})"
+        )
     if "lm_eval" in protocol:
         limit = f"the first {protocol['limit']} documents of each task" if protocol["limit"] else "all documents"
         parts.append(f"zero-shot by lm-eval {protocol['lm_eval']} on {limit}")

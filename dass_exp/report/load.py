@@ -13,7 +13,19 @@ from dass_exp.storage.record_schema import is_config, problem_of
 Record = dict[str, Any]
 
 # Settings that do not tell one cell from another.
-_NOT_THE_CELL = {"results_dir", "tracker", "threads", "rerun", "sweeps", "plugins", "save_masks", "save", "plan", "calibration.batch_size", "eval.batch_size"}
+_NOT_THE_CELL = {
+    "results_dir",
+    "tracker",
+    "threads",
+    "rerun",
+    "sweeps",
+    "plugins",
+    "save_masks",
+    "save",
+    "plan",
+    "calibration.batch_size",
+    "eval.batch_size",
+}
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,11 @@ def cells_of(results: Path, sweep: str) -> list[Cell]:
             note = _object(path)
         except (OSError, ValueError, RecursionError):
             continue  # a cell that was killed while it wrote; its next launch writes another
-        cell = _cell(note) if isinstance(overrides := note.get("overrides"), list) and f"sweeps={sweep}" in overrides else None
+        cell = (
+            _cell(note)
+            if isinstance(overrides := note.get("overrides"), list) and f"sweeps={sweep}" in overrides
+            else None
+        )
         if cell is not None:
             found[cell.overrides] = cell
             launches.setdefault(path.parent.parent, []).append(cell.overrides)
@@ -88,19 +104,30 @@ def _cell(note: dict[str, Any]) -> Cell | None:
         return Cell(named, "done", Path(record).parent.name, None)
     if note.get("status") == "failed":
         config = note.get("config")
-        return Cell(named, "failed", None, str(note.get("error")), config if isinstance(config, dict) and is_config(config) else {})
+        return Cell(
+            named,
+            "failed",
+            None,
+            str(note.get("error")),
+            config if isinstance(config, dict) and is_config(config) else {},
+        )
     return None
 
 
 def repaired(cell: Cell, records: Iterable[Record]) -> bool:
     """Whether a failed cell has a record by now, made with other settings of no consequence (a smaller batch, say)."""
     meant = _consequent(cell.config)
-    return bool(cell.config) and any(meant == {name: value for name, value in _consequent(record["config"]).items() if name in meant} for record in records)
+    return bool(cell.config) and any(
+        meant == {name: value for name, value in _consequent(record["config"]).items() if name in meant}
+        for record in records
+    )
 
 
 def _consequent(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that tell what a cell is, in a record's config or in what a failed cell was meant to be."""
-    found = {name: config[name] for name in ("method", "pattern", "scope", "seed", "calibration", "eval") if name in config}
+    found = {
+        name: config[name] for name in ("method", "pattern", "scope", "seed", "calibration", "eval") if name in config
+    }
     for name in ("calibration", "eval"):
         if isinstance(found.get(name), dict):
             found[name] = {key: value for key, value in found[name].items() if key != "batch_size"}
@@ -121,7 +148,13 @@ def documents(results: Path, key: str) -> dict[str, dict[str, list[float]]]:
         found = _object(results / "runs" / key / "documents.json")
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if all(isinstance(task, dict) and all(isinstance(one, list) for one in task.values()) for task in found.values()) else {}
+    return (
+        found
+        if all(
+            isinstance(task, dict) and all(isinstance(one, list) for one in task.values()) for task in found.values()
+        )
+        else {}
+    )
 
 
 def block_of(layer: str) -> str:

@@ -52,8 +52,16 @@ def page(chapters: list[Chapter], problems: list[str], target: Path, results: Pa
     records = list({record["key"]: record for chapter in chapters for record in chapter.sheet.records}.values())
     environments = _distinct(record["environment"] for record in records)
     sections = [_section(chapter) for chapter in chapters]
-    sections += [_environments(records, environments), _records(records, environments, target, results or target.parent), _problems(problems)]
-    named = [*((chapter.sheet.name, chapter.sheet.title) for chapter in chapters), ("environments", "Environments"), ("records", "Records")]
+    sections += [
+        _environments(records, environments),
+        _records(records, environments, target, results or target.parent),
+        _problems(problems),
+    ]
+    named = [
+        *((chapter.sheet.name, chapter.sheet.title) for chapter in chapters),
+        ("environments", "Environments"),
+        ("records", "Records"),
+    ]
     contents = "".join(f'<li><a href="#{_anchor(name)}">{escape(title)}</a></li>' for name, title in named)
     return write_text(target, filled(contents, "\n".join(filter(None, sections))))
 
@@ -62,7 +70,14 @@ def _section(chapter: Chapter) -> str:
     sheet = chapter.sheet
     drawn = [_picture(path, sheet.title) for path in chapter.pictures if path.suffix == ".svg"]
     caption = f'<p class="caption">{escape(chapter.caption)}</p>'
-    parts = [_heading(sheet.name, sheet.title), _table(sheet), caption, *drawn, _published(chapter.published), _failures(sheet)]
+    parts = [
+        _heading(sheet.name, sheet.title),
+        _table(sheet),
+        caption,
+        *drawn,
+        _published(chapter.published),
+        _failures(sheet),
+    ]
     return "<section>\n" + "\n".join(filter(None, parts)) + "\n</section>"
 
 
@@ -70,7 +85,11 @@ def _published(found: Sequence[Published]) -> str:
     if not found:
         return f'<p class="caption">{escape(NOTHING_PUBLISHED)}</p>'
     lines = [
-        [f'<th scope="row">{escape(row.label)}</th>', *map(_number, (row.ours, row.value, row.ours - row.value)), *map(_text, (row.source, row.verdict))]
+        [
+            f'<th scope="row">{escape(row.label)}</th>',
+            *map(_number, (row.ours, row.value, row.ours - row.value)),
+            *map(_text, (row.source, row.verdict)),
+        ]
         for row in found
     ]
     return f"<h3>Beside published numbers</h3>\n{_sortable(['', 'ours', 'theirs', 'difference', 'source', 'verdict'], lines, numeric=(1, 2, 3))}"
@@ -90,7 +109,11 @@ def _anchor(name: str) -> str:
 
 def _table(sheet: ResultTable) -> str:
     lines = [
-        [f'<th scope="row">{escape(row)}</th>', *(_cell(sheet.cells.get((row, column), ""), sheet.metric) for column in sheet.columns)] for row in sheet.rows
+        [
+            f'<th scope="row">{escape(row)}</th>',
+            *(_cell(sheet.cells.get((row, column), ""), sheet.metric) for column in sheet.columns),
+        ]
+        for row in sheet.rows
     ]
     return _sortable(["", *sheet.columns], lines, numeric=range(1, len(sheet.columns) + 1))
 
@@ -132,7 +155,10 @@ def _picture(path: Path, title: str) -> str:
 def _failures(sheet: ResultTable) -> str:
     if not sheet.failed:
         return ""
-    listed = "".join(f"<li><code>{escape(' '.join(cell.overrides))}</code>: {escape(cell.error or 'no error was noted')}</li>" for cell in sheet.failed)
+    listed = "".join(
+        f"<li><code>{escape(' '.join(cell.overrides))}</code>: {escape(cell.error or 'no error was noted')}</li>"
+        for cell in sheet.failed
+    )
     return f'<h3 class="bad">Failed cells</h3>\n<ul>{listed}</ul>'
 
 
@@ -141,8 +167,14 @@ def _environments(records: list[Record], environments: list[dict[str, object]]) 
     fields = dict.fromkeys(field for environment in environments for field in environment)
     counts = [sum(record["environment"] == environment for record in records) for environment in environments]
     heads = "".join(f'<th scope="col">{number}</th>' for number in range(1, len(environments) + 1))
-    lines = [("records", counts), *((field, [environment.get(field) for environment in environments]) for field in fields)]
-    body = "".join(f'<tr><th scope="row">{escape(name)}</th>{"".join(_text(value) for value in values)}</tr>\n' for name, values in lines)
+    lines = [
+        ("records", counts),
+        *((field, [environment.get(field) for environment in environments]) for field in fields),
+    ]
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(_text(value) for value in values)}</tr>\n'
+        for name, values in lines
+    )
     table = f'<div class="scroll"><table>\n<thead><tr><th></th>{heads}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>'
     return f"<section>\n{_heading('environments', 'Environments')}\n{table}\n</section>"
 
@@ -157,7 +189,15 @@ def _records(records: list[Record], environments: list[dict[str, object]], targe
         config, link = record["config"], f"{quote(runs)}/{quote(record['key'], safe='')}/result.json"
         key = f'<th scope="row"><a href="{escape(link)}"><code>{escape(record["key"])}</code></a></th>'
         seed, place = config.get("seed"), environments.index(record["environment"]) + 1
-        told = (config["model"]["name"], method_label(config), pattern_label(config), scope_label(config), seed, place, record.get("created"))
+        told = (
+            config["model"]["name"],
+            method_label(config),
+            pattern_label(config),
+            scope_label(config),
+            seed,
+            place,
+            record.get("created"),
+        )
         lines.append([key, *map(_text, told)])
     heads = ("record", "model", "method", "pattern", "scope", "seed", "environment", "created")
     return f"<section>\n{_heading('records', 'Records')}\n{_sortable(heads, lines)}\n</section>"

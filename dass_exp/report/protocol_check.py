@@ -8,11 +8,28 @@ from typing import Any
 from dass_exp.report.load import Record, model_of
 from dass_exp.storage.record_schema import flattened
 
-_PER_MODEL = ("weights", "dtype", "bos", "split", "windows_sha256")  # a model may determine these: they must be equal among its own rows only
+_PER_MODEL = (
+    "weights",
+    "dtype",
+    "bos",
+    "split",
+    "windows_sha256",
+)  # a model may determine these: they must be equal among its own rows only
 _FIXED = (
-    "pattern", "scope", "calibration.sampling", "calibration.name", "calibration.num_samples", "calibration.seq_len", "context", "dataset", "windows", "limit",
-    "tasks", "lm_eval", "device",
-)  # fmt: skip
+    "pattern",
+    "scope",
+    "calibration.sampling",
+    "calibration.name",
+    "calibration.num_samples",
+    "calibration.seq_len",
+    "context",
+    "dataset",
+    "windows",
+    "limit",
+    "tasks",
+    "lm_eval",
+    "device",
+)
 
 
 def told(record: Record, differing: tuple[str, ...]) -> str:
@@ -27,7 +44,10 @@ def colliding(places: Iterable[Sequence[Record]]) -> dict[str, set[str]]:
     """What differs between records of one cell beside the seeds and repeat: they are no repetitions of one run."""
     found: dict[str, set[str]] = {}
     for records in places:
-        identities = [flattened({**record["identity"], "model": model_of(record)}) for record in {record["key"]: record for record in records}.values()]
+        identities = [
+            flattened({**record["identity"], "model": model_of(record)})
+            for record in {record["key"]: record for record in records}.values()
+        ]
         for name in dict.fromkeys(name for identity in identities for name in identity):
             values = {identity.get(name, "none") for identity in identities}
             if len(values) > 1 and name not in ("seed", "repeat", "trained.seed"):
@@ -39,10 +59,13 @@ def made_by(record: Record) -> dict[str, Any]:
     """What must be equal in all rows of one table, as far as the record has it."""
     config, calibration = record["config"], record["calibration"] or {}
     known = {
-        "pattern": (config["pattern"] or {}).get("name"), "scope": config["scope"], "weights": model_of(record),
+        "pattern": (config["pattern"] or {}).get("name"),
+        "scope": config["scope"],
+        "weights": model_of(record),
         "calibration.sampling": (config.get("calibration") or {}).get("sampling"),
-        **{f"calibration.{key}": calibration.get(key) for key in ("name", "num_samples", "seq_len")}, **record["protocol"],
-    }  # fmt: skip
+        **{f"calibration.{key}": calibration.get(key) for key in ("name", "num_samples", "seq_len")},
+        **record["protocol"],
+    }
     return {name: known[name] for name in (*_FIXED, *_PER_MODEL) if known.get(name) is not None}
 
 
@@ -51,7 +74,9 @@ def differing_in(records: list[Record], axes: set[str]) -> dict[str, set[str]]:
     seen: dict[tuple[str, str], set[str]] = {}
     for record in records:
         for name, value in made_by(record).items():
-            seen.setdefault((name, record["config"]["model"]["name"] if name in _PER_MODEL else ""), set()).add(str(value))
+            seen.setdefault((name, record["config"]["model"]["name"] if name in _PER_MODEL else ""), set()).add(
+                str(value)
+            )
     shown = {name for name, _ in seen for axis in axes if axis == name or axis.startswith(f"{name}.")}
     found: dict[str, set[str]] = {}
     for (name, _), values in seen.items():

@@ -15,7 +15,9 @@ from dass_exp.report.load import Record
 
 PERPLEXITY_TOLERANCE = 0.02  # relative
 ACCURACY_TOLERANCE = 1.0  # points
-NOTHING_PUBLISHED = "No published number on file for this model, scope and protocol (results/reference/published_numbers.csv)."
+NOTHING_PUBLISHED = (
+    "No published number on file for this model, scope and protocol (results/reference/published_numbers.csv)."
+)
 _COLUMNS = ("source", "model", "scope", "pattern", "method", "metric", "dataset", "context", "value")
 _NO_VERDICT = ("not stated", "not verified", "disagrees")
 
@@ -51,7 +53,10 @@ def read(path: Path) -> list[dict[str, str]]:
         rows = []
         for row in reader:
             if not _is_number(row["value"]) or (row["metric"] == "perplexity" and float(row["value"]) <= 0):
-                raise UserError(f"{path}, line {reader.line_num}: value={row['value']!r}: expected a number" + " above 0" * _is_number(row["value"]))
+                raise UserError(
+                    f"{path}, line {reader.line_num}: value={row['value']!r}: expected a number"
+                    + " above 0" * _is_number(row["value"])
+                )
             rows.append({name: text or "" for name, text in row.items() if name is not None})
         return rows
 
@@ -76,7 +81,10 @@ def _is_number(text: str | None) -> bool:
 def beside(records: list[Record], rows: list[dict[str, str]]) -> list[Published]:
     """Every published figure that has a counterpart among the records."""
     return [
-        match for record in records for metric, dataset, context, ours in _figures(record) for match in _matches(record, metric, dataset, context, ours, rows)
+        match
+        for record in records
+        for metric, dataset, context, ours in _figures(record)
+        for match in _matches(record, metric, dataset, context, ours, rows)
     ]
 
 
@@ -93,14 +101,32 @@ def _figures(record: Record) -> Iterator[tuple[str, str, str, float]]:
             yield "accuracy_percent", "mean5", "", 100 * metrics["mean_acc"]
 
 
-def _matches(record: Record, metric: str, dataset: str, context: str, ours: float, rows: list[dict[str, str]]) -> Iterator[Published]:
+def _matches(
+    record: Record, metric: str, dataset: str, context: str, ours: float, rows: list[dict[str, str]]
+) -> Iterator[Published]:
     config = record["config"]
     method, pattern = config["method"]["name"], config["pattern"]["name"] if config["pattern"] else "dense"
     for row in rows:
-        same = (row["metric"], row["dataset"], row["context"], row["method"], row["pattern"]) == (metric, dataset, context, method, pattern)
-        if same and _plain(row["model"]) == _plain(config["model"]["name"]) and (method == "dense" or row["scope"] == config["scope"]):
+        same = (row["metric"], row["dataset"], row["context"], row["method"], row["pattern"]) == (
+            metric,
+            dataset,
+            context,
+            method,
+            pattern,
+        )
+        if (
+            same
+            and _plain(row["model"]) == _plain(config["model"]["name"])
+            and (method == "dense" or row["scope"] == config["scope"])
+        ):
             value = float(row["value"])
-            yield Published(f"{row['model']} {method} {pattern} {dataset}", ours, value, row["source"], _verdict(metric, ours, value, row.get("note") or ""))
+            yield Published(
+                f"{row['model']} {method} {pattern} {dataset}",
+                ours,
+                value,
+                row["source"],
+                _verdict(metric, ours, value, row.get("note") or ""),
+            )
 
 
 def _plain(name: str) -> str:
@@ -121,7 +147,13 @@ def _verdict(metric: str, ours: float, value: float, note: str) -> str:
 def as_rows(found: list[Published]) -> list[list[str]]:
     """A header and one line per figure."""
     head = ["published", "ours", "theirs", "difference", "source", "verdict"]
-    return [head, *([row.label, f"{row.ours:.2f}", f"{row.value:.2f}", f"{row.ours - row.value:+.2f}", row.source, row.verdict] for row in found)]
+    return [
+        head,
+        *(
+            [row.label, f"{row.ours:.2f}", f"{row.value:.2f}", f"{row.ours - row.value:+.2f}", row.source, row.verdict]
+            for row in found
+        ),
+    ]
 
 
 def as_markdown(found: list[Published]) -> str:

@@ -32,8 +32,15 @@ class Sweep:
             return
         folder = Path(cls.started.hydra.sweep.dir)
         paths = [path for path in folder.glob(f"*/{CELL}") if path.parent.name.isdecimal()]
-        cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(paths, key=lambda path: int(path.parent.name))]
-        records = {cell["record"]: json.loads(Path(cell["record"]).read_text(encoding="utf-8")) for cell in cells if cell["status"] == "done"}
+        cells = [
+            json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(paths, key=lambda path: int(path.parent.name))
+        ]
+        records = {
+            cell["record"]: json.loads(Path(cell["record"]).read_text(encoding="utf-8"))
+            for cell in cells
+            if cell["status"] == "done"
+        }
         if planned := [cell for cell in cells if cell["status"] == "planned"]:
             show_plan(planned)
         failed = [cell for cell in cells if cell["status"] in ("failed", "unplanned")]

@@ -67,7 +67,9 @@ class ResultTable:
     note: str = ""
 
 
-def build(name: str, layout: Mapping[str, Any], records: list[Record], failed: list[Cell], results: Path, mix: bool = False) -> ResultTable:
+def build(
+    name: str, layout: Mapping[str, Any], records: list[Record], failed: list[Cell], results: Path, mix: bool = False
+) -> ResultTable:
     """Lay records out as a table.
 
     Args:
@@ -89,9 +91,13 @@ def build(name: str, layout: Mapping[str, Any], records: list[Record], failed: l
     differing |= colliding([record for record, *_ in found] for found in places.values())
     if differing and not mix:
         shown = "; ".join(f"{name}: {', '.join(sorted(values))}" for name, values in differing.items())
-        raise UserError(f"{name}: its records were not made alike ({shown}); run one of them into another results_dir, or ask for --mix")
+        raise UserError(
+            f"{name}: its records were not made alike ({shown}); run one of them into another results_dir, or ask for --mix"
+        )
     places = laid.places(tuple(differing))
-    cells: dict[tuple[str, str], Entry | str] = {(row, column): _entry(found) for (_, row, column), found in places.items()}
+    cells: dict[tuple[str, str], Entry | str] = {
+        (row, column): _entry(found) for (_, row, column), found in places.items()
+    }
     groups = {row: group for group, row, _ in places}
     columns = list(dict.fromkeys((*laid.columns, *(column for _, column in cells)))) or [""]
     for cell in intended:
@@ -99,7 +105,9 @@ def build(name: str, layout: Mapping[str, Any], records: list[Record], failed: l
         for place in [column] if column in columns else columns:
             cells.setdefault((row, place), "failed")
     models = [record["config"]["model"]["name"] for record in (*records, *intended)]
-    order = {row: next((number for number, model in enumerate(models) if row.startswith(f"{model} ")), 0) for row, _ in cells}
+    order = {
+        row: next((number for number, model in enumerate(models) if row.startswith(f"{model} ")), 0) for row, _ in cells
+    }
     labels = sorted(dict.fromkeys(row for row, _ in cells), key=lambda row: (order[row], not row.endswith("dense")))
     columns = [column for column in columns if any((row, column) in cells for row in labels)]
     marked = dict(cells)
@@ -107,7 +115,9 @@ def build(name: str, layout: Mapping[str, Any], records: list[Record], failed: l
         ranked = [row for row in labels if groups.get(row) == group and not row.endswith("dense")]
         marked |= _marks(cells, ranked, columns, HIGHER_IS_BETTER[laid.metric])
     title, note = str(layout["title"]), str(layout.get("note") or "").strip()
-    return ResultTable(name, title, laid.metric, labels, columns, marked, records, failed, layout.get("figure"), tuple(differing), note)
+    return ResultTable(
+        name, title, laid.metric, labels, columns, marked, records, failed, layout.get("figure"), tuple(differing), note
+    )
 
 
 Found = tuple[Record, float, float | None, tuple[float, ...]]
@@ -116,7 +126,15 @@ Found = tuple[Record, float, float | None, tuple[float, ...]]
 class _Layout:
     """Which record goes where in a table."""
 
-    def __init__(self, metric: str, rows: Sequence[str], column: str, records: list[Record], intended: list[Record], results: Path) -> None:
+    def __init__(
+        self,
+        metric: str,
+        rows: Sequence[str],
+        column: str,
+        records: list[Record],
+        intended: list[Record],
+        results: Path,
+    ) -> None:
         self.metric, self.rows, self.column, self.records, self.results = metric, rows, column, records, results
         self.varying = varying_settings([*records, *intended])
         self.several_models = len({record["config"]["model"]["name"] for record in (*records, *intended)}) > 1
@@ -127,7 +145,10 @@ class _Layout:
         found: dict[tuple[tuple[str, ...], str, str], list[Found]] = {}
         for record in self.records:
             outer = self.label(record, self.rows[0]) if len(self.rows) > 1 else ""
-            group, row = (record["config"]["model"]["name"], outer, told(record, differing)), self.row(record, differing)
+            group, row = (
+                (record["config"]["model"]["name"], outer, told(record, differing)),
+                self.row(record, differing),
+            )
             for column, *value in _values(record, self.metric, self.column, self.columns, self.varying, self.results):
                 found.setdefault((group, row, column), []).append((record, *value))  # type: ignore[arg-type]
         return found
@@ -135,7 +156,12 @@ class _Layout:
     def row(self, record: Record, differing: tuple[str, ...]) -> str:
         """What a record's row is called."""
         dense = record["config"]["method"]["name"] == "dense"
-        row = "dense" if dense else " ".join(filter(None, (self.label(record, axis) for axis in self.rows))) or self.label(record, "method")
+        row = (
+            "dense"
+            if dense
+            else " ".join(filter(None, (self.label(record, axis) for axis in self.rows)))
+            or self.label(record, "method")
+        )
         if extra := told(record, differing):
             row = f"{extra} {row}" if dense else f"{row}, {extra}"
         return f"{record['config']['model']['name']} {row}" if self.several_models else row
@@ -149,7 +175,12 @@ def _entry(found: list[tuple[Record, float, float | None, tuple[float, ...]]]) -
     unique = {record["key"]: (value, stderr, outcomes) for record, value, stderr, outcomes in found}
     alone = len(unique) == 1
     _, (_, stderr, outcomes) = next(iter(unique.items()))
-    return Entry(tuple(value for value, _, _ in unique.values()), stderr if alone else None, tuple(unique), outcomes if alone else ())
+    return Entry(
+        tuple(value for value, _, _ in unique.values()),
+        stderr if alone else None,
+        tuple(unique),
+        outcomes if alone else (),
+    )
 
 
 def _values(
@@ -159,11 +190,21 @@ def _values(
     metrics = record["metrics"]
     if metric == "cost":
         scale = {"prune_s": 1.0, "peak_rss_bytes": 1e-9, "peak_gpu_bytes": 1e-9}
-        return [(label, record["cost"][name] * scale[name], None, ()) for name, label in _COSTS.items() if record["cost"].get(name) is not None]
+        return [
+            (label, record["cost"][name] * scale[name], None, ())
+            for name, label in _COSTS.items()
+            if record["cost"].get(name) is not None
+        ]
     if metric == "perplexity":
         column = _label(record, axis, varying)
-        columns = [column] if column else list(all_columns)  # dense has no pattern and no calibration: it stands in every column
-        return [(column, value, None, tuple(metrics["window_nll"][dataset])) for column in columns for dataset, value in metrics.get("perplexity", {}).items()]
+        columns = (
+            [column] if column else list(all_columns)
+        )  # dense has no pattern and no calibration: it stands in every column
+        return [
+            (column, value, None, tuple(metrics["window_nll"][dataset]))
+            for column in columns
+            for dataset, value in metrics.get("perplexity", {}).items()
+        ]
     outcomes, found = documents(results, record["key"]), []
     for task, scores in metrics.get("tasks", {}).items():
         name = metric if metric in scores else "acc"
@@ -179,7 +220,11 @@ def _columns(layout: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) ->
     """Column labels of the pruned records, in the order in which the sweep ran them."""
     if layout["metric"] != "perplexity":
         return []
-    labels = [_label(record, str(layout["columns"]), {}) for record in records if record["config"]["method"]["name"] != "dense"]
+    labels = [
+        _label(record, str(layout["columns"]), {})
+        for record in records
+        if record["config"]["method"]["name"] != "dense"
+    ]
     return list(dict.fromkeys(filter(None, labels)))
 
 
@@ -188,20 +233,30 @@ def _label(record: Mapping[str, Any], axis: str, varying: Mapping[str, list[str]
     config = record["config"]
     if axis == "method":
         method = config["method"]
-        return " ".join([method["name"], *(f"{key}={method[key]}" for key in varying.get(method["name"], ()) if key in method)])
+        return " ".join(
+            [method["name"], *(f"{key}={method[key]}" for key in varying.get(method["name"], ()) if key in method)]
+        )
     if axis == "pattern":
         return config["pattern"]["name"] if config["pattern"] else ""
     found: Any = config
     for part in axis.split("."):
         found = found.get(part) if isinstance(found, dict) else None
-    return "" if found is None else f"{axis.rsplit('.', 1)[-1]}={found}" if isinstance(found, (int, float)) else str(found)
+    return (
+        "" if found is None else f"{axis.rsplit('.', 1)[-1]}={found}" if isinstance(found, (int, float)) else str(found)
+    )
 
 
-def _marks(cells: Mapping[tuple[str, str], Entry | str], rows: list[str], columns: list[str], higher: bool) -> dict[tuple[str, str], Entry | str]:
+def _marks(
+    cells: Mapping[tuple[str, str], Entry | str], rows: list[str], columns: list[str], higher: bool
+) -> dict[tuple[str, str], Entry | str]:
     """The best and the second of these rows in each column, each marked only if it stands apart from the next."""
     marked: dict[tuple[str, str], Entry | str] = {}
     for column in columns:
-        ranked = [(row, entry) for row in rows if isinstance(entry := cells.get((row, column)), Entry) and math.isfinite(entry.mean)]
+        ranked = [
+            (row, entry)
+            for row in rows
+            if isinstance(entry := cells.get((row, column)), Entry) and math.isfinite(entry.mean)
+        ]
         ranked.sort(key=lambda pair: pair[1].mean, reverse=higher)
         for (row, entry), (_, following), mark in zip(ranked, ranked[1:], ("best", "second"), strict=False):
             if not _apart(entry, following):

@@ -99,5 +99,7 @@ def filled(contents: str, sections: str) -> str:
         contents: list items that lead to the sections, HTML.
         sections: HTML.
     """
-    digest = "sha256-" + base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()  # no other script runs, whatever a record holds
+    digest = (
+        "sha256-" + base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+    )  # no other script runs, whatever a record holds
     return _PAGE.substitute(digest=digest, style=_STYLE, contents=contents, sections=sections, script=_SCRIPT)

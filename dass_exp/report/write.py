@@ -12,8 +12,19 @@ from dass_exp.report.console import calibration_label
 from dass_exp.report.load import model_of
 from dass_exp.report.table import Entry, ResultTable
 
-_UNITS = {"perplexity": "perplexity, lower is better", "acc": "accuracy in %", "acc_norm": "length-normalised accuracy in %", "cost": "cost"}
-_TEX = {"\\": r"\textbackslash{}", **{mark: f"\\{mark}" for mark in "&%$#_{}"}, "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+_UNITS = {
+    "perplexity": "perplexity, lower is better",
+    "acc": "accuracy in %",
+    "acc_norm": "length-normalised accuracy in %",
+    "cost": "cost",
+}
+_TEX = {
+    "\\": r"\textbackslash{}",
+    **{mark: f"\\{mark}" for mark in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+}
 
 
 def format_entry(entry: Entry | str, metric: str) -> str:
@@ -35,7 +46,9 @@ def caption(sheet: ResultTable) -> str:
     for record in pruned:
         noted.setdefault(record["protocol"]["model_note"], {})[model_of(record)] = None
     models = [f"{', '.join(named)}{_note(note)}" for note, named in noted.items()]
-    trainings = sorted({record["identity"]["trained"]["seed"] for record in pruned if record["identity"].get("trained")})
+    trainings = sorted(
+        {record["identity"]["trained"]["seed"] for record in pruned if record["identity"].get("trained")}
+    )
     told = f", training seeds {', '.join(map(str, trainings))}" if trainings else ""
     parts.append(f"Model {', '.join(models)}{told}, {shown['dtype']}")
     parts.append("scope " + ", ".join(dict.fromkeys(record["config"]["scope"] or "none" for record in pruned)))
@@ -44,14 +57,24 @@ def caption(sheet: ResultTable) -> str:
         seeds = sorted({record["config"]["seed"] for record in pruned if record["config"]["seed"] is not None})
         parts.append(f"calibration {', '.join(calibrations)}, seeds {', '.join(map(str, seeds))}")
     if "dataset" in shown and sheet.metric == "perplexity":
-        parts.append(f"{shown['windows']} windows of {shown['context']} tokens of {shown['dataset']} ({shown['split']})")
+        parts.append(
+            f"{shown['windows']} windows of {shown['context']} tokens of {shown['dataset']} ({shown['split']})"
+        )
     if "lm_eval" in shown and sheet.metric.startswith("acc"):
         limit = f"the first {shown['limit']} documents of each task" if shown["limit"] else "all documents"
         parts.append(f"{sheet.metric} by lm-eval {shown['lm_eval']}, zero-shot, {limit}, ± standard error")
-    parts.append("beginning-of-sequence token: " + ", ".join(dict.fromkeys(record["protocol"]["bos"] for record in pruned)))
+    parts.append(
+        "beginning-of-sequence token: " + ", ".join(dict.fromkeys(record["protocol"]["bos"] for record in pruned))
+    )
     marks = " Bold is best and underlined second, only where a paired bootstrap (95 %) or the seeds set it apart from the next."
-    spread = " ± is the standard deviation over seeds." if any(isinstance(entry, Entry) and entry.sd is not None for entry in sheet.cells.values()) else ""
-    return f"{_UNITS[sheet.metric]}. " + "; ".join(parts) + "." + spread + marks + (f" {sheet.note}" if sheet.note else "")
+    spread = (
+        " ± is the standard deviation over seeds."
+        if any(isinstance(entry, Entry) and entry.sd is not None for entry in sheet.cells.values())
+        else ""
+    )
+    return (
+        f"{_UNITS[sheet.metric]}. " + "; ".join(parts) + "." + spread + marks + (f" {sheet.note}" if sheet.note else "")
+    )
 
 
 def _note(note: str) -> str:
@@ -67,7 +90,11 @@ def markdown(sheet: ResultTable) -> str:
 
     lines = ["| | " + " | ".join(map(_pipe, sheet.columns)) + " |", "|---|" + "---|" * len(sheet.columns)]
     for row in sheet.rows:
-        lines.append(f"| {_pipe(row)} | " + " | ".join(shown(sheet.cells.get((row, column), "")) for column in sheet.columns) + " |")
+        lines.append(
+            f"| {_pipe(row)} | "
+            + " | ".join(shown(sheet.cells.get((row, column), "")) for column in sheet.columns)
+            + " |"
+        )
     return "\n".join(lines)
 
 
@@ -80,7 +107,20 @@ def long_form(sheet: ResultTable) -> list[list[Any]]:
     lines: list[list[Any]] = [["row", "column", "metric", "mean", "sd", "stderr", "n", "mark", "status", "records"]]
     for (row, column), entry in sheet.cells.items():
         if isinstance(entry, Entry):
-            lines.append([row, column, sheet.metric, entry.mean, entry.sd, entry.stderr, len(entry.values), entry.mark, "done", " ".join(entry.keys)])
+            lines.append(
+                [
+                    row,
+                    column,
+                    sheet.metric,
+                    entry.mean,
+                    entry.sd,
+                    entry.stderr,
+                    len(entry.values),
+                    entry.mark,
+                    "done",
+                    " ".join(entry.keys),
+                ]
+            )
         else:
             lines.append([row, column, sheet.metric, None, None, None, 0, "", entry, ""])
     return lines
@@ -90,7 +130,10 @@ def wide_form(sheet: ResultTable) -> list[list[str]]:
     """The table as it is printed, its header first."""
     return [
         ["row", *sheet.columns],
-        *([row, *(format_entry(sheet.cells.get((row, column), ""), sheet.metric) for column in sheet.columns)] for row in sheet.rows),
+        *(
+            [row, *(format_entry(sheet.cells.get((row, column), ""), sheet.metric) for column in sheet.columns)]
+            for row in sheet.rows
+        ),
     ]
 
 
@@ -118,10 +161,18 @@ def latex(sheet: ResultTable) -> str:
     for number, row in enumerate(sheet.rows):
         if row.endswith("dense") and number and lines[-1] != r"\midrule":
             lines.append(r"\midrule")
-        lines.append(" & ".join([tex(row), *(shown(sheet.cells.get((row, column), "")) for column in sheet.columns)]) + r" \\")
+        lines.append(
+            " & ".join([tex(row), *(shown(sheet.cells.get((row, column), "")) for column in sheet.columns)]) + r" \\"
+        )
         if row.endswith("dense") and number + 1 < len(sheet.rows):
             lines.append(r"\midrule")
-    lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{tex(sheet.title)}. {tex(caption(sheet))}}}", rf"\label{{tab:{sheet.name}}}", r"\end{table}"]
+    lines += [
+        r"\bottomrule",
+        r"\end{tabular}",
+        rf"\caption{{{tex(sheet.title)}. {tex(caption(sheet))}}}",
+        rf"\label{{tab:{sheet.name}}}",
+        r"\end{table}",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -135,9 +186,21 @@ def latex_beside(sheet: ResultTable, rows: list[list[str]]) -> str:
     head, *lines = rows
     if not lines:
         return ""
-    parts = [r"\begin{table}", r"\centering", r"\begin{tabular}{lrrrll}", r"\toprule", " & ".join(map(tex, head)) + r" \\", r"\midrule"]
+    parts = [
+        r"\begin{table}",
+        r"\centering",
+        r"\begin{tabular}{lrrrll}",
+        r"\toprule",
+        " & ".join(map(tex, head)) + r" \\",
+        r"\midrule",
+    ]
     parts += [" & ".join(map(tex, line)) + r" \\" for line in lines]
-    parts += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{tex(sheet.title)}, beside published numbers.}}", rf"\label{{tab:{sheet.name}-published}}"]
+    parts += [
+        r"\bottomrule",
+        r"\end{tabular}",
+        rf"\caption{{{tex(sheet.title)}, beside published numbers.}}",
+        rf"\label{{tab:{sheet.name}-published}}",
+    ]
     return "\n".join([*parts, r"\end{table}"]) + "\n"
 
 
@@ -150,8 +213,22 @@ def write(sheet: ResultTable, folder: Path, notes: str, beside: list[list[str]])
         notes: Markdown that follows the caption: published numbers, failures, footnotes.
         beside: published figures beside ours, a header first, for the other two forms.
     """
-    lines = [f"# {sheet.title}", "", markdown(sheet), "", caption(sheet), "", f"Made by `dass-report {sheet.name}`.", "", notes]
-    contents = {"md": "\n".join(lines).rstrip() + "\n", "csv": comma_separated(sheet), "tex": latex(sheet) + latex_beside(sheet, beside)}
+    lines = [
+        f"# {sheet.title}",
+        "",
+        markdown(sheet),
+        "",
+        caption(sheet),
+        "",
+        f"Made by `dass-report {sheet.name}`.",
+        "",
+        notes,
+    ]
+    contents = {
+        "md": "\n".join(lines).rstrip() + "\n",
+        "csv": comma_separated(sheet),
+        "tex": latex(sheet) + latex_beside(sheet, beside),
+    }
     written = [write_text(folder / f"{sheet.name}.{ending}", content) for ending, content in contents.items()]
     other = folder / f"{sheet.name}-published.csv"
     if len(beside) > 1:

@@ -131,9 +131,16 @@ class Bench:
         stat = settings.method.stat
         config = settings.config
         work = Workload(
-            config.scope if settings.method.uses else None, stat, config.calibration.batch_size, config.eval.batch_size, self.spec.dtype, self.spec.device,
-            config.calibration.cache, self.shelf is not None, config.checkpoint is not False,
-        )  # fmt: skip
+            config.scope if settings.method.uses else None,
+            stat,
+            config.calibration.batch_size,
+            config.eval.batch_size,
+            self.spec.dtype,
+            self.spec.device,
+            config.calibration.cache,
+            self.shelf is not None,
+            config.checkpoint is not False,
+        )
         calibration = (settings.cut.num_samples, settings.cut.seq_len) if stat else (0, 0)
         windows = (len(self.windows.ids), scored.context) if scored is not None and self.windows is not None else (0, 0)
         return needs(decoder_of(self.skeleton, self.spec.roles), self.skeleton, calibration, windows, work)
@@ -177,8 +184,17 @@ class Bench:
         scored, text = self.settings.config.eval.perplexity, self.settings.evaluation_text
         if scored is None or text is None:
             return None
-        key = ("windows", self.spec.identity, self.bos, json.dumps(text.identity, sort_keys=True), scored.context, scored.max_windows)
-        return self._once(key, lambda: data.evaluation_windows(text, scored.context, scored.max_windows, self.tokenizer, self.bos))
+        key = (
+            "windows",
+            self.spec.identity,
+            self.bos,
+            json.dumps(text.identity, sort_keys=True),
+            scored.context,
+            scored.max_windows,
+        )
+        return self._once(
+            key, lambda: data.evaluation_windows(text, scored.context, scored.max_windows, self.tokenizer, self.bos)
+        )
 
     def check(self, settings: Settings) -> None:
         """See that the model can do what the settings ask, before its weights are loaded.
@@ -187,12 +203,19 @@ class Bench:
             UserError: a sequence is too long for the model or its text, the scope is empty, or an axis is not divisible.
         """
         scored, limit = settings.config.eval.perplexity, self.spec.positions
-        lengths = {"calibration.seq_len": settings.cut.seq_len if settings.method.stat else 0, "eval.perplexity.context": scored.context if scored else 0}
+        lengths = {
+            "calibration.seq_len": settings.cut.seq_len if settings.method.stat else 0,
+            "eval.perplexity.context": scored.context if scored else 0,
+        }
         for setting, length in lengths.items():
             if limit is not None and length > limit:
-                raise UserError(f"{setting}={length}: model {self.spec.name} has {limit} positions; choose at most that")
+                raise UserError(
+                    f"{setting}={length}: model {self.spec.name} has {limit} positions; choose at most that"
+                )
         if settings.method.uses:
-            check_shapes(decoder_of(self.skeleton, self.spec.roles), settings.method, settings.pattern, settings.config.scope)
+            check_shapes(
+                decoder_of(self.skeleton, self.spec.roles), settings.method, settings.pattern, settings.config.scope
+            )
         _ = self.windows
         if settings.method.stat:
             _ = self.calibration
@@ -202,7 +225,9 @@ class Bench:
         """The model, to be pruned inside this scope (None: not at all). A shared model is given back dense, whatever happens."""
         saved: list[tuple[Matrix, torch.Tensor]] = []
         if self.shelf is not None and scope is not None:
-            matrices = (site.matrix for index in range(len(self.decoder.blocks)) for site in self.decoder.sites(index, scope))
+            matrices = (
+                site.matrix for index in range(len(self.decoder.blocks)) for site in self.decoder.sites(index, scope)
+            )
             saved = [(matrix, matrix.weight.clone()) for matrix in matrices]
         try:
             yield self.model

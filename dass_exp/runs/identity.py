@@ -33,7 +33,11 @@ def identity_of(settings: Settings, spec: ModelSpec, bos: str) -> dict[str, Any]
         "dtype": spec.dtype_name,
         "device": spec.device.type,
         "bos": bos,
-        "method": {"class": f"{type(method).__module__}.{type(method).__qualname__}", "version": method.version, **method.settings()},
+        "method": {
+            "class": f"{type(method).__module__}.{type(method).__qualname__}",
+            "version": method.version,
+            **method.settings(),
+        },
         "eval": _evaluation(settings),
     }
     if method.uses:
@@ -64,7 +68,11 @@ def _evaluation(settings: Settings) -> dict[str, Any]:
         scored = evaluation.perplexity
         found["perplexity"] = {"text": text.identity, "context": scored.context, "max_windows": scored.max_windows}
     if (asked := evaluation.zeroshot) is not None:
-        data = {task: assets.TASKS[task].sha256 for task in asked.tasks} if asked.data == "offline" else sorted(asked.tasks)
+        data = (
+            {task: assets.TASKS[task].sha256 for task in asked.tasks}
+            if asked.data == "offline"
+            else sorted(asked.tasks)
+        )
         found["zeroshot"] = {"tasks": data, "limit": asked.limit, "lm_eval": lm_eval_version()}
     if found:
         found["version"] = EVALUATION_VERSION

@@ -71,7 +71,11 @@ class Journal:
     def __post_init__(self) -> None:
         self._start, self._spent = time.perf_counter(), dict.fromkeys(("prune", "dense", "pruned"), 0.0)
         self._step = load_step(self.folder, self.identity, self.placement)
-        if self._step is not None and self.keeps.masks and not all(self._masks(index).is_file() for index in range(self._step.blocks)):
+        if (
+            self._step is not None
+            and self.keeps.masks
+            and not all(self._masks(index).is_file() for index in range(self._step.blocks))
+        ):
             log.warning("%s: the interrupted run kept no masks, so the run begins again", self.folder)
             self._step = None
         if self._step is not None:
@@ -127,7 +131,9 @@ class Journal:
         self.starved.extend(report.starved)
         if self.keeps.masks:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_masks({name: PackedMask.of(cut.keep) for name, cut in report.cuts.items()}, self._masks(self._written))
+            write_masks(
+                {name: PackedMask.of(cut.keep) for name, cut in report.cuts.items()}, self._masks(self._written)
+            )
             self._written += 1
 
     def done(self, index: int, batches: Sequence[Batch]) -> None:
@@ -139,8 +145,14 @@ class Journal:
             write_tensors(self.keeps.blocks[index].state_dict(), self._weights(index))
         hidden = {"calibration": [batch.held.at_rest() for batch in batches]} if batches else {}
         hidden |= self.beside.hidden if self.beside is not None else {}
-        returns_tuple = batches[0].returns_tuple if batches else self.beside.returns_tuple if self.beside is not None else False
-        told = {"layers": [dataclasses.asdict(layer) for layer in self.layers], "starved": self.starved, "seconds": self.seconds}
+        returns_tuple = (
+            batches[0].returns_tuple if batches else self.beside.returns_tuple if self.beside is not None else False
+        )
+        told = {
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "starved": self.starved,
+            "seconds": self.seconds,
+        }
         save_step(self.folder, self.identity, self.placement, Step(index + 1, returns_tuple, hidden, told))
 
     def masks(self) -> dict[str, PackedMask] | None:
@@ -158,7 +170,9 @@ class Journal:
         try:
             yield
         except (OSError, SafetensorError, RuntimeError, UserError) as error:
-            raise UserError(f"{path} is missing or damaged, and the run that wrote it cannot go on; remove {self.folder} to begin again") from error
+            raise UserError(
+                f"{path} is missing or damaged, and the run that wrote it cannot go on; remove {self.folder} to begin again"
+            ) from error
 
     def _masks(self, index: int) -> Path:
         return self.folder / f"masks-{index:05d}.safetensors"

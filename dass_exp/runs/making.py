@@ -39,9 +39,13 @@ def finished(settings: Settings, store: Store, key: str) -> Record | None:
         UserError: something else lies where the model is to be saved.
     """
     config = settings.config
-    saved = config.save is None or is_saved(config.save, key)  # whatever else lies there must be said before anything is run
+    saved = config.save is None or is_saved(
+        config.save, key
+    )  # whatever else lies there must be said before anything is run
     record = None if config.rerun else store.find(key)
-    return record if saved and (not config.save_masks or not settings.method.uses or store.masks(key).is_file()) else None
+    return (
+        record if saved and (not config.save_masks or not settings.method.uses or store.masks(key).is_file()) else None
+    )
 
 
 def make(settings: Settings, bench: Bench, key: str) -> Done:
@@ -54,10 +58,21 @@ def make(settings: Settings, bench: Bench, key: str) -> Done:
         pruned = prune_in_memory(settings, bench, scratch_folder(settings, key)) if settings.method.uses else Pruned()
         if config.save is not None:
             with bench.observer.phase(f"saving {config.save}"):
-                save_checkpoint(config.save, model, bench.tokenizer, pruned.masks or {}, manifest(key, settings, bench.spec, bench.bos, pruned.layers))
+                save_checkpoint(
+                    config.save,
+                    model,
+                    bench.tokenizer,
+                    pruned.masks or {},
+                    manifest(key, settings, bench.spec, bench.bos, pruned.layers),
+                )
         start = time.perf_counter()
         scored, tasks = _evaluate(settings, bench)
-        cost = {"load_s": bench.load_s, "prune_s": pruned.seconds, "eval_s": time.perf_counter() - start, **memory.read()}
+        cost = {
+            "load_s": bench.load_s,
+            "prune_s": pruned.seconds,
+            "eval_s": time.perf_counter() - start,
+            **memory.read(),
+        }
     made = _told(settings, bench, pruned, scored, tasks, (size, bench.decoder.size), cost)
     return Done(made, pruned.masks if config.save_masks else None)
 
@@ -74,13 +89,22 @@ def walk(settings: Settings, bench: Bench, key: str) -> Done:
     walked = pruning.walk(settings, bench, scratch, growing)
     pruned = walked.pruned
     if growing is not None:
-        growing.finish(walked.model, bench.tokenizer, pruned.masks or {}, manifest(key, settings, bench.spec, bench.bos, pruned.layers))
+        growing.finish(
+            walked.model,
+            bench.tokenizer,
+            pruned.masks or {},
+            manifest(key, settings, bench.spec, bench.bos, pruned.layers),
+        )
     sizes, uses = (walked.size, walked.decoder_size), settings.method.uses
     tasks, scoring_s = None, walked.seconds["pruned" if uses else "dense"]
     if config.eval.zeroshot is not None and config.save is not None:
         walked.model.to("meta")
         start = time.perf_counter()
-        tasks = _tasks(settings, bench, models.load_model(dataclasses.replace(bench.spec, source=str(place_of(config.save)), revision=None)))
+        tasks = _tasks(
+            settings,
+            bench,
+            models.load_model(dataclasses.replace(bench.spec, source=str(place_of(config.save)), revision=None)),
+        )
         scoring_s += time.perf_counter() - start
     cost = {"load_s": 0.0, "prune_s": pruned.seconds, "eval_s": scoring_s, **memory.read()}
     made = _told(settings, bench, pruned, walked.scored if uses else walked.dense, tasks, sizes, cost)
@@ -97,7 +121,13 @@ def _bytes(model: Any, bench: Bench) -> int:
 
 
 def _told(
-    settings: Settings, bench: Bench, pruned: Pruned, scored: Perplexity | None, tasks: ZeroShot | None, sizes: tuple[int, int], cost: dict[str, Any]
+    settings: Settings,
+    bench: Bench,
+    pruned: Pruned,
+    scored: Perplexity | None,
+    tasks: ZeroShot | None,
+    sizes: tuple[int, int],
+    cost: dict[str, Any],
 ) -> Made:
     return Made(
         bos=bench.bos,

@@ -63,14 +63,18 @@ class MemoryNeeds:
     @property
     def streamed(self) -> int:
         """With two blocks in memory, the one that computes and the one that is read ahead."""
-        return BASE + self.block + self.ahead + self.outside + self.activations + self.windows + self.solver + self.batch
+        return (
+            BASE + self.block + self.ahead + self.outside + self.activations + self.windows + self.solver + self.batch
+        )
 
     def told(self) -> str:
         """The parts in a line, in GB."""
         return ", ".join(f"{part.name} {getattr(self, part.name) / 1e9:.2f}" for part in fields(self)) + " GB"
 
 
-def needs(decoder: Decoder, model: Any, calibration: tuple[int, int], windows: tuple[int, int], work: Workload) -> MemoryNeeds:
+def needs(
+    decoder: Decoder, model: Any, calibration: tuple[int, int], windows: tuple[int, int], work: Workload
+) -> MemoryNeeds:
     """Bytes that pruning and scoring a model take.
 
     Args:
@@ -96,9 +100,15 @@ def needs(decoder: Decoder, model: Any, calibration: tuple[int, int], windows: t
         activations=3 * waiting * tokens[0],
         windows=2 * waiting * tokens[1],
         solver=max(_solver(block, work) for block in sites) + max(scope),
-        batch=max(_batch(decoder, work, *shape) for shape in ((work.batch_size, calibration[1]), (work.scoring_batch_size, windows[1]))) + 8 * LOGITS,
+        batch=max(
+            _batch(decoder, work, *shape)
+            for shape in ((work.batch_size, calibration[1]), (work.scoring_batch_size, windows[1]))
+        )
+        + 8 * LOGITS,
         copy=work.shared * sum(scope) * width,
-        disk=(work.cache == "disk") * (3 * tokens[0] + 2 * tokens[1]) + sum(scope) // 8 + 2 * work.kept * (tokens[0] + 2 * tokens[1]),
+        disk=(work.cache == "disk") * (3 * tokens[0] + 2 * tokens[1])
+        + sum(scope) // 8
+        + 2 * work.kept * (tokens[0] + 2 * tokens[1]),
     )
 
 
@@ -120,7 +130,9 @@ def _batch(decoder: Decoder, work: Workload, sequences: int, length: int) -> int
     if decoder.family.experts is not None:
         inside = 2 * max(inside, getattr(config, "moe_intermediate_size", 0)) * config.num_experts_per_tok
     plain = config._attn_implementation == "eager"
-    scores = plain * config.num_attention_heads * length * (4 + 3 * width)  # a softmax in float32, and copies in the model's own dtype
+    scores = (
+        plain * config.num_attention_heads * length * (4 + 3 * width)
+    )  # a softmax in float32, and copies in the model's own dtype
     return int(sequences * length * ((4 * inside + 8 * config.hidden_size) * width + scores))
 
 
@@ -168,7 +180,9 @@ def available_memory(device: torch.device, system: Path = Path("/")) -> int:
             _, controllers, path = line.split(":", 2)
             if not controllers or "memory" in controllers.split(","):
                 group, files = Path(path.lstrip("/")), _FILES[bool(controllers)]
-                free += [_left(system / "sys/fs/cgroup" / controllers / part, *files) for part in (group, *group.parents)]
+                free += [
+                    _left(system / "sys/fs/cgroup" / controllers / part, *files) for part in (group, *group.parents)
+                ]
     return min(free)
 
 

@@ -62,7 +62,9 @@ def plan(settings: Settings, shelf: Shelf | None = None) -> Plan:
     prune_s, basis = _median(same_model, settings, "prune_s") if settings.method.uses else (0.0, "nothing to prune")
     eval_s, _ = _median(same_model, settings, "eval_s")
     known = prune_s is not None and eval_s is not None
-    return Plan(key, done=False, seconds=(prune_s or 0.0) + (eval_s or 0.0) if known else None, basis=basis, needs=wanted)
+    return Plan(
+        key, done=False, seconds=(prune_s or 0.0) + (eval_s or 0.0) if known else None, basis=basis, needs=wanted
+    )
 
 
 def _needs(settings: Settings) -> str:
@@ -71,7 +73,11 @@ def _needs(settings: Settings) -> str:
     if model.parameters is None:
         return ""
     half = 2e-9 * model.parameters
-    seen = f", and the activations of {cut.num_samples} x {cut.seq_len} calibration tokens three times" if settings.method.stat else ""
+    seen = (
+        f", and the activations of {cut.num_samples} x {cut.seq_len} calibration tokens three times"
+        if settings.method.stat
+        else ""
+    )
     return (
         f"{model.name} ({model.path}): {model.parameters / 1e9:.3g} billion parameters, {half:.1f} GB of memory in float16 or bfloat16, "
         f"{2 * half:.1f} GB in float32 (what dtype=auto is on a CPU){seen}; license: {model.license}; sequences up to {model.context} tokens; "
@@ -90,11 +96,17 @@ def _narrowing(records: list[Record], settings: Settings, cost: str) -> Iterator
     """Like records, the most alike first."""
     if cost == "eval_s":
         wanted = settings.config.eval.name
-        yield [record for record in records if record["config"]["eval"]["name"] == wanted], f"records with eval={wanted}"
+        yield (
+            [record for record in records if record["config"]["eval"]["name"] == wanted],
+            f"records with eval={wanted}",
+        )
         return
     same = [record for record in records if record["config"]["method"]["name"] == settings.method.name]
     size = (settings.cut.num_samples, settings.cut.seq_len)
-    yield [record for record in same if record["calibration"] and _size(record) == size], "records of this method and calibration size"
+    yield (
+        [record for record in same if record["calibration"] and _size(record) == size],
+        "records of this method and calibration size",
+    )
     yield same, "records of this method"
 
 

@@ -93,7 +93,9 @@ def load_step(folder: Path, identity: Mapping[str, Any], placement: str) -> Step
                 hidden.setdefault(name.rpartition("/")[0], []).append(file.get_tensor(name))
             return Step(known["blocks"], known["returns_tuple"], hidden, known["told"])
     except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: the state of an interrupted run cannot be read ({error}); remove the folder to begin again") from error
+        raise UserError(
+            f"{path}: the state of an interrupted run cannot be read ({error}); remove the folder to begin again"
+        ) from error
 
 
 def placement_of(folder: Path, identity: Mapping[str, Any]) -> str | None:
@@ -114,8 +116,17 @@ def save_step(folder: Path, identity: Mapping[str, Any], placement: str, step: S
         OSError: the disk is full.
     """
     scratch = folder / f"{STATE}.partial"
-    about = {"identity": _wanted(identity, placement), "blocks": step.blocks, "returns_tuple": step.returns_tuple, "told": step.told}
-    hidden = {f"{whose}/{number:08d}": tensor for whose, tensors in step.hidden.items() for number, tensor in enumerate(tensors)}
+    about = {
+        "identity": _wanted(identity, placement),
+        "blocks": step.blocks,
+        "returns_tuple": step.returns_tuple,
+        "told": step.told,
+    }
+    hidden = {
+        f"{whose}/{number:08d}": tensor
+        for whose, tensors in step.hidden.items()
+        for number, tensor in enumerate(tensors)
+    }
     write_tensors(hidden, scratch, {"dass_exp": json.dumps(about)}, durable=False)
     settle(scratch, folder / STATE)
 

@@ -94,7 +94,12 @@ def prune_in_memory(settings: Settings, bench: Bench, scratch: Path) -> Pruned:
             journal.note(report, settings.pattern)
             step()
 
-        _prune(settings, bench, bench.model, dataclasses.replace(_options(settings, bench, scratch), on_block=on_block, progress=journal))
+        _prune(
+            settings,
+            bench,
+            bench.model,
+            dataclasses.replace(_options(settings, bench, scratch), on_block=on_block, progress=journal),
+        )
     return Pruned.of(journal)
 
 
@@ -120,10 +125,14 @@ def walk(settings: Settings, bench: Bench, scratch: Path, growing: CheckpointWri
         growing.begin(source.layout.stored, len(decoder.blocks), journal.blocks)
     if bench.windows is not None:
         batch_size = settings.config.eval.batch_size
-        beside = journal.beside = StreamedPerplexity(model, bench.windows.ids, batch_size, bench.spec.roles, journal.returns_tuple, options.cache)
+        beside = journal.beside = StreamedPerplexity(
+            model, bench.windows.ids, batch_size, bench.spec.roles, journal.returns_tuple, options.cache
+        )
     passed = journal.blocks
     try:
-        with bench.observer.phase(f"reading, pruning with {settings.method.name} and scoring block by block", len(decoder.blocks)) as step:
+        with bench.observer.phase(
+            f"reading, pruning with {settings.method.name} and scoring block by block", len(decoder.blocks)
+        ) as step:
 
             def before(index: int) -> None:
                 options.before(index)
@@ -141,7 +150,12 @@ def walk(settings: Settings, bench: Bench, scratch: Path, growing: CheckpointWri
                 step()
 
             if settings.method.uses:
-                _prune(settings, bench, model, dataclasses.replace(options, on_block=after, source=source, before=before, progress=journal))
+                _prune(
+                    settings,
+                    bench,
+                    model,
+                    dataclasses.replace(options, on_block=after, source=source, before=before, progress=journal),
+                )
             else:
                 _look(len(decoder.blocks), source, before, journal)
     finally:
@@ -152,7 +166,15 @@ def walk(settings: Settings, bench: Bench, scratch: Path, growing: CheckpointWri
             dense = beside.dense()
         with journal.scoring("pruned"):
             scored = beside.pruned() if settings.method.uses else None
-    return Walked(pruned, dense, scored, journal.seconds, sum(parameter.numel() for parameter in model.parameters()), decoder.size, model)
+    return Walked(
+        pruned,
+        dense,
+        scored,
+        journal.seconds,
+        sum(parameter.numel() for parameter in model.parameters()),
+        decoder.size,
+        model,
+    )
 
 
 def _look(blocks: int, source: StreamedBlocks, before: Callable[[int], None], journal: Journal) -> None:
@@ -168,19 +190,28 @@ def _options(settings: Settings, bench: Bench, scratch: Path) -> Options:
     config = settings.config
     for place in scratch.glob("activations-*"):
         shutil.rmtree(place, ignore_errors=True)  # of an earlier start
-    place = scratch / f"activations-{uuid.uuid4().hex}"  # of this one alone: what an earlier one still holds removes its own files only
+    place = (
+        scratch / f"activations-{uuid.uuid4().hex}"
+    )  # of this one alone: what an earlier one still holds removes its own files only
 
     def before(index: int) -> None:
         torch.manual_seed(config.seed + 1_000_003 * index)  # each block draws for itself, wherever a run goes on
 
     return Options(
-        config.scope, config.calibration.batch_size, bench.spec.roles, min_tokens=config.experts.min_tokens, starved=config.experts.starved, before=before,
+        config.scope,
+        config.calibration.batch_size,
+        bench.spec.roles,
+        min_tokens=config.experts.min_tokens,
+        starved=config.experts.starved,
+        before=before,
         cache=Cache(config.calibration.cache, place),
-    )  # fmt: skip
+    )
 
 
 def _prune(settings: Settings, bench: Bench, model: torch.nn.Module, options: Options) -> None:
-    prune_model(model, bench.calibration.ids if settings.method.stat else None, settings.method, settings.pattern, options)
+    prune_model(
+        model, bench.calibration.ids if settings.method.stat else None, settings.method, settings.pattern, options
+    )
 
 
 def _masks(settings: Settings) -> bool:

@@ -61,13 +61,28 @@ def manifest(key: str, settings: Settings, spec: ModelSpec, bos: str, layers: Se
     """What is said beside a saved model: the key of its run, how it was made in a line and in full, and its sparsity."""
     config, method = settings.config, settings.method
     parts = [f"{name}={value}" for name, value in method.settings().items()]
-    told = " ".join([method.name, *parts, *([settings.pattern.name, f"scope {config.scope}"] if method.uses else []), f"of {spec.identity}"])
+    told = " ".join(
+        [
+            method.name,
+            *parts,
+            *([settings.pattern.name, f"scope {config.scope}"] if method.uses else []),
+            f"of {spec.identity}",
+        ]
+    )
     zeros, size = sum(layer.zeros for layer in layers), sum(layer.size for layer in layers)
-    sparsity = {"scope": zeros / size if size else 0.0, "linears": {layer.name: layer.zeros / layer.size for layer in layers}}
+    sparsity = {
+        "scope": zeros / size if size else 0.0,
+        "linears": {layer.name: layer.zeros / layer.size for layer in layers},
+    }
     return {
-        "key": key, "told": told, "created": now(), "identity": identity_of(settings, spec, bos), "config": described(settings, spec),
-        "sparsity": sparsity, "environment": environment(),
-    }  # fmt: skip
+        "key": key,
+        "told": told,
+        "created": now(),
+        "identity": identity_of(settings, spec, bos),
+        "config": described(settings, spec),
+        "sparsity": sparsity,
+        "environment": environment(),
+    }
 
 
 def described(settings: Settings, spec: ModelSpec) -> dict[str, Any]:
@@ -77,13 +92,23 @@ def described(settings: Settings, spec: ModelSpec) -> dict[str, Any]:
         "pattern": settings.pattern.settings(),
         "scope": config.scope,
         "calibration": dataclasses.asdict(config.calibration),
-        "experts": dataclasses.asdict(config.experts) if spec.family is not None and spec.family.experts is not None else None,
+        "experts": dataclasses.asdict(config.experts)
+        if spec.family is not None and spec.family.experts is not None
+        else None,
         "seed": config.seed,
     }
     return {
-        "model": {**dataclasses.asdict(config.model), "revision": spec.revision, "dtype": spec.dtype_name, "device": spec.device.type},
+        "model": {
+            **dataclasses.asdict(config.model),
+            "revision": spec.revision,
+            "dtype": spec.dtype_name,
+            "device": spec.device.type,
+        },
         "method": {"name": method.name, **method.settings()},
-        **{name: value if name in method.uses or (name == "experts" and method.stat) else None for name, value in uses.items()},
+        **{
+            name: value if name in method.uses or (name == "experts" and method.stat) else None
+            for name, value in uses.items()
+        },
         "eval": dataclasses.asdict(config.eval),
         "protocol": config.protocol.get("name") if isinstance(config.protocol, dict) else None,
     }
@@ -91,7 +116,12 @@ def described(settings: Settings, spec: ModelSpec) -> dict[str, Any]:
 
 def _protocol(settings: Settings, spec: ModelSpec, made: Made) -> dict[str, Any]:
     evaluation, text = settings.config.eval, settings.evaluation_text
-    found: dict[str, Any] = {"bos": made.bos, "dtype": spec.dtype_name, "device": spec.device.type, "model_note": spec.note}
+    found: dict[str, Any] = {
+        "bos": made.bos,
+        "dtype": spec.dtype_name,
+        "device": spec.device.type,
+        "model_note": spec.note,
+    }
     if remark := settings.method.remark({Role(layer.role) for layer in made.layers}):
         found["method_note"] = remark
     if evaluation.perplexity is not None and made.windows is not None and text is not None:
@@ -104,7 +134,13 @@ def _protocol(settings: Settings, spec: ModelSpec, made: Made) -> dict[str, Any]
             "windows_sha256": made.windows.sha256,
         }
     if (asked := evaluation.zeroshot) is not None:
-        found |= {"lm_eval": lm_eval_version(), "tasks": list(asked.tasks), "limit": asked.limit, "task_data": asked.data, "num_fewshot": 0}
+        found |= {
+            "lm_eval": lm_eval_version(),
+            "tasks": list(asked.tasks),
+            "limit": asked.limit,
+            "task_data": asked.data,
+            "num_fewshot": 0,
+        }
     return found
 
 
@@ -112,7 +148,12 @@ def _calibration(settings: Settings, made: Made) -> dict[str, Any] | None:
     if made.calibration is None:
         return None
     samples, length = made.calibration.ids.shape
-    return {"name": settings.config.calibration.name, "num_samples": samples, "seq_len": length, "tokens_sha256": made.calibration.sha256}
+    return {
+        "name": settings.config.calibration.name,
+        "num_samples": samples,
+        "seq_len": length,
+        "tokens_sha256": made.calibration.sha256,
+    }
 
 
 def _sparsity(settings: Settings, made: Made) -> dict[str, Any]:
@@ -136,5 +177,9 @@ def _metrics(settings: Settings, made: Made) -> dict[str, Any]:
             "predicted_tokens_per_window": {name: made.perplexity.predicted},
         }
     if made.zeroshot is not None:
-        found |= {"tasks": made.zeroshot.tasks, "mean_acc": made.zeroshot.mean_acc, "mean_acc_norm": made.zeroshot.mean_acc_norm}
+        found |= {
+            "tasks": made.zeroshot.tasks,
+            "mean_acc": made.zeroshot.mean_acc,
+            "mean_acc_norm": made.zeroshot.mean_acc_norm,
+        }
     return found

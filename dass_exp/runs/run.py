@@ -57,12 +57,18 @@ def _run(settings: Settings, bench: Bench) -> Outcome:
     store = Store(settings.config.results_dir)
     key = key_of(settings, bench.spec, bench.bos)
     if (outcome := _found(settings, bench, store, key)) is not None:
-        with suppress(Timeout, UserError), store.lock(key, wait=False), writing(settings.config.save):  # unless somebody does it again
+        with (
+            suppress(Timeout, UserError),
+            store.lock(key, wait=False),
+            writing(settings.config.save),
+        ):  # unless somebody does it again
             _clear(settings, bench, key)
         return outcome
     bench.check(settings)
     with store.lock(key), writing(settings.config.save):
-        if (outcome := _found(settings, bench, store, key)) is not None:  # another process may have done it while this one waited
+        if (
+            outcome := _found(settings, bench, store, key)
+        ) is not None:  # another process may have done it while this one waited
             return outcome
         with store.noting_failure(key, described(settings, bench.spec)):
             dense = None if bench.streams else _dense(settings, bench)
@@ -70,7 +76,9 @@ def _run(settings: Settings, bench: Bench) -> Outcome:
             if done.beside is not None:  # before the record, behind which nobody would go on with the state
                 dense = _dense(settings, bench, done.beside)
             record = compose(key, settings, bench.spec, done.made)
-            path = store.write(record, {"documents.json": done.made.zeroshot.documents} if done.made.zeroshot else {}, done.masks)
+            path = store.write(
+                record, {"documents.json": done.made.zeroshot.documents} if done.made.zeroshot else {}, done.masks
+            )
         _clear(settings, bench, key)
     if bench.streams and dense is None:
         dense = _dense(settings, bench)

@@ -40,11 +40,20 @@ def settled(settings: Settings, bench: Bench) -> Settings:
             if asked and candidate is without:
                 log.warning("zero-shot tasks are left out, as they were when this run was interrupted")
             model = candidate.config.model
-            return with_config(candidate, model=dataclasses.replace(model, placement=before if model.placement == "auto" else model.placement))
-    done = None if settings.config.rerun else Store(settings.config.results_dir).find(key_of(settings, bench.spec, bench.bos))
+            return with_config(
+                candidate,
+                model=dataclasses.replace(model, placement=before if model.placement == "auto" else model.placement),
+            )
+    done = (
+        None
+        if settings.config.rerun
+        else Store(settings.config.results_dir).find(key_of(settings, bench.spec, bench.bos))
+    )
     if asked and done is None and bench.streams and (why := _too_large(settings, bench)):
         if settings.config.eval.perplexity is None and not settings.method.uses:
-            raise UserError(f"the model is read block by block, so its zero-shot tasks, which are all that is asked for, cannot be scored: {why}")
+            raise UserError(
+                f"the model is read block by block, so its zero-shot tasks, which are all that is asked for, cannot be scored: {why}"
+            )
         log.warning("the model is read block by block, so zero-shot tasks are left out: %s", why)
         return without
     return settings
@@ -52,7 +61,9 @@ def settled(settings: Settings, bench: Bench) -> Settings:
 
 def _placed_before(settings: Settings, bench: Bench) -> str | None:
     """Where the model went in an earlier start of this run that did not come to its end; None where there was none."""
-    return placement_of(scratch_folder(settings, key_of(settings, bench.spec, bench.bos)), identity_of(settings, bench.spec, bench.bos))
+    return placement_of(
+        scratch_folder(settings, key_of(settings, bench.spec, bench.bos)), identity_of(settings, bench.spec, bench.bos)
+    )
 
 
 def _too_large(settings: Settings, bench: Bench) -> str:
@@ -60,4 +71,8 @@ def _too_large(settings: Settings, bench: Bench) -> str:
     if settings.config.save is None:
         return "save=FOLDER keeps it, to be scored where it fits in memory"
     wanted, free = bench.needs.scored, available_memory(bench.spec.device)
-    return "" if wanted <= free else f"the model alone needs {wanted / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; score {settings.config.save} where it fits"
+    return (
+        ""
+        if wanted <= free
+        else f"the model alone needs {wanted / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; score {settings.config.save} where it fits"
+    )

@@ -42,7 +42,10 @@ def sketch(composed: DictConfig, choices: Mapping[str, Any], packages: frozenset
             part: Any = build(typed, kind, name)
             found[name] = {"name": part.name, **part.settings()} if kind is Pruner else part.settings()
         except (UserError, OmegaConfBaseException):
-            found[name] = {"name": str(choices.get(name)), **{key: value for key, value in typed.items() if key != "_target_"}}
+            found[name] = {
+                "name": str(choices.get(name)),
+                **{key: value for key, value in typed.items() if key != "_target_"},
+            }
         if kind is Pruner and "pattern" in found and found["pattern"] is None:
             break
     return found

@@ -28,7 +28,11 @@ class Tracker(ABC):
         try:
             self.send(record, results)
         except Exception as error:  # noqa: BLE001 - a tracker is a third party: nothing that it does may cost a result
-            log.warning("the tracker failed, the record is safe: %s: %s", type(error).__name__, " ".join(str(error).split())[:300])
+            log.warning(
+                "the tracker failed, the record is safe: %s: %s",
+                type(error).__name__,
+                " ".join(str(error).split())[:300],
+            )
 
     @abstractmethod
     def send(self, record: dict[str, Any], results: str) -> None:
@@ -70,7 +74,12 @@ class WandbTracker(Tracker):
             name=f"{config['model']['name']}-{method}-{(config['pattern'] or {}).get('name', 'dense')}-{record['key'][:6]}",
             mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
             dir=str(folder),
-            config={**config, "key": record["key"], "protocol": record["protocol"], "environment": record["environment"]},
+            config={
+                **config,
+                "key": record["key"],
+                "protocol": record["protocol"],
+                "environment": record["environment"],
+            },
             settings=wandb.Settings(silent=True, console="off"),
             reinit="finish_previous",
         )
@@ -110,7 +119,9 @@ def track_sheet(title: str, tables: Mapping[str, list[list[Any]]], pictures: lis
         run.log(logged | {path.stem: wandb.Image(str(path)) for path in pictures if path.suffix == ".png"})
         run.finish()
     except Exception as error:  # noqa: BLE001 - as above
-        log.warning("the tracker failed, the files are safe: %s: %s", type(error).__name__, " ".join(str(error).split())[:300])
+        log.warning(
+            "the tracker failed, the files are safe: %s: %s", type(error).__name__, " ".join(str(error).split())[:300]
+        )
 
 
 def flat_metrics(record: dict[str, Any]) -> dict[str, float]:

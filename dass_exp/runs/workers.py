@@ -30,9 +30,15 @@ def announce() -> None:
     Raises:
         UserError: DASS_EXP_WORKERS is no number of workers.
     """
-    os.environ["DASS_EXP_LAUNCHER"] = str(os.getpid())  # whom workers follow: one that is still starting when its parent is killed cannot tell it any more
+    os.environ["DASS_EXP_LAUNCHER"] = str(
+        os.getpid()
+    )  # whom workers follow: one that is still starting when its parent is killed cannot tell it any more
     fitting = workers()
-    known = {"DASS_EXP_WORKERS": fitting, "DASS_EXP_WORKER_CORES": max(1, cores() // fitting), "DASS_EXP_WORKER_GPUS": int(_gpus() > 0)}
+    known = {
+        "DASS_EXP_WORKERS": fitting,
+        "DASS_EXP_WORKER_CORES": max(1, cores() // fitting),
+        "DASS_EXP_WORKER_GPUS": int(_gpus() > 0),
+    }
     for name, value in known.items():
         os.environ.setdefault(name, str(value))
 
@@ -70,11 +76,15 @@ def join(launcher: Mapping[str, Any], folder: Path) -> None:
     if slots is None or _HELD:
         return
     if multiprocessing.current_process().name.startswith("Loky"):
-        threading.Thread(target=_follow, args=(int(os.environ.get("DASS_EXP_LAUNCHER", os.getppid())),), daemon=True).start()
+        threading.Thread(
+            target=_follow, args=(int(os.environ.get("DASS_EXP_LAUNCHER", os.getppid())),), daemon=True
+        ).start()
     slot = _take(folder / ".slots", slots)
     _at_most(cores() // slots)
     if (loky := sys.modules.get(_LOKY)) is not None and hasattr(loky, _LEAK):
-        setattr(loky, _LEAK, sys.maxsize)  # it takes the model, which stays for the next cell, for a leak, and would end this worker
+        setattr(
+            loky, _LEAK, sys.maxsize
+        )  # it takes the model, which stays for the next cell, for a leak, and would end this worker
     if (gpus := _gpus()) > 1:  # not run here: this project is developed without a GPU
         torch.accelerator.set_device_index(slot % gpus)
 

@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, str] | None = None, durable: bool = True) -> None:
+def write_tensors(
+    tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, str] | None = None, durable: bool = True
+) -> None:
     """Write tensors of any device to ``path``, in place.
 
     Args:
@@ -25,7 +27,9 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str,
         OSError: the disk is full, or the folder cannot be written to.
     """
     with as_os_error(path):
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, dict(about or {}))
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, dict(about or {})
+        )
     path.chmod(0o644)  # safetensors makes files that only their owner can read
     if durable:
         sync(path)

@@ -40,7 +40,9 @@ class PackedMask:
 
     def keep(self) -> Tensor:
         """The mask again: bool [out_features, in_features]."""
-        return torch.from_numpy(np.unpackbits(self.bits.numpy(), axis=1, count=self.columns, bitorder="little").astype(bool))
+        return torch.from_numpy(
+            np.unpackbits(self.bits.numpy(), axis=1, count=self.columns, bitorder="little").astype(bool)
+        )
 
 
 def write_masks(masks: Mapping[str, PackedMask], path: Path) -> None:
@@ -102,4 +104,6 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
                 raise UserError(f"{path}: it holds no packed masks; run again with save_masks=true rerun=true")
             yield file, columns
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: the masks cannot be read ({error}); run again with save_masks=true rerun=true") from error
+        raise UserError(
+            f"{path}: the masks cannot be read ({error}); run again with save_masks=true rerun=true"
+        ) from error

@@ -220,4 +220,8 @@ def flattened(node: Any, path: str = "") -> dict[str, str]:
     """The leaves of nested settings as text, by their dotted names."""
     if not isinstance(node, Mapping):
         return {path: str(node)}
-    return {name: text for key, value in node.items() for name, text in flattened(value, f"{path}.{key}".lstrip(".")).items()}
+    return {
+        name: text
+        for key, value in node.items()
+        for name, text in flattened(value, f"{path}.{key}".lstrip(".")).items()
+    }

@@ -109,7 +109,13 @@ class Store:
         try:
             yield
         except Exception as error:
-            content = {"key": key, "created": now(), "config": config, "error": str(error), "type": type(error).__name__}
+            content = {
+                "key": key,
+                "created": now(),
+                "config": config,
+                "error": str(error),
+                "type": type(error).__name__,
+            }
             with suppress(OSError):  # a full disk must not hide what it did
                 write_json(self.runs / key / "failed.json", {**content, "traceback": traceback.format_exc()})
             raise
@@ -143,7 +149,9 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": None if (changes := _git("status", "--porcelain", "--untracked-files=no")) is None else bool(changes),
+        "git_dirty": None
+        if (changes := _git("status", "--porcelain", "--untracked-files=no")) is None
+        else bool(changes),
     }
 
 
@@ -167,7 +175,9 @@ def _git(*arguments: str) -> str | None:
     if not (project_root() / "pyproject.toml").is_file():
         return None
     try:
-        done = subprocess.run(["git", "-C", str(project_root()), *arguments], capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            ["git", "-C", str(project_root()), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -45,7 +45,10 @@ def test_the_floor_is_two_passes_but_for_what_need_not_run_again(scope, attentio
 def test_a_method_passes_no_more_often_than_its_floor(tiny_model, tokens):
     for scope in ("mlp", "attention", "all"):
         counts = []
-        for run in (lambda work: passes(work.model, work.tokens, work.scope, work.batch_size), lambda work: measure.prune_seconds(work, method_of("dass"))):
+        for run in (
+            lambda work: passes(work.model, work.tokens, work.scope, work.batch_size),
+            lambda work: measure.prune_seconds(work, method_of("dass")),
+        ):
             model = tiny_model("llama")
             calls = [counted(part) for block in model.model.layers for part in (block.self_attn, block.mlp)]
             run(Workload(model, tokens, scope=scope, batch_size=2))
@@ -81,7 +84,10 @@ def test_seconds_are_those_of_the_task(monkeypatch):
 
 
 def test_scoring_is_timed_over_the_tokens_that_it_scores(tiny, monkeypatch):
-    model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(tiny).eval(), transformers.AutoTokenizer.from_pretrained(tiny)
+    model, tokenizer = (
+        transformers.AutoModelForCausalLM.from_pretrained(tiny).eval(),
+        transformers.AutoTokenizer.from_pretrained(tiny),
+    )
     found = scoring.perplexity_ratio(model, torch.randint(0, 512, (4, 16)), 2, 1)
     assert found["tokens"] == 64
     assert found["tokens_per_second"] == pytest.approx(64 / found["seconds"])
@@ -104,19 +110,39 @@ def test_a_sweep_is_compared_with_the_floors_of_its_records(tiny, tmp_path):
 @pytest.fixture
 def found(tiny_model, tokens):
     """As the command gathers it, on a tiny model."""
-    made = measure.rounds(Workload(tiny_model("llama"), tokens), [method_of(name) for name in METHODS], 1, lambda line: None)
+    made = measure.rounds(
+        Workload(tiny_model("llama"), tokens), [method_of(name) for name in METHODS], 1, lambda line: None
+    )
     scored = {"tokens": 100, "plain_s": 1.0, "seconds": 1.05, "ratio": 1.05, "tokens_per_second": 95.2}
     return {
-        "created": "2026-01-02T00:00:00+00:00", "machine": command.environment(), **made, "masks": {"mask_s": 0.1, "passes_s": 9.9, "share": 0.01},
-        "settings": {"model": "tiny", "samples": 5, "length": 12, "scope": "mlp", "pattern": "2:4", "batch_size": 4, "dtype": "float32", "repeats": 1},
+        "created": "2026-01-02T00:00:00+00:00",
+        "machine": command.environment(),
+        **made,
+        "masks": {"mask_s": 0.1, "passes_s": 9.9, "share": 0.01},
+        "settings": {
+            "model": "tiny",
+            "samples": 5,
+            "length": 12,
+            "scope": "mlp",
+            "pattern": "2:4",
+            "batch_size": 4,
+            "dtype": "float32",
+            "repeats": 1,
+        },
         "growth": [{"samples": 4, "length": 512, "blocks": 2, "floor_s": 1.0, "dass_s": 1.1, "ratio": 1.1}],
-        "perplexity": scored, "zero_shot": {**scored, "ratio": 1.6}, "sweep": {"cells": 15, "records": 13, "seconds": 30.0, "floors_s": 28.0, "ratio": 30 / 28},
-    }  # fmt: skip
+        "perplexity": scored,
+        "zero_shot": {**scored, "ratio": 1.6},
+        "sweep": {"cells": 15, "records": 13, "seconds": 30.0, "floors_s": 28.0, "ratio": 30 / 28},
+    }
 
 
 def test_the_table_says_which_target_is_missed(found):
     found["ratios_to_floor"] = {"dass": 1.05, "wanda": 1.10, "sparsegpt": 1.81, "magnitude": 0.03}
-    shown = {line.split(" | ")[0].lstrip("| "): line for line in table.markdown(found).splitlines() if "at most" in line or "none" in line}
+    shown = {
+        line.split(" | ")[0].lstrip("| "): line
+        for line in table.markdown(found).splitlines()
+        if "at most" in line or "none" in line
+    }
     missed = {name for name, line in shown.items() if "**no**" in line}
     assert {"sparsegpt", "zero-shot"} <= missed
     assert not {"dass", "wanda", "sweep", "perplexity"} & missed
@@ -160,7 +186,12 @@ def test_the_docs_show_what_the_code_prints():
 
 
 def test_the_shapes_are_those_of_the_published_models():
-    sizes = {"LLaMA2-7B": 6.74e9, "LLaMA2-13B": 13.02e9, "LLaMA2-70B": 68.98e9, "Llama-3.1-405B": 405.85e9}  # parameters, as the hub counts them
+    sizes = {
+        "LLaMA2-7B": 6.74e9,
+        "LLaMA2-13B": 13.02e9,
+        "LLaMA2-70B": 68.98e9,
+        "Llama-3.1-405B": 405.85e9,
+    }  # parameters, as the hub counts them
     for shape in large.MODELS:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(shape.config)
@@ -173,7 +204,11 @@ def test_the_peak_of_a_streamed_run_does_not_grow_with_its_depth(tmp_path):
     for depth in (4, 24):
         shape = scale.Shape(str(depth), 1024, 2816, depth, 16)
         folder = scale.make(shape, tmp_path / str(depth))
-        peaks.append(min(scale.measure(folder, "dass", tmp_path / f"{depth}-{time}", 4, 128)["peak_bytes"] for time in range(2)))
+        peaks.append(
+            min(scale.measure(folder, "dass", tmp_path / f"{depth}-{time}", 4, 128)["peak_bytes"] for time in range(2))
+        )
         assert peaks[-1] < scale.planned(shape.config, "dass").streamed
         assert len(list(folder.glob("model-*.safetensors"))) == depth + 1
-    assert peaks[1] - peaks[0] < 120e6  # of 20 blocks more, of which 13 MB each were kept before freed memory was given back
+    assert (
+        peaks[1] - peaks[0] < 120e6
+    )  # of 20 blocks more, of which 13 MB each were kept before freed memory was given back

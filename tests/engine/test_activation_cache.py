@@ -48,7 +48,9 @@ def test_a_kind_that_is_none_is_refused(cell):
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_engine_prunes_the_same_weights(kind, family, tiny_model, tokens, tmp_path):
     ours, theirs = tiny_model(family), tiny_model(family)
-    outputs = prune_model(ours, tokens, method_of("dass"), NM(2, 4), Options("mlp", 2, outputs=True, cache=Cache(kind, tmp_path)))
+    outputs = prune_model(
+        ours, tokens, method_of("dass"), NM(2, 4), Options("mlp", 2, outputs=True, cache=Cache(kind, tmp_path))
+    )
     expected = prune_model(theirs, tokens, method_of("dass"), NM(2, 4), Options("mlp", 2, outputs=True))
     assert all(torch.equal(one, other) for one, other in zip(outputs, expected, strict=True))
     assert all(torch.equal(one, other) for one, other in zip(ours.parameters(), theirs.parameters(), strict=True))
@@ -59,14 +61,20 @@ def test_the_engine_prunes_the_same_weights(kind, family, tiny_model, tokens, tm
 @pytest.mark.parametrize("placement", ["resident", "stream"])
 def test_a_run_leaves_the_same_record_and_no_file(cell, results, placement, monkeypatch):
     files, write = [], held.write_tensors
-    monkeypatch.setattr(held, "write_tensors", lambda tensors, path, durable: files.append(path) or write(tensors, path, durable=durable))
+    monkeypatch.setattr(
+        held,
+        "write_tensors",
+        lambda tensors, path, durable: files.append(path) or write(tensors, path, durable=durable),
+    )
     first = run_with(*cell, f"model.placement={placement}", "calibration.cache=disk", "calibration.batch_size=2").record
     assert len(files) >= 2 * 2 * 2  # two batches, two blocks, what goes in and what comes out
     assert all(path.is_relative_to(results / "runs" / first["key"] / "work") for path in files)
     assert not list(results.glob("runs/*/work"))
     second = run_with(*cell, f"model.placement={placement}", "calibration.batch_size=2", "rerun=true").record
     assert first["metrics"] == second["metrics"]
-    assert [layer["zeros"] for layer in first["sparsity"]["layers"]] == [layer["zeros"] for layer in second["sparsity"]["layers"]]
+    assert [layer["zeros"] for layer in first["sparsity"]["layers"]] == [
+        layer["zeros"] for layer in second["sparsity"]["layers"]
+    ]
 
 
 def test_a_full_disk_is_told(cell, results, monkeypatch):
@@ -79,7 +87,9 @@ def test_a_full_disk_is_told(cell, results, monkeypatch):
     assert not list(results.glob("runs/*/result.json"))
 
 
-@pytest.mark.parametrize(("before", "now"), [((2, 2, 1), (5,)), ((5,), (2, 2, 1)), ((3, 2), (2, 3)), ((1,) * 5, (4, 1))])
+@pytest.mark.parametrize(
+    ("before", "now"), [((2, 2, 1), (5,)), ((5,), (2, 2, 1)), ((3, 2), (2, 3)), ((1,) * 5, (4, 1))]
+)
 def test_batches_are_cut_anew(before, now):
     whole = torch.arange(5.0).view(5, 1, 1)
     batches = [Batch(torch.zeros(size, 1, 1), []) for size in now]

@@ -36,7 +36,10 @@ def counting(module: nn.Module) -> list[None]:
 def plain(model: nn.Module, tokens: Tensor) -> list[Tensor]:
     """What every block gives in the model's own forward."""
     seen: list[Tensor] = []
-    hooks = [block.register_forward_hook(lambda module, args, output: seen.append(output)) for block in decoder_of(model).blocks]
+    hooks = [
+        block.register_forward_hook(lambda module, args, output: seen.append(output))
+        for block in decoder_of(model).blocks
+    ]
     getattr(model, "base_model", model)(input_ids=tokens, use_cache=False)
     for hook in hooks:
         hook.remove()
@@ -49,8 +52,13 @@ def test_attention_runs_once_and_what_is_passed_on_is_bit_for_bit_the_models_own
     model = tiny_model(family)
     attentions = [decoder_of(model).attention(index) for index in range(2)]
     calls = [counting(attention) for attention in attentions]
-    (hidden,) = prune_model(model, tokens, method_of(method), NM(2, 4), Options("mlp", len(tokens), min_tokens=1, outputs=True))
-    assert [len(found) for found in calls] == [2, 1]  # the first block runs once more while its return type is looked up
+    (hidden,) = prune_model(
+        model, tokens, method_of(method), NM(2, 4), Options("mlp", len(tokens), min_tokens=1, outputs=True)
+    )
+    assert [len(found) for found in calls] == [
+        2,
+        1,
+    ]  # the first block runs once more while its return type is looked up
     assert torch.equal(hidden, plain(model, tokens)[-1])
 
 
@@ -99,7 +107,11 @@ class Backwards(nn.Module):
         for role in "qkvo":
             self.mix.add_module(role, nn.Linear(width, width, bias=False))
         self.mix.forward = lambda x: self.mix.o(self.mix.q(x).tanh() * self.mix.k(x) + self.mix.v(x))
-        self.gate, self.up, self.down = nn.Linear(width, 16, bias=False), nn.Linear(width, 16, bias=False), nn.Linear(16, width, bias=False)
+        self.gate, self.up, self.down = (
+            nn.Linear(width, 16, bias=False),
+            nn.Linear(width, 16, bias=False),
+            nn.Linear(16, width, bias=False),
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
         hidden = hidden + self.down(self.gate(hidden).tanh() * self.up(hidden))
@@ -128,7 +140,10 @@ class Model(nn.Module):
         return SimpleNamespace(last_hidden_state=hidden)
 
 
-ROLES = {**{role.value: (f"mix.{role.value}" if role.value in "qkvo" else role.value) for role in Role if role not in PLAIN}, "blocks": "blocks"}
+ROLES = {
+    **{role.value: (f"mix.{role.value}" if role.value in "qkvo" else role.value) for role in Role if role not in PLAIN},
+    "blocks": "blocks",
+}
 
 
 @pytest.mark.parametrize("block", [Backwards, Twice])

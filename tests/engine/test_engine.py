@@ -53,13 +53,19 @@ class TokenBlock(nn.Module):
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
         for role in set(Role) - PLAIN:
-            rows, columns = {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}.get(role, (width, width))
+            rows, columns = {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}.get(
+                role, (width, width)
+            )
             self.add_module(role.value, nn.Linear(columns, rows, bias=False))
 
-    def forward(self, hidden_states: Tensor, offset: Tensor, *, scale: Tensor, pair: tuple[Tensor, int]) -> tuple[Tensor, str]:
+    def forward(
+        self, hidden_states: Tensor, offset: Tensor, *, scale: Tensor, pair: tuple[Tensor, int]
+    ) -> tuple[Tensor, str]:
         read = hidden_states * scale + offset + pair[0] * pair[1]
         hidden_states = hidden_states + self.o(input=self.q(read) + self.k(read) * self.v(read).tanh())
-        return hidden_states + self.down(input=self.gate(hidden_states).tanh() * self.up(hidden_states)), "attention weights"
+        return hidden_states + self.down(
+            input=self.gate(hidden_states).tanh() * self.up(hidden_states)
+        ), "attention weights"
 
 
 class TokenModel(nn.Module):
@@ -83,10 +89,17 @@ class TokenModel(nn.Module):
         assert not use_cache
         hidden = self.embed(input_ids)
         for index, (block, times) in enumerate(zip(self.blocks, self.calls, strict=True)):
-            rest: dict[str, Any] = {"scale": (input_ids % (index + 2))[..., None], "pair": (self.table(input_ids), index)}
+            rest: dict[str, Any] = {
+                "scale": (input_ids % (index + 2))[..., None],
+                "pair": (self.table(input_ids), index),
+            }
             for _ in range(times):
                 offset = self.table(input_ids.flip(1))
-                output = block(hidden_states=hidden, offset=offset, **rest) if self.by_name else block(hidden, offset, **rest)
+                output = (
+                    block(hidden_states=hidden, offset=offset, **rest)
+                    if self.by_name
+                    else block(hidden, offset, **rest)
+                )
                 hidden = output[0]
         return SimpleNamespace(last_hidden_state=self.norm(hidden))
 
@@ -120,7 +133,9 @@ def block_output(model: nn.Module, index: int, tokens: Tensor) -> Tensor:
     return seen[0]
 
 
-def masks_of(model: nn.Module, tokens: Tensor | None, method: Pruner, options: Options | None = None) -> dict[str, Tensor]:
+def masks_of(
+    model: nn.Module, tokens: Tensor | None, method: Pruner, options: Options | None = None
+) -> dict[str, Tensor]:
     reports: list[BlockReport] = []
     chosen = options or Options("all")
     prune_model(model, tokens, method, NM(2, 4), Options(chosen.scope, chosen.batch_size, chosen.roles, reports.append))
@@ -223,7 +238,9 @@ def test_equal_arguments_of_two_batches_are_held_once(tiny_model, tokens):
     for index in range(2):
         one, other = first.calls[index].kwargs, second.calls[index].kwargs
         assert one["attention_mask"] is other["attention_mask"]
-        assert all(mine is its for mine, its in zip(one["position_embeddings"], other["position_embeddings"], strict=True))
+        assert all(
+            mine is its for mine, its in zip(one["position_embeddings"], other["position_embeddings"], strict=True)
+        )
     sliding, full = (call.kwargs["attention_mask"] for call in first.calls)
     assert sliding is not full
     assert len(last.calls[0].kwargs["attention_mask"]) == len(last.hidden) == 1
@@ -253,7 +270,9 @@ def test_a_model_that_does_not_call_each_block_once_is_refused(calls, found, tok
 
 @pytest.mark.parametrize(("scope", "inputs"), [("mlp", 2), ("attention", 2), ("all", 4)])
 @pytest.mark.parametrize(("method", "kind"), [(Wanda(), InputNorm), (SparseGPT(), Gram)], ids=["norm", "gram"])
-def test_a_shared_input_is_observed_once_per_batch_and_on_dense_weights_only(scope, inputs, method, kind, tiny_model, tokens, monkeypatch):
+def test_a_shared_input_is_observed_once_per_batch_and_on_dense_weights_only(
+    scope, inputs, method, kind, tiny_model, tokens, monkeypatch
+):
     updates = []
     inner = kind.update
     monkeypatch.setattr(kind, "update", lambda stat, batch: updates.append(len(batch)) or inner(stat, batch))
@@ -278,7 +297,9 @@ def test_every_sequence_counts_as_one_whatever_the_batch(family, tiny_model, tok
     """OPT joins the sequences of a batch before its MLP."""
     for batch_size in (1, 2, 5):
         reports: list[BlockReport] = []
-        prune_model(tiny_model(family), tokens, SparseGPT(), NM(2, 4), Options("mlp", batch_size, on_block=reports.append))
+        prune_model(
+            tiny_model(family), tokens, SparseGPT(), NM(2, 4), Options("mlp", batch_size, on_block=reports.append)
+        )
         assert {linear.stat.sequences for report in reports for linear in report.linears} == {5}
 
 
@@ -429,7 +450,10 @@ def test_a_pattern_that_fits_no_axis_names_the_layer_and_changes_nothing(tiny_mo
     model = tiny_model("llama", intermediate_size=42)
     before = copy.deepcopy(model.state_dict())
     for method in (Magnitude(), Wanda()):
-        with pytest.raises(UserError, match="^" + re.escape(name_of(model, 0, DOWN)) + ": pattern 2:4: m=4 does not divide the input axis"):
+        with pytest.raises(
+            UserError,
+            match="^" + re.escape(name_of(model, 0, DOWN)) + ": pattern 2:4: m=4 does not divide the input axis",
+        ):
             prune_model(model, tokens, method, NM(2, 4), Options("all"))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -448,7 +472,11 @@ def test_tokens_that_are_no_sequences_are_refused(shape, tiny_model):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"scope": "head"}, "scope='head': expected one of"), ({"batch_size": 0}, "batch_size=0"), ({"batch_size": 1.5}, "batch_size=1.5")],
+    [
+        ({"scope": "head"}, "scope='head': expected one of"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": 1.5}, "batch_size=1.5"),
+    ],
 )
 def test_impossible_options_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
@@ -480,7 +508,9 @@ def test_factors_are_made_once_for_linears_of_one_input_and_let_go_behind_the_la
 
     def noted(method, linear, block, pattern):
         cut = prune(method, linear, block, pattern)
-        held.append(sum(bool(stat._factors) for stat in {id(other.stat): other.stat for other in block.linears}.values()))
+        held.append(
+            sum(bool(stat._factors) for stat in {id(other.stat): other.stat for other in block.linears}.values())
+        )
         return cut
 
     monkeypatch.setattr(Gram, "_factorise", lambda gram, *rest: made.append(gram.features) or factorise(gram, *rest))

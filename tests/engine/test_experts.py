@@ -66,8 +66,12 @@ def test_routed_statistics_are_those_of_a_slow_reference(family, batch_size, tin
                 stat = stats[site.source]
                 assert stat.tokens == len(rows)
                 assert stat.sequences == len(many)
-                inputs = torch.stack(rows).double() if rows else torch.zeros(0, site.matrix.in_features, dtype=torch.float64)
-                found, wanted = (stat.norm, inputs.norm(dim=0)) if kind is InputNorm else (stat.matrix, inputs.T @ inputs)
+                inputs = (
+                    torch.stack(rows).double() if rows else torch.zeros(0, site.matrix.in_features, dtype=torch.float64)
+                )
+                found, wanted = (
+                    (stat.norm, inputs.norm(dim=0)) if kind is InputNorm else (stat.matrix, inputs.T @ inputs)
+                )
                 torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
     assert sum(len(rows) for rows, _ in expected.values()) == many.numel() * decoder.blocks[0].mlp.gate.top_k
 
@@ -119,7 +123,9 @@ def test_a_starved_expert_is_told_and_ranked_by_its_weights(method, tiny_model, 
         site = f"{name}.{role.value}"
         assert layers[site].tokens == 0
         if not isinstance(method, SparseGPT):
-            assert torch.equal(reports[0].cuts[site].keep, NM(2, 4).keep(weights[site].abs(), method.group(role, NM(2, 4))))
+            assert torch.equal(
+                reports[0].cuts[site].keep, NM(2, 4).keep(weights[site].abs(), method.group(role, NM(2, 4)))
+            )
 
 
 def starve(model: nn.Module) -> int:
@@ -139,7 +145,10 @@ def starve(model: nn.Module) -> int:
 def test_a_starved_expert_may_be_refused(tiny_model, many):
     model = tiny_model("mixtral")
     starve(model)
-    with pytest.raises(NumericalError, match=r"experts\.2: 0 calibration tokens were routed to this expert, fewer than experts\.min_tokens=1"):
+    with pytest.raises(
+        NumericalError,
+        match=r"experts\.2: 0 calibration tokens were routed to this expert, fewer than experts\.min_tokens=1",
+    ):
         prune_model(model, many, Wanda(), NM(2, 4), Options(min_tokens=1, starved="refuse"))
 
 

@@ -25,7 +25,16 @@ def linear(weight: Tensor, name: str = "block.down", role: Role = DOWN) -> Linea
 
 def verified(weight: Tensor, keep: Tensor, pattern: Pattern, dim: int | None = 1, columns: int | None = None) -> Layer:
     view = linear(weight)
-    (layer,) = verify(BlockReport("block", [view], {view.name: MaskResult(keep, dim, 0.5, 8.0, columns, retries=2, seconds=0.25)}, 0.125, Spent()), pattern)
+    (layer,) = verify(
+        BlockReport(
+            "block",
+            [view],
+            {view.name: MaskResult(keep, dim, 0.5, 8.0, columns, retries=2, seconds=0.25)},
+            0.125,
+            Spent(),
+        ),
+        pattern,
+    )
     return layer
 
 
@@ -71,7 +80,12 @@ def test_only_patterns_with_groups_count_under_full_ones(weight):
 
 @pytest.mark.parametrize(
     ("pattern", "dim", "ready", "axis"),
-    [(NM(2, 4), 1, True, "input"), (NM(2, 4), 0, False, "output"), (NM(4, 8), 1, False, "input"), (Unstructured(0.5), 1, False, "input")],
+    [
+        (NM(2, 4), 1, True, "input"),
+        (NM(2, 4), 0, False, "output"),
+        (NM(4, 8), 1, False, "input"),
+        (Unstructured(0.5), 1, False, "input"),
+    ],
 )
 def test_only_2of4_along_the_input_axis_is_ready_for_a_stock_kernel(pattern, dim, ready, axis):
     weight = pattern.keep(torch.rand(8, 8), dim).float()
@@ -90,7 +104,10 @@ def test_the_whole_matrix_is_an_axis_of_its_own(weight):
 def test_a_mask_with_one_weight_too_few_or_too_many(row, column, weight):
     keep = weight != 0
     keep[row, column] = ~keep[row, column]
-    with pytest.raises(VerificationError, match=r"block\.down: 1 groups of its mask do not have the sparsity of 2:4 along the input axis"):
+    with pytest.raises(
+        VerificationError,
+        match=r"block\.down: 1 groups of its mask do not have the sparsity of 2:4 along the input axis",
+    ):
         verified(weight * keep, keep, NM(2, 4))
 
 
@@ -160,5 +177,7 @@ def test_a_linear_that_was_not_pruned(weight):
 
 @pytest.mark.parametrize("keep", [torch.ones(2, 4, dtype=torch.bool), torch.tensor(WEIGHT)], ids=["shape", "dtype"])
 def test_a_mask_of_another_shape_or_type(keep, weight):
-    with pytest.raises(VerificationError, match=r"block\.down: its mask is torch\.\w+ \[2, \d\], the weight is \[2, 8\]"):
+    with pytest.raises(
+        VerificationError, match=r"block\.down: its mask is torch\.\w+ \[2, \d\], the weight is \[2, 8\]"
+    ):
         verified(weight, keep, NM(2, 4))

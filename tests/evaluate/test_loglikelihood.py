@@ -50,7 +50,12 @@ def test_what_greedy_decoding_gives_is_said(tiny_model):
     model, context = tiny_model("llama"), [5, 9, 2]
     best = int(model(torch.tensor([context])).logits[0, -1].argmax())
     then = int(model(torch.tensor([[*context, best]])).logits[0, -1].argmax())
-    asked = [(context, [best, then]), (context, [best, (then + 1) % 64]), (context, [best]), (context, [(best + 1) % 64])]
+    asked = [
+        (context, [best, then]),
+        (context, [best, (then + 1) % 64]),
+        (context, [best]),
+        (context, [(best + 1) % 64]),
+    ]
     assert [greedy for _, greedy in loglikelihoods(model, asked, 8, 40)] == [True, False, True, False]
 
 
@@ -68,7 +73,9 @@ def test_a_sequence_that_is_too_long_loses_its_head(tiny_model):
 def test_the_batch_size_adds_rounding_only(batch_size, tiny_model):
     model = tiny_model("gemma2")
     found, expected = (loglikelihoods(model, some_requests(), size, 40) for size in (batch_size, 5))
-    torch.testing.assert_close(torch.tensor([total for total, _ in found]), torch.tensor([total for total, _ in expected]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor([total for total, _ in found]), torch.tensor([total for total, _ in expected]), rtol=0, atol=1e-4
+    )
 
 
 def test_each_sequence_passes_once_and_the_head_reads_only_what_it_must(tiny_model, monkeypatch):
@@ -76,7 +83,10 @@ def test_each_sequence_passes_once_and_the_head_reads_only_what_it_must(tiny_mod
     rows: list[tuple[int, ...]] = []
     positions: list[int] = []
     inner, read = head.last_hidden, model.lm_head.forward
-    monkeypatch.setattr("dass_exp.evaluate.loglikelihood.last_hidden", lambda model, ids: rows.append(tuple(ids.shape)) or inner(model, ids))
+    monkeypatch.setattr(
+        "dass_exp.evaluate.loglikelihood.last_hidden",
+        lambda model, ids: rows.append(tuple(ids.shape)) or inner(model, ids),
+    )
     monkeypatch.setattr("dass_exp.evaluate.loglikelihood.check_head", lambda *arguments: None)
     monkeypatch.setattr(model.lm_head, "forward", lambda states: positions.append(len(states)) or read(states))
     loglikelihoods(model, requests, 4, 40)
@@ -93,7 +103,9 @@ def test_logits_are_held_a_few_positions_at_a_time(rows, tiny_model, monkeypatch
     monkeypatch.setattr(head, "LOGITS", rows * 64)
     found = loglikelihoods(model, some_requests(), 4, 40)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    torch.testing.assert_close(torch.tensor([total for total, _ in found]), torch.tensor([total for total, _ in expected]))
+    torch.testing.assert_close(
+        torch.tensor([total for total, _ in found]), torch.tensor([total for total, _ in expected])
+    )
 
 
 def test_nothing_asked_nothing_answered(tiny_model):
@@ -112,7 +124,9 @@ def test_the_likelihoods_are_those_of_lm_eval(task, monkeypatch):
 
     def both(model, requests, batch_size, longest):
         found = loglikelihoods(model, requests, batch_size, longest)
-        theirs = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, softmax_dtype="float32")
+        theirs = HFLM(
+            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, softmax_dtype="float32"
+        )
         asked = [((str(number), ""), list(context), list(answer)) for number, (context, answer) in enumerate(requests)]
         seen.append((found, theirs._loglikelihood_tokens(asked, disable_tqdm=True)))
         return found
@@ -122,7 +136,9 @@ def test_the_likelihoods_are_those_of_lm_eval(task, monkeypatch):
     ((ours, theirs),) = seen
     assert len(ours) == len(theirs) >= 6
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
-    torch.testing.assert_close(torch.tensor([total for total, _ in ours]), torch.tensor([total for total, _ in theirs]), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor([total for total, _ in ours]), torch.tensor([total for total, _ in theirs]), rtol=1e-5, atol=1e-4
+    )
 
 
 def test_a_model_whose_logits_are_not_those_of_its_head_is_refused(tiny_model, tokens):
@@ -130,8 +146,18 @@ def test_a_model_whose_logits_are_not_those_of_its_head_is_refused(tiny_model, t
 
     from dass_exp.evaluate.perplexity import perplexity
 
-    settings = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
-    scaled, plain = (GraniteForCausalLM(GraniteConfig(**settings, logits_scaling=scale, initializer_range=0.5)).eval() for scale in (8.0, 1.0))
+    settings = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    scaled, plain = (
+        GraniteForCausalLM(GraniteConfig(**settings, logits_scaling=scale, initializer_range=0.5)).eval()
+        for scale in (8.0, 1.0)
+    )
     for score in (lambda model: perplexity(model, tokens), lambda model: loglikelihoods(model, some_requests(), 4, 40)):
         score(plain)
         with pytest.raises(UserError, match="'granite': its logits are not what its head gives"):
@@ -140,5 +166,7 @@ def test_a_model_whose_logits_are_not_those_of_its_head_is_refused(tiny_model, t
 
 @pytest.mark.parametrize("answer", [[], list(range(11))])
 def test_an_answer_that_cannot_be_scored_is_told(answer, tiny_model):
-    with pytest.raises(UserError, match=rf"an answer of {len(answer)} tokens cannot be scored; this model takes 1 to 10"):
+    with pytest.raises(
+        UserError, match=rf"an answer of {len(answer)} tokens cannot be scored; this model takes 1 to 10"
+    ):
         loglikelihoods(tiny_model("llama"), [([1, 2], answer)], 4, 10)

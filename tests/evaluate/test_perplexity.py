@@ -98,7 +98,9 @@ def test_logits_in_bfloat16_are_scored_in_float32(tiny_model, tokens):
     model = tiny_model("llama").bfloat16()
     with torch.no_grad():
         logits = model(tokens).logits[:, :-1].float()
-    expected = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(5, -1).mean(1)
+    expected = (
+        nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(5, -1).mean(1)
+    )
     assert perplexity(model, tokens, batch_size=5).window_nll == pytest.approx(expected.tolist(), rel=1e-6)
 
 

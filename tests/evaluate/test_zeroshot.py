@@ -22,7 +22,9 @@ LIMIT = 2
 
 @pytest.fixture(scope="module")
 def loaded(tiny) -> tuple[Any, Any]:
-    return transformers.AutoModelForCausalLM.from_pretrained(tiny).eval(), transformers.AutoTokenizer.from_pretrained(tiny)
+    return transformers.AutoModelForCausalLM.from_pretrained(tiny).eval(), transformers.AutoTokenizer.from_pretrained(
+        tiny
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,9 @@ def test_the_outcomes_of_the_documents_average_to_the_score(scored, task):
 
 def test_means(scored):
     assert scored.mean_acc == pytest.approx(sum(scores["acc"] for scores in scored.tasks.values()) / 7)
-    assert scored.mean_acc_norm == pytest.approx(sum(scores.get("acc_norm", scores["acc"]) for scores in scored.tasks.values()) / 7)
+    assert scored.mean_acc_norm == pytest.approx(
+        sum(scores.get("acc_norm", scores["acc"]) for scores in scored.tasks.values()) / 7
+    )
 
 
 def test_acc_stands_in_where_a_task_has_no_acc_norm():
@@ -95,8 +99,14 @@ def test_scoring_again_gives_the_same_outcomes(loaded, scored):
 def test_a_task_has_all_its_documents(lm_eval_tasks):
     sizes = {name: len(list(task.validation_docs())) for name, task in lm_eval_tasks.items()}
     assert sizes == {
-        "hellaswag": 10042, "piqa": 1838, "winogrande": 1267, "arc_easy": 570, "arc_challenge": 299, "boolq": 3270, "openbookqa": 500,
-    }  # fmt: skip
+        "hellaswag": 10042,
+        "piqa": 1838,
+        "winogrande": 1267,
+        "arc_easy": 570,
+        "arc_challenge": 299,
+        "boolq": 3270,
+        "openbookqa": 500,
+    }
 
 
 def test_the_labels_of_boolq(lm_eval_tasks):
@@ -120,7 +130,9 @@ def test_the_labels_of_boolq(lm_eval_tasks):
 def test_the_right_answers_are_those_of_the_data(lm_eval_tasks, name, answer):
     task, rows = lm_eval_tasks[name], rows_of(name, 40)
     documents = list(task.validation_docs())[:40]
-    assert [task.doc_to_choice(document)[int(task.doc_to_target(document))] for document in documents] == [answer(row) for row in rows]
+    assert [task.doc_to_choice(document)[int(task.doc_to_target(document))] for document in documents] == [
+        answer(row) for row in rows
+    ]
 
 
 @pytest.mark.parametrize(("name", "choices"), [("hellaswag", 4), ("winogrande", 2)])
@@ -166,7 +178,9 @@ def test_the_token_at_the_head_of_a_request_follows_the_policy(loaded, monkeypat
 def test_an_unknown_task_is_named(data):
     with pytest.raises(UserError) as caught:
         check_tasks(["piqa", "no_such_task"], data)
-    assert contains(str(caught.value), ["eval.zeroshot.tasks", "'no_such_task'", "hellaswag" if data == "offline" else "lm-eval"])
+    assert contains(
+        str(caught.value), ["eval.zeroshot.tasks", "'no_such_task'", "hellaswag" if data == "offline" else "lm-eval"]
+    )
 
 
 @pytest.mark.parametrize("tasks", [[], ["piqa", "piqa"]])

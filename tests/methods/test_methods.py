@@ -153,7 +153,9 @@ def test_dass_of_attention_is_wanda(pattern, tiny_model, tokens):
     assert all(torch.equal(dass[name], wanda[name]) for name in dass)
 
 
-@pytest.mark.parametrize("settings", [{"alpha": -0.1}, {"alpha": float("nan")}, {"alpha": "0.5"}, {"alpha": True}, {"granularity": "row"}])
+@pytest.mark.parametrize(
+    "settings", [{"alpha": -0.1}, {"alpha": float("nan")}, {"alpha": "0.5"}, {"alpha": True}, {"granularity": "row"}]
+)
 def test_impossible_dass_settings_are_refused(settings):
     with pytest.raises(UserError, match=rf"method\.{next(iter(settings))}="):
         Dass(**settings)
@@ -164,7 +166,10 @@ def test_impossible_dass_settings_are_refused(settings):
 
 @pytest.mark.parametrize("method", SCORING, ids=repr)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
-@pytest.mark.parametrize(("value", "norms"), [(1.0, [1.0] * 8), (0.0, [1.0] * 8), (1.0, [0.0] * 8), (2.0, [0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 3.0])])
+@pytest.mark.parametrize(
+    ("value", "norms"),
+    [(1.0, [1.0] * 8), (0.0, [1.0] * 8), (1.0, [0.0] * 8), (2.0, [0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 3.0])],
+)
 def test_equal_scores_and_dead_inputs_still_give_the_exact_sparsity(method, pattern, value, norms):
     """Weights that are all equal, or zero; inputs that never fire."""
     weights = {role: [[value] * 8] * 8 for role in Role}
@@ -212,7 +217,10 @@ def test_a_method_that_asks_for_no_statistic_gets_none():
 
 def test_dass_scores_the_first_of_two_matrices_by_the_neurons_that_it_makes():
     """fc1 [4 neurons, 2 inputs], neuron norms 1, 4, 9, 16, their roots 1, 2, 3, 4; columns compete."""
-    block = block_of({FC1: [[5.0, 1.0], [1.0, 1.0], [1.0, 1.0], [1.0, 3.0]], FC2: [[1.0, 1.0, 1.0, 1.0]]}, {"intermediate": [1.0, 4.0, 9.0, 16.0]})
+    block = block_of(
+        {FC1: [[5.0, 1.0], [1.0, 1.0], [1.0, 1.0], [1.0, 3.0]], FC2: [[1.0, 1.0, 1.0, 1.0]]},
+        {"intermediate": [1.0, 4.0, 9.0, 16.0]},
+    )
     # scores of the first column: 5, 2, 3, 4; of the second: 1, 2, 3, 12
     assert kept(Dass(), block, FC1, NM(2, 4)) == [[1, 0], [0, 0], [0, 1], [1, 1]]
     assert kept(Dass(), block, FC2, NM(2, 4)) == [[0, 0, 1, 1]]
@@ -229,14 +237,19 @@ def test_only_dass_without_a_glu_has_something_to_remark():
 @torch.no_grad()
 def token_by_token(model: nn.Module, tokens: Tensor, modules: Mapping[Role, nn.Linear]) -> dict[Role, Tensor]:
     """float64 norm of each linear's input: each sequence alone through the whole model, each token added by itself."""
-    squares: dict[Role, Tensor] = {role: torch.zeros(module.in_features, dtype=torch.float64) for role, module in modules.items()}
+    squares: dict[Role, Tensor] = {
+        role: torch.zeros(module.in_features, dtype=torch.float64) for role, module in modules.items()
+    }
 
     def add(module: nn.Module, args: tuple[Tensor], role: Role) -> None:
         del module
         for token in args[0][0]:
             squares[role] += token**2
 
-    handles = [module.register_forward_pre_hook(lambda module, args, role=role: add(module, args, role)) for role, module in modules.items()]
+    handles = [
+        module.register_forward_pre_hook(lambda module, args, role=role: add(module, args, role))
+        for role, module in modules.items()
+    ]
     for sequence in tokens:
         model(sequence[None])
     for handle in handles:
@@ -310,7 +323,13 @@ def test_contract(name, pattern, scope, family, tiny_model, tokens, attached):
     state = copy.deepcopy(model.state_dict())
     before = {site.name: site.matrix.weight.clone() for site in sites_of(model, "all")}
     reports: list[BlockReport] = []
-    prune_model(model, tokens, method, pattern, Options(scope, batch_size=3, on_block=reports.append, min_tokens=1, outputs=True))
+    prune_model(
+        model,
+        tokens,
+        method,
+        pattern,
+        Options(scope, batch_size=3, on_block=reports.append, min_tokens=1, outputs=True),
+    )
 
     layers = [layer for report in reports for layer in verify(report, pattern)]
     scoped = {site.name: site.role for site in sites_of(model, scope)}
@@ -323,6 +342,8 @@ def test_contract(name, pattern, scope, family, tiny_model, tokens, attached):
     for site in sites_of(model, "all"):
         assert torch.equal(site.matrix.weight, before[site.name]) == (site.name not in scoped), site.name
         site.matrix.write(before[site.name])
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())  # nothing else was touched: norms, biases, routers, embeddings
+    assert all(
+        torch.equal(value, state[key]) for key, value in model.state_dict().items()
+    )  # nothing else was touched: norms, biases, routers, embeddings
     assert attached(model) == hooks
     assert not model.training

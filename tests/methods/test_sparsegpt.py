@@ -31,7 +31,9 @@ def weight() -> Tensor:
 def inputs() -> Tensor:
     """Five sequences of 32 tokens with correlated features, so that errors move between columns."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(5, 32, IN, generator=generator) @ (torch.eye(IN) + 0.3 * torch.randn(IN, IN, generator=generator))
+    return torch.randn(5, 32, IN, generator=generator) @ (
+        torch.eye(IN) + 0.3 * torch.randn(IN, IN, generator=generator)
+    )
 
 
 def pruned(method: Pruner, weight: Tensor, inputs: Tensor, pattern: Pattern) -> tuple[Tensor, MaskResult]:
@@ -48,7 +50,10 @@ def checked(weight: Tensor, cut: MaskResult, pattern: Pattern) -> Layer:
     """The verified entry of a single linear."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight.data = weight
-    (layer,) = verify(BlockReport("layer", [LinearView("layer.q", Q, Matrix.of(linear), None)], {"layer.q": cut}, None, Spent()), pattern)
+    (layer,) = verify(
+        BlockReport("layer", [LinearView("layer.q", Q, Matrix.of(linear), None)], {"layer.q": cut}, None, Spent()),
+        pattern,
+    )
     return layer
 
 
@@ -68,7 +73,9 @@ def reference(weight: Tensor, inputs: Tensor, pattern: Pattern, slab: int, dampi
     width = pattern.m if isinstance(pattern, NM) else slab
     for j in range(weight.shape[1]):
         if j % width == 0:
-            keep[:, j : j + width] = choose(weight[:, j : j + width] ** 2 / upper.diagonal()[j : j + width] ** 2, pattern)
+            keep[:, j : j + width] = choose(
+                weight[:, j : j + width] ** 2 / upper.diagonal()[j : j + width] ** 2, pattern
+            )
         error = weight[:, j] * ~keep[:, j] / upper[j, j]
         weight[:, j:] -= error[:, None] * upper[j, j:]
         weight[~keep[:, j], j] = 0
@@ -84,7 +91,9 @@ def choose(scores: Tensor, pattern: Pattern) -> Tensor:
 
 
 @pytest.mark.parametrize("blocksize", [1, 7, 16, 18, 40, 128])
-@pytest.mark.parametrize("pattern", [NM(2, 4), NM(4, 8), NM(3, 5), NM(10, 20), Unstructured(0.5), Unstructured(0.3)], ids=repr)
+@pytest.mark.parametrize(
+    "pattern", [NM(2, 4), NM(4, 8), NM(3, 5), NM(10, 20), Unstructured(0.5), Unstructured(0.3)], ids=repr
+)
 def test_agrees_with_the_dense_algorithm(pattern, blocksize, weight, inputs):
     """Slabs that do not divide the 40 columns, tiles that are wider than a slab or a strip, sparsities that leave a remainder."""
     expected, mask = reference(weight, inputs, pattern, blocksize, damping=0.01)
@@ -121,7 +130,10 @@ def test_the_score_range_spans_all_tiles(pattern, columns):
     assert cut.columns == columns
 
 
-@pytest.mark.parametrize(("pattern", "blocksize", "columns"), [(NM(2, 4), 18, 16), (NM(3, 5), 16, 15), (NM(10, 20), 16, 20), (Unstructured(0.5), 18, 18)])
+@pytest.mark.parametrize(
+    ("pattern", "blocksize", "columns"),
+    [(NM(2, 4), 18, 16), (NM(3, 5), 16, 15), (NM(10, 20), 16, 20), (Unstructured(0.5), 18, 18)],
+)
 def test_slabs_hold_whole_tiles(pattern, blocksize, columns):
     assert SparseGPT(blocksize).columns(pattern) == columns
 
@@ -189,7 +201,9 @@ def test_a_weight_that_is_not_finite_names_the_layer(weight, inputs):
         pruned(SparseGPT(), weight, inputs, NM(2, 4))
 
 
-@pytest.mark.parametrize("settings", [{"blocksize": 0}, {"blocksize": 12.5}, {"damping": -0.01}, {"damping": float("nan")}, {"damping": "1"}])
+@pytest.mark.parametrize(
+    "settings", [{"blocksize": 0}, {"blocksize": 12.5}, {"damping": -0.01}, {"damping": float("nan")}, {"damping": "1"}]
+)
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(UserError, match=rf"method\.{next(iter(settings))}="):
         SparseGPT(**settings)
@@ -202,7 +216,9 @@ def test_impossible_settings_are_refused(settings):
 def test_linears_with_one_input_share_one_factor(scope, inputs_of_a_block, tiny_model, tokens, monkeypatch):
     calls = []
     inner = torch.linalg.cholesky_ex
-    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda *args, **kwargs: calls.append(args) or inner(*args, **kwargs))
+    monkeypatch.setattr(
+        torch.linalg, "cholesky_ex", lambda *args, **kwargs: calls.append(args) or inner(*args, **kwargs)
+    )
     layers = prune(tiny_model("llama"), tokens, "sparsegpt", scope=scope).layers
     assert sum(layer.damping_retries for layer in layers) == 0
     assert len(calls) == 2 * inputs_of_a_block  # two blocks

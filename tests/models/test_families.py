@@ -11,7 +11,22 @@ from transformers import AutoConfig
 
 from dass_exp.errors import UserError
 from dass_exp.models.decoder import decoder_of
-from dass_exp.models.families import DOWN, FAMILIES, FC1, FC2, GATE, GLU, PLAIN, READER_OF, SCOPES, UP, O, Q, Role, family_of
+from dass_exp.models.families import (
+    DOWN,
+    FAMILIES,
+    FC1,
+    FC2,
+    GATE,
+    GLU,
+    PLAIN,
+    READER_OF,
+    SCOPES,
+    UP,
+    O,
+    Q,
+    Role,
+    family_of,
+)
 from dass_exp.runs.context import Bench, SilentReporter
 
 LLAMA_ROLES = {
@@ -59,8 +74,12 @@ def test_a_site_is_the_rows_that_make_its_output(family, tiny_model, tokens):
     for site in decoder.sites(0, "all"):
         if site.matrix.expert is not None:
             continue
-        whole = site.matrix.module(torch.eye(site.matrix.in_features)) - (site.matrix.module.bias if site.matrix.module.bias is not None else 0)
-        rows = torch.arange(whole.shape[1]) if site.matrix.rows is None else torch.arange(whole.shape[1])[site.matrix.rows]
+        whole = site.matrix.module(torch.eye(site.matrix.in_features)) - (
+            site.matrix.module.bias if site.matrix.module.bias is not None else 0
+        )
+        rows = (
+            torch.arange(whole.shape[1]) if site.matrix.rows is None else torch.arange(whole.shape[1])[site.matrix.rows]
+        )
         torch.testing.assert_close(whole[:, rows].T, site.matrix.weight)
 
 
@@ -77,7 +96,10 @@ def test_roles_share_an_input_exactly_where_the_table_says_so(family, tiny_model
         for other in sites:
             first, second = seen[one.name], seen[other.name]
             shared = first.shape == second.shape and torch.equal(first, second)
-            parallel = {one.source, other.source} == {"attention", "mlp"} and family == "phi"  # attention and MLP read one norm
+            parallel = {one.source, other.source} == {
+                "attention",
+                "mlp",
+            } and family == "phi"  # attention and MLP read one norm
             assert shared == (one.source == other.source or parallel)
 
 
@@ -117,7 +139,9 @@ def test_queries_keys_and_values_are_what_they_are_called(family, tiny_model, to
     assert not torch.allclose(after_first_block(model, tokens), without)
 
 
-@pytest.mark.parametrize("family", sorted(name for name, family in FAMILIES.items() if GATE in family.places and family.experts is None))
+@pytest.mark.parametrize(
+    "family", sorted(name for name, family in FAMILIES.items() if GATE in family.places and family.experts is None)
+)
 def test_gate_and_up_are_what_they_are_called(family, tiny_model, tokens):
     """The neurons are linear in up, and not in gate."""
     model = tiny_model(family)
@@ -170,7 +194,10 @@ def test_a_run_of_a_gemma_begins_every_window_with_bos(family, tmp_path, short_t
     assert bench.calibration.ids.shape[1] == bench.windows.ids.shape[1] == 32
 
 
-@pytest.mark.parametrize(("family", "bos"), [("llama", "tokenizer"), ("mistral", "tokenizer"), ("gemma", "window"), ("gemma3_text", "window")])
+@pytest.mark.parametrize(
+    ("family", "bos"),
+    [("llama", "tokenizer"), ("mistral", "tokenizer"), ("gemma", "window"), ("gemma3_text", "window")],
+)
 def test_gemma_windows_start_with_bos(family, bos):
     assert FAMILIES[family].bos == bos
 
@@ -184,7 +211,10 @@ def test_a_family_that_looks_like_llama_is_tried_as_one_with_a_warning(tiny_mode
     model.config.model_type = "newcomer"
     decoder = decoder_of(model)
     assert [site.role for site in decoder.sites(0, "all")] == [role for role in Role if role not in PLAIN]
-    assert "model family 'newcomer' is in no table: it is taken for a LLaMA, with blocks: model.layers, q: self_attn.q_proj" in caplog.text
+    assert (
+        "model family 'newcomer' is in no table: it is taken for a LLaMA, with blocks: model.layers, q: self_attn.q_proj"
+        in caplog.text
+    )
 
 
 # --- what is refused
@@ -196,7 +226,9 @@ def test_an_unknown_family_is_refused_with_the_known_ones_and_the_lines_that_wou
         with pytest.raises(UserError, match="'mamba' is not known") as told:
             decoder_of(model)
         assert f"known: {', '.join(sorted(FAMILIES))}" in str(told.value)
-        assert "roles: {blocks: PATH, q: PATH, k: PATH, v: PATH, o: PATH, gate: PATH, up: PATH, down: PATH}" in str(told.value)
+        assert "roles: {blocks: PATH, q: PATH, k: PATH, v: PATH, o: PATH, gate: PATH, up: PATH, down: PATH}" in str(
+            told.value
+        )
 
 
 def test_a_model_without_a_config_is_named_by_its_class():
@@ -226,7 +258,13 @@ def test_given_roles_describe_an_unknown_family(tiny_model):
 
 
 def test_given_roles_may_describe_an_mlp_without_a_glu(tiny_model):
-    roles = {"blocks": "model.layers", **{role: LLAMA_ROLES[role] for role in "qkv"}, "o": "self_attn.dense", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+    roles = {
+        "blocks": "model.layers",
+        **{role: LLAMA_ROLES[role] for role in "qkv"},
+        "o": "self_attn.dense",
+        "fc1": "mlp.fc1",
+        "fc2": "mlp.fc2",
+    }
     decoder = decoder_of(tiny_model("phi"), roles)
     assert [site.role for site in decoder.sites(0, "mlp")] == [FC1, FC2]
     with pytest.raises(UserError, match="gate, up and down, or fc1 and fc2, not both"):

@@ -17,7 +17,9 @@ def test_a_pruned_model_saves_reloads_and_generates(family, tiny_model, tokens, 
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     for index in range(len(decoder_of(model).blocks)):
-        for site, other in zip(decoder_of(model).sites(index, "all"), decoder_of(again).sites(index, "all"), strict=True):
+        for site, other in zip(
+            decoder_of(model).sites(index, "all"), decoder_of(again).sites(index, "all"), strict=True
+        ):
             assert torch.equal(site.matrix.weight, other.matrix.weight), site.name
             assert (site.matrix.weight == 0).float().mean() == 0.5
     with torch.no_grad():

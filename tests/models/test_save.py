@@ -8,7 +8,16 @@ import shutil
 import pytest
 import torch
 import transformers
-from support import cell_fixture, command, compose, contains, results_fixture, run_with, short_texts_fixture, tiny_fixture  # noqa: F401 - fixtures
+from support import (
+    cell_fixture,
+    command,
+    compose,
+    contains,
+    results_fixture,
+    run_with,
+    short_texts_fixture,
+    tiny_fixture,
+)  # noqa: F401 - fixtures
 
 import dass_exp
 from dass_exp.errors import UserError
@@ -27,7 +36,9 @@ def place(tmp_path):
 def test_a_saved_model_is_what_was_scored(cell, place, method):
     record = run_with(*cell, f"method={method}", f"save={place}").record
     model = transformers.AutoModelForCausalLM.from_pretrained(place).eval()
-    again = run_with(*[part for part in cell if not part.startswith("model.")], f"model.path={place}", "method=dense").record
+    again = run_with(
+        *[part for part in cell if not part.startswith("model.")], f"model.path={place}", "method=dense"
+    ).record
     assert again["metrics"]["perplexity"] == record["metrics"]["perplexity"]
     if method != "dense":
         for layer in record["sparsity"]["layers"]:
@@ -51,7 +62,9 @@ def test_its_config_says_nothing_of_sparsity_and_its_manifest_all(cell, place):
 
 def test_scoring_it_again_says_what_it_is(cell, place):
     key = run_with(*cell, f"save={place}").record["key"]
-    again = run_with(*[part for part in cell if not part.startswith("model.")], f"model.path={place}", "method=dense").record
+    again = run_with(
+        *[part for part in cell if not part.startswith("model.")], f"model.path={place}", "method=dense"
+    ).record
     assert contains(again["protocol"]["model_note"], ["pruned by dass_exp: dass alpha=0.5", "2:4", key])
 
 
@@ -61,7 +74,9 @@ def test_the_digest_of_a_saved_model_is_of_its_weights_and_not_of_its_masks_or_m
     for name in ("masks.safetensors", "dass_exp.json"):
         (tmp_path / "bare" / name).unlink()
     cell = [part for part in cell if not part.startswith("model.")]
-    keys = {run_with(*cell, f"model.path={folder}", "method=dense").record["key"] for folder in (place, tmp_path / "bare")}
+    keys = {
+        run_with(*cell, f"model.path={folder}", "method=dense").record["key"] for folder in (place, tmp_path / "bare")
+    }
     assert len(keys) == 1
 
 
@@ -129,12 +144,19 @@ def test_a_disk_that_fills_up_leaves_nothing_behind_and_no_record(cell, place, r
         run_with(*cell, f"save={place}")
     assert not place.exists()
     assert list(place.parent.iterdir()) == []
-    pruned = [path for path in results.glob("runs/*/result.json") if json.loads(path.read_text())["config"]["method"]["name"] != "dense"]
+    pruned = [
+        path
+        for path in results.glob("runs/*/result.json")
+        if json.loads(path.read_text())["config"]["method"]["name"] != "dense"
+    ]
     assert pruned == []
 
 
 def test_a_checkpoint_that_is_replaced_is_never_half_there(tmp_path, tiny):
-    model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(tiny), transformers.AutoTokenizer.from_pretrained(tiny)
+    model, tokenizer = (
+        transformers.AutoModelForCausalLM.from_pretrained(tiny),
+        transformers.AutoTokenizer.from_pretrained(tiny),
+    )
     place = tmp_path / "saved"
     save_checkpoint(place, model, tokenizer, {}, {"key": "1", "told": "first"})
     before = {path.name: path.read_bytes() for path in place.iterdir()}

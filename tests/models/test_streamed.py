@@ -38,19 +38,27 @@ def saved(model, folder, **settings):
 
 @pytest.mark.parametrize("method", ["dass", "sparsegpt", "magnitude"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_weights_are_identical_and_both_perplexities_are_those_of_the_models(family, method, tiny_model, tokens, tmp_path):
+def test_weights_are_identical_and_both_perplexities_are_those_of_the_models(
+    family, method, tiny_model, tokens, tmp_path
+):
     resident, windows = tiny_model(family), tokens.flip(0)[:4]
     folder = saved(resident, tmp_path / "model")
     dense = perplexity(resident, windows, 2).window_nll
     prune_model(resident, tokens, method_of(method), NM(2, 4), Options("all", 2))
-    expected = {name: tensor for name, tensor in resident.state_dict().items() if name.startswith(tuple(f"{block}." for block in decoder_of(resident).names))}
+    expected = {
+        name: tensor
+        for name, tensor in resident.state_dict().items()
+        if name.startswith(tuple(f"{block}." for block in decoder_of(resident).names))
+    }
 
     model, layout = opened(folder)
     found: dict[str, torch.Tensor] = {}
     source = StreamedBlocks(model, layout, CPU, lambda index, weights: found.update(copy.deepcopy(dict(weights))))
     beside = StreamedPerplexity(model, windows, 2)
     done = []
-    options = Options("all", 2, source=source, before=beside.before, on_block=lambda report: done.append(beside.after(len(done))))
+    options = Options(
+        "all", 2, source=source, before=beside.before, on_block=lambda report: done.append(beside.after(len(done)))
+    )
     prune_model(model, tokens, method_of(method), NM(2, 4), options)
     source.stop()
     assert found.keys() == expected.keys()
@@ -122,14 +130,18 @@ def test_a_shard_that_goes_bad_on_the_way_is_named(tiny_model, tokens, tmp_path)
     last = Shards(folder)._files["model.layers.1.mlp.down_proj.weight"]
     (folder / last).write_bytes(b"nothing")
     with pytest.raises(UserError, match=f"{last} is damaged"):
-        prune_model(model, tokens, method_of("wanda"), NM(2, 4), Options("mlp", source=StreamedBlocks(model, layout, CPU)))
+        prune_model(
+            model, tokens, method_of("wanda"), NM(2, 4), Options("mlp", source=StreamedBlocks(model, layout, CPU))
+        )
 
 
 def test_a_checkpoint_without_the_prefix_of_the_model_is_read(tiny_model, tokens, tmp_path):
     """GPT-2's on the hub has no ``transformer.`` before its names."""
     model = tiny_model("gpt2")
     folder = saved(model, tmp_path / "model")
-    weights = {name.removeprefix("transformer."): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    weights = {
+        name.removeprefix("transformer."): tensor for name, tensor in load_file(folder / "model.safetensors").items()
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     streamed, layout = opened(folder)
     source = StreamedBlocks(streamed, layout, CPU)

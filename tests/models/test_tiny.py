@@ -19,11 +19,24 @@ from dass_exp.models.tiny import VARIANTS, Recipe
 from dass_exp.runs.identity import identity_of
 from dass_exp.runs.run import Bench, SilentReporter
 
-SMALL = {"vocabulary": 300, "hidden": 16, "layers": 1, "heads": 2, "glu_size": 32, "context": 16, "steps": 6, "batch": 2, "warmup": 1, "perplexity": 1e4}
+SMALL = {
+    "vocabulary": 300,
+    "hidden": 16,
+    "layers": 1,
+    "heads": 2,
+    "glu_size": 32,
+    "context": 16,
+    "steps": 6,
+    "batch": 2,
+    "warmup": 1,
+    "perplexity": 1e4,
+}
 
 
 def model_of(recipe):
-    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(recipe.mlp.model_type, **recipe.config()))
+    return transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(recipe.mlp.model_type, **recipe.config())
+    )
 
 
 @pytest.fixture
@@ -57,8 +70,12 @@ def test_a_variant_computes_what_it_is_called(variant, act):
 
 
 def test_every_variant_has_its_model_file():
-    assert {path.stem for path in (CONF / "model").glob("tiny_*.yaml")} == {Recipe(variant, 0).name for variant in VARIANTS}
-    assert {compose(f"model=tiny_{variant}").model.path for variant in VARIANTS} == {f"tiny:{variant}" for variant in VARIANTS}
+    assert {path.stem for path in (CONF / "model").glob("tiny_*.yaml")} == {
+        Recipe(variant, 0).name for variant in VARIANTS
+    }
+    assert {compose(f"model=tiny_{variant}").model.path for variant in VARIANTS} == {
+        f"tiny:{variant}" for variant in VARIANTS
+    }
 
 
 class Killed(Exception):
@@ -84,7 +101,11 @@ def test_a_training_that_was_killed_ends_in_the_same_weights(cache, monkeypatch)
     scratch = recipe.folder.with_name(f".training-{recipe.folder.name}")
     (scratch / "checkpoint-4").mkdir()  # what a kill leaves that comes while the second checkpoint is written
     (scratch / "checkpoint-4" / "model.safetensors").write_bytes(b"half")
-    monkeypatch.setattr(transformers.Trainer, "training_step", lambda *arguments, **settings: taken.append(None) or step(*arguments, **settings))
+    monkeypatch.setattr(
+        transformers.Trainer,
+        "training_step",
+        lambda *arguments, **settings: taken.append(None) or step(*arguments, **settings),
+    )
     again = load_file(train.train(recipe) / "model.safetensors")
     assert len(taken) == 4 + 4  # the steps from the checkpoint at 2 on, not all six
     assert whole.keys() == again.keys()
@@ -104,7 +125,9 @@ def test_a_trained_model_is_not_trained_again(cache, monkeypatch):
 
 def test_a_model_that_is_not_good_enough_is_not_kept(cache):
     recipe = Recipe("reglu", 0, **{**SMALL, "perplexity": 2.0})
-    with pytest.raises(UserError, match=r"tiny_reglu, training seed 0: held-out perplexity .*, above the 2.0 of its recipe"):
+    with pytest.raises(
+        UserError, match=r"tiny_reglu, training seed 0: held-out perplexity .*, above the 2.0 of its recipe"
+    ):
         train.train(recipe)
     assert not recipe.folder.exists()
 
@@ -140,10 +163,15 @@ def test_trainings_of_one_recipe_differ_in_their_weights_and_are_repetitions(cac
         found.append(identity_of(settings, bench.spec, bench.bos))
     assert bench.bos == "never"
     assert found[0]["model"] != found[1]["model"]
-    assert [one["trained"] for one in found] == [{"recipe": f"tiny:geglu@{known[0].digest}", "seed": seed} for seed in known]
+    assert [one["trained"] for one in found] == [
+        {"recipe": f"tiny:geglu@{known[0].digest}", "seed": seed} for seed in known
+    ]
 
 
 def test_the_digest_is_of_what_is_trained():
     digest = Recipe("swiglu", 0).digest
     assert Recipe("swiglu", 1).digest == digest == Recipe("swiglu", 0, perplexity=3.0).digest
-    assert len({Recipe(variant, 0).digest for variant in VARIANTS} | {Recipe("swiglu", 0, steps=3).digest}) == len(VARIANTS) + 1
+    assert (
+        len({Recipe(variant, 0).digest for variant in VARIANTS} | {Recipe("swiglu", 0, steps=3).digest})
+        == len(VARIANTS) + 1
+    )

@@ -37,7 +37,9 @@ def record_of(key: str, method: str, perplexity: float, alpha: float | None = No
     }
 
 
-def sheet_of(cells: dict[tuple[str, str], Entry | str], figure: Any = BARS, metric: str = "perplexity", records: Any = ()) -> ResultTable:
+def sheet_of(
+    cells: dict[tuple[str, str], Entry | str], figure: Any = BARS, metric: str = "perplexity", records: Any = ()
+) -> ResultTable:
     rows, columns = list(dict.fromkeys(row for row, _ in cells)), list(dict.fromkeys(column for _, column in cells))
     return ResultTable("table", "A title of the sheet", metric, rows, columns, cells, list(records), [], figure)
 
@@ -48,7 +50,14 @@ def one(value: float, stderr: float | None = None) -> Entry:
 
 def by_samples(seeds: int) -> list[dict[str, Any]]:
     return [
-        record_of(f"{method}{samples}{seed}", method, value + seed - samples, calibration={"num_samples": samples, "name": "c4"}, pattern=NM, seed=seed)
+        record_of(
+            f"{method}{samples}{seed}",
+            method,
+            value + seed - samples,
+            calibration={"num_samples": samples, "name": "c4"},
+            pattern=NM,
+            seed=seed,
+        )
         for method, value in (("wanda", 100.0), ("dass", 90.0))
         for samples in (1, 4, 16)
         for seed in range(seeds)
@@ -93,10 +102,14 @@ def test_bars_say_what_they_show(tmp_path):
 
 def test_bars_differ_by_more_than_colour(tmp_path):
     svg, _ = draw(sheet_of(PLAIN), tmp_path)
-    assert len(set(re.findall(r'<pattern id="(\w+)"', svg.read_text(encoding="utf-8")))) == 1  # the first bar is plain, the second hatched
+    assert (
+        len(set(re.findall(r'<pattern id="(\w+)"', svg.read_text(encoding="utf-8")))) == 1
+    )  # the first bar is plain, the second hatched
 
 
-@pytest.mark.parametrize(("entry", "told"), [(Entry((48.0, 52.0)), "standard deviation"), (one(50.0, 3.0), "standard error")])
+@pytest.mark.parametrize(
+    ("entry", "told"), [(Entry((48.0, 52.0)), "standard deviation"), (one(50.0, 3.0), "standard error")]
+)
 def test_error_bars_where_they_are_known(tmp_path, entry, told):
     without, _ = draw(sheet_of(PLAIN, metric="acc"), tmp_path / "a")
     svg, _ = draw(sheet_of(PLAIN | {("dass", "2:4"): entry}, metric="acc"), tmp_path / "b")
@@ -120,7 +133,11 @@ def test_dense_of_each_column_and_cells_without_a_number(tmp_path):
 
 
 def test_models_stand_in_panels_of_their_own(tmp_path):
-    cells = {(f"{model} {row}", "2:4"): one(value) for model in ("small", "large") for row, value in (("dense", 5.0), ("wanda", 9.0))}
+    cells = {
+        (f"{model} {row}", "2:4"): one(value)
+        for model in ("small", "large")
+        for row, value in (("dense", 5.0), ("wanda", 9.0))
+    }
     records = [record_of(model, "wanda", 9.0, model={"name": model}) for model in ("small", "large")]
     svg, _ = draw(sheet_of(cells, records=records), tmp_path)
     assert {"small, dense 5", "large, dense 5", "wanda", "dense"} <= set(texts(svg))
@@ -129,8 +146,12 @@ def test_models_stand_in_panels_of_their_own(tmp_path):
 @pytest.mark.parametrize("number", [3, 4, 5])
 def test_many_models_stand_two_in_a_row(tmp_path, number):
     names = [f"model{index}" for index in range(number)]
-    cells = {(f"{model} {row}", "2:4"): one(value) for model in names for row, value in (("dense", 5.0), ("wanda", 9.0))}
-    svg, _ = draw(sheet_of(cells, records=[record_of(model, "wanda", 9.0, model={"name": model}) for model in names]), tmp_path)
+    cells = {
+        (f"{model} {row}", "2:4"): one(value) for model in names for row, value in (("dense", 5.0), ("wanda", 9.0))
+    }
+    svg, _ = draw(
+        sheet_of(cells, records=[record_of(model, "wanda", 9.0, model={"name": model}) for model in names]), tmp_path
+    )
     assert {f"{model}, dense 5" for model in names} <= set(texts(svg))
     assert texts(svg).count("dense") == 1
     width, height = (float(side) for side in re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg.read_text()).groups())
@@ -155,7 +176,11 @@ def test_lines_over_samples_by_method_with_dense_as_a_level(tmp_path):
 
 
 def test_lines_over_alpha_by_pattern(tmp_path):
-    records = [record_of(f"{alpha}{pattern['name']}", "dass", 50 + alpha, pattern=pattern, alpha=alpha) for alpha in (0.0, 0.5) for pattern in (HALF, NM)]
+    records = [
+        record_of(f"{alpha}{pattern['name']}", "dass", 50 + alpha, pattern=pattern, alpha=alpha)
+        for alpha in (0.0, 0.5)
+        for pattern in (HALF, NM)
+    ]
     svg, _ = draw(sheet_of(PLAIN, {"kind": "line", "x": "method.alpha"}, records=records), tmp_path)
     assert {"50%", "2:4", "alpha", "0.5"} <= set(texts(svg))
     assert "dass" not in texts(svg)
@@ -177,7 +202,9 @@ def test_lines_of_mixed_protocols_are_not_averaged(tmp_path):
     records = by_samples(1) + [one | {"key": f"{one['key']}-long"} for one in by_samples(1)]
     for number, one in enumerate(records):
         one["protocol"], one["calibration"] = {"context": 512 if number < 6 else 2048}, None
-    sheet = replace(sheet_of(PLAIN, {"kind": "line", "x": "calibration.num_samples"}, records=records), mixed=("context",))
+    sheet = replace(
+        sheet_of(PLAIN, {"kind": "line", "x": "calibration.num_samples"}, records=records), mixed=("context",)
+    )
     svg, _ = draw(sheet, tmp_path)
     assert {"wanda context=512", "wanda context=2048", "dass context=512", "dass context=2048"} <= set(texts(svg))
     assert bars_of_errors(svg) == 0
@@ -192,7 +219,13 @@ def test_the_same_sheet_gives_the_same_bytes(tmp_path):
 def test_layers_by_block(tmp_path):
     record = record_of("0123", "wanda", 50.0, pattern=NM, scope="mlp")
     record["sparsity"]["layers"] = [
-        {"name": f"decoder.{block}.mlp.{role}", "role": role, "zeros": zeros, "size": 100, "block_error": None if block == 0 else 0.1 * block}
+        {
+            "name": f"decoder.{block}.mlp.{role}",
+            "role": role,
+            "zeros": zeros,
+            "size": 100,
+            "block_error": None if block == 0 else 0.1 * block,
+        }
         for block in range(3)
         for role, zeros in (("gate", 50), ("up", 50), ("down", 40))
     ]

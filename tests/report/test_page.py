@@ -21,24 +21,60 @@ from dass_exp.report.table import Entry, ResultTable
 
 HOSTILE = "<script>alert(1)</script>\"'&_$x$"
 CHROMIUM = shutil.which("chromium")
-ROWS = {"dense": 20.5, "wanda": 100.25, HOSTILE: 9.75, "dass alpha=0.5": 100.25, "dass alpha=0.25": 61.0, "magnitude": "failed"}
+ROWS = {
+    "dense": 20.5,
+    "wanda": 100.25,
+    HOSTILE: 9.75,
+    "dass alpha=0.5": 100.25,
+    "dass alpha=0.25": 61.0,
+    "magnitude": "failed",
+}
 
 
 def record_of(key: str, method: str, **environment: Any) -> dict[str, Any]:
-    config = {"model": {"name": "tiny"}, "method": {"name": method}, "pattern": {"name": "2:4"}, "scope": "mlp", "seed": 0, "calibration": None}
-    return {"key": key, "created": "2025-01-01T00:00:00Z", "config": config, "metrics": {}, "environment": {"torch": "2.13.0", "gpu": None} | environment}
+    config = {
+        "model": {"name": "tiny"},
+        "method": {"name": method},
+        "pattern": {"name": "2:4"},
+        "scope": "mlp",
+        "seed": 0,
+        "calibration": None,
+    }
+    return {
+        "key": key,
+        "created": "2025-01-01T00:00:00Z",
+        "config": config,
+        "metrics": {},
+        "environment": {"torch": "2.13.0", "gpu": None} | environment,
+    }
 
 
 @pytest.fixture
 def sheet() -> ResultTable:
     cells: dict[tuple[str, str], Entry | str] = {
-        (row, "2:4"): value if isinstance(value, str) else Entry((value,), keys=("aa11",), mark={61.0: "second", 9.75: "best"}.get(value, ""))
+        (row, "2:4"): value
+        if isinstance(value, str)
+        else Entry((value,), keys=("aa11",), mark={61.0: "second", 9.75: "best"}.get(value, ""))
         for row, value in ROWS.items()
     }
     cells[("dense", "4:8")] = Entry((20.0, 21.0))
-    records = [record_of("aa11", HOSTILE), record_of("bb22", "wanda", gpu="H100"), record_of("bb22", "wanda", gpu="H100")]
+    records = [
+        record_of("aa11", HOSTILE),
+        record_of("bb22", "wanda", gpu="H100"),
+        record_of("bb22", "wanda", gpu="H100"),
+    ]
     failed = [Cell(("method=magnitude", "pattern=2of4"), "failed", None, f"NumericalError: {HOSTILE}")]
-    return ResultTable("perplexity", f"Perplexity {HOSTILE}", "perplexity", list(ROWS), ["2:4", "4:8"], cells, records, failed, {"kind": "bars"})
+    return ResultTable(
+        "perplexity",
+        f"Perplexity {HOSTILE}",
+        "perplexity",
+        list(ROWS),
+        ["2:4", "4:8"],
+        cells,
+        records,
+        failed,
+        {"kind": "bars"},
+    )
 
 
 @pytest.fixture
@@ -114,12 +150,31 @@ def test_a_hostile_name_stays_text(report):
 
 def test_nothing_is_loaded_from_anywhere(report):
     source, tags = report.read_text(encoding="utf-8"), parsed(report)
-    loading = [(tag, value) for tag, attributes in tags.found for name, value in attributes.items() if name in ("src", "srcset", "data", "action", "poster")]
+    loading = [
+        (tag, value)
+        for tag, attributes in tags.found
+        for name, value in attributes.items()
+        if name in ("src", "srcset", "data", "action", "poster")
+    ]
     assert loading == []
-    assert not {tag for tag, _ in tags.found} & {"link", "img", "iframe", "object", "embed", "base", "image", "foreignobject"}
-    references = [value for _, attributes in tags.found for name, value in attributes.items() if name in ("href", "xlink:href")]
+    assert not {tag for tag, _ in tags.found} & {
+        "link",
+        "img",
+        "iframe",
+        "object",
+        "embed",
+        "base",
+        "image",
+        "foreignobject",
+    }
+    references = [
+        value for _, attributes in tags.found for name, value in attributes.items() if name in ("href", "xlink:href")
+    ]
     assert all(value.startswith(("#", "runs/")) for value in references)
-    assert {*re.findall(r"https?://[^\"'\s<)]*", source)} <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names of formats
+    assert {*re.findall(r"https?://[^\"'\s<)]*", source)} <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }  # names of formats
     assert "@import" not in source
     assert "default-src 'none'" in source
     assert all(match.startswith("#") for match in re.findall(r"url\(([^)]*)\)", source))
@@ -145,7 +200,9 @@ def in_browser(report: Path, script: str) -> str:
     """The page as Chromium has it after a script of the test, which the page's rule against foreign scripts is told to let pass beside its own."""
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     hooked = (
-        report.read_text(encoding="utf-8").replace("script-src ", f"script-src 'sha256-{allowed}' ").replace("</body>", f"<script>{script}</script></body>")
+        report.read_text(encoding="utf-8")
+        .replace("script-src ", f"script-src 'sha256-{allowed}' ")
+        .replace("</body>", f"<script>{script}</script></body>")
     )
     copy = report.with_name("hooked.html")
     copy.write_text(hooked, encoding="utf-8")
@@ -154,8 +211,17 @@ def in_browser(report: Path, script: str) -> str:
 
 def dumped(report: Path) -> str:
     profile = report.parent / "profile"
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", f"--user-data-dir={profile}"]
-    done = subprocess.run([CHROMIUM, *options, "--dump-dom", report.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--no-first-run",
+        f"--user-data-dir={profile}",
+    ]
+    done = subprocess.run(
+        [CHROMIUM, *options, "--dump-dom", report.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
     shutil.rmtree(profile, ignore_errors=True)
     return done.stdout
 
@@ -170,13 +236,23 @@ def click(column: int, times: int = 1) -> str:
     return f"for (let n = 0; n < {times}; n++) document.querySelectorAll('table.sortable')[0].tHead.rows[0].cells[{column}].querySelector('button').click();"
 
 
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium): the page was not opened in a browser")
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None,
+    reason="chromium is not installed (apt-get install chromium): the page was not opened in a browser",
+)
 
 
 @needs_chromium
 def test_the_page_sorts_in_a_browser(report):
     up = in_browser(report, click(1))
-    assert order(up) == [HOSTILE, "dense", "dass alpha=0.25", "wanda", "dass alpha=0.5", "magnitude"]  # as numbers; equal ones as they stood
+    assert order(up) == [
+        HOSTILE,
+        "dense",
+        "dass alpha=0.25",
+        "wanda",
+        "dass alpha=0.5",
+        "magnitude",
+    ]  # as numbers; equal ones as they stood
     assert 'aria-sort="ascending"' in up
     down = in_browser(report, click(1, times=2))
     assert order(down) == ["wanda", "dass alpha=0.5", "dass alpha=0.25", "dense", HOSTILE, "magnitude"]
@@ -187,6 +263,8 @@ def test_the_page_sorts_in_a_browser(report):
 
 @needs_chromium
 def test_no_script_but_ours_runs(report):
-    source = report.read_text(encoding="utf-8").replace("</body>", "<script>document.title = 'taken over'</script></body>")
+    source = report.read_text(encoding="utf-8").replace(
+        "</body>", "<script>document.title = 'taken over'</script></body>"
+    )
     report.write_text(source.replace("<main>", '<main><img src=x onerror="document.title = 1">'), encoding="utf-8")
     assert "<title>dass_exp: report</title>" in dumped(report)

@@ -15,7 +15,15 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from dass_exp.report.compare import as_markdown, as_rich, comparison, footnotes, settings_line
-from dass_exp.report.console import TerminalReporter, caption, method_label, pattern_label, scope_label, show, with_error
+from dass_exp.report.console import (
+    TerminalReporter,
+    caption,
+    method_label,
+    pattern_label,
+    scope_label,
+    show,
+    with_error,
+)
 from dass_exp.report.sweep_callback import Comparison, Sweep, note_cell
 
 NOTE = "dequantised from 4-bit weights (GGUF Q4_1)"
@@ -41,18 +49,33 @@ def record_of(method: str, perplexity: float, **method_settings: Any) -> dict[st
         },
         "identity": {"model": "offline:smollm2_135m@b179c9523d0e6a0f"},
         "protocol": {
-            "bos": "never", "dtype": "float32", "device": "cpu", "model_note": NOTE, "context": 512, "dataset": "wikipedia_mini", "split": "even",
-            "windows": 16, "lm_eval": "0.4.13", "limit": 20,
+            "bos": "never",
+            "dtype": "float32",
+            "device": "cpu",
+            "model_note": NOTE,
+            "context": 512,
+            "dataset": "wikipedia_mini",
+            "split": "even",
+            "windows": 16,
+            "lm_eval": "0.4.13",
+            "limit": 20,
         },
         "calibration": {"name": "c4_mini", "num_samples": 16, "seq_len": 512} if calibrated else None,
         "sparsity": {"scope": 0.5 * pruned, "decoder": 0.37 * pruned, "model": 0.29 * pruned, "layers": []},
         "metrics": {
             "perplexity": {"wikipedia_mini": perplexity},
             "tasks": {"piqa": task(0.6, 0.65), "winogrande": task(0.5), "arc_easy": task(0.4, 0.3)},
-            "mean_acc": 0.5, "mean_acc_norm": 0.48,
+            "mean_acc": 0.5,
+            "mean_acc_norm": 0.48,
         },
-        "cost": {"load_s": 1.0, "prune_s": 30.0 * pruned, "eval_s": 60.0, "peak_rss_bytes": 2_000_000_000, "peak_gpu_bytes": None},
-    }  # fmt: skip
+        "cost": {
+            "load_s": 1.0,
+            "prune_s": 30.0 * pruned,
+            "eval_s": 60.0,
+            "peak_rss_bytes": 2_000_000_000,
+            "peak_gpu_bytes": None,
+        },
+    }
 
 
 @pytest.fixture
@@ -72,9 +95,21 @@ def paper_record() -> dict[str, Any]:
     record = record_of("dass", 7.2, alpha=0.5, granularity="input")
     record["config"]["model"]["name"] = "llama2_7b"
     record["config"]["eval"]["perplexity"]["max_windows"] = None
-    record["protocol"] |= {"model_note": "", "context": 2048, "dataset": "wikitext2", "split": "test", "windows": 166, "limit": None}
+    record["protocol"] |= {
+        "model_note": "",
+        "context": 2048,
+        "dataset": "wikitext2",
+        "split": "test",
+        "windows": 166,
+        "limit": None,
+    }
     record["calibration"] = {"name": "c4", "num_samples": 128, "seq_len": 2048}
-    record["metrics"] = {"perplexity": {"wikitext2": 7.2}, "tasks": {"arc_easy": task(0.7, 0.6, "test")}, "mean_acc": 0.7, "mean_acc_norm": 0.6}
+    record["metrics"] = {
+        "perplexity": {"wikitext2": 7.2},
+        "tasks": {"arc_easy": task(0.7, 0.6, "test")},
+        "mean_acc": 0.7,
+        "mean_acc_norm": 0.6,
+    }
     return record
 
 
@@ -112,7 +147,10 @@ def test_labels_that_are_the_same_everywhere_stand_in_the_settings_line(demo):
     frame = comparison(demo)
     assert not {"model", "pattern", "scope", "seed"} & set(frame.columns)
     line = settings_line(demo)
-    assert all(label in line for label in ("2:4", "scope mlp", "dass alpha=0.5 granularity=input", "sparsegpt blocksize=128 damping=0.01"))
+    assert all(
+        label in line
+        for label in ("2:4", "scope mlp", "dass alpha=0.5 granularity=input", "sparsegpt blocksize=128 damping=0.01")
+    )
 
 
 @pytest.mark.parametrize(
@@ -191,7 +229,13 @@ def test_the_papers_own_protocol_has_no_footnote():
         (lambda record: record["protocol"].update(context=1024), "1024"),
         (lambda record: record["protocol"].update(limit=50), "first 50"),
         (lambda record: record["metrics"]["tasks"]["arc_easy"].update(split="validation"), "validation"),
-        (lambda record: (record["protocol"].update(windows=4), record["config"]["eval"]["perplexity"].update(max_windows=4)), "4 windows"),
+        (
+            lambda record: (
+                record["protocol"].update(windows=4),
+                record["config"]["eval"]["perplexity"].update(max_windows=4),
+            ),
+            "4 windows",
+        ),
     ],
     ids=["scope", "num_samples", "seq_len", "context", "limit", "split", "max_windows"],
 )
@@ -205,9 +249,15 @@ def test_each_difference_has_its_footnote(change, word):
 def test_the_caption_says_how_the_numbers_were_made(demo):
     text = caption(demo[4])
     for words in (
-        "offline:smollm2_135m@b179c9523d0e6a0f", NOTE, "float32", "16 x 512 tokens of c4_mini, seed 0", "16 windows of 512 tokens of wikipedia_mini (even)",
-        "lm-eval 0.4.13", "first 20 documents", "beginning-of-sequence token: never",
-    ):  # fmt: skip
+        "offline:smollm2_135m@b179c9523d0e6a0f",
+        NOTE,
+        "float32",
+        "16 x 512 tokens of c4_mini, seed 0",
+        "16 windows of 512 tokens of wikipedia_mini (even)",
+        "lm-eval 0.4.13",
+        "first 20 documents",
+        "beginning-of-sequence token: never",
+    ):
         assert words in text
 
 
@@ -217,7 +267,11 @@ def test_the_caption_of_dense_says_nothing_of_calibration(demo):
 
 def test_labels():
     config = record_of("dass", 1.0, alpha=0.5, granularity="input")["config"]
-    assert (method_label(config), pattern_label(config), scope_label(config)) == ("dass alpha=0.5 granularity=input", "2:4", "scope mlp")
+    assert (method_label(config), pattern_label(config), scope_label(config)) == (
+        "dass alpha=0.5 granularity=input",
+        "2:4",
+        "scope mlp",
+    )
     dense = record_of("dense", 1.0)["config"]
     assert (method_label(dense), pattern_label(dense), scope_label(dense)) == ("dense", "", "")
     assert with_error({"acc": 0.456, "acc_stderr": 0.0123}, "acc") == "45.6 ± 1.2"
@@ -229,10 +283,22 @@ def test_labels():
 def test_the_summary_shows_pruned_beside_dense_and_the_record(demo, capsys):
     show(demo[4], demo[0], Path("results/runs/x/result.json"), found=True)
     text = capsys.readouterr().out
-    rows = {label: next(line for line in text.splitlines() if label in line) for label in ("perplexity wikipedia_mini", "sparsity of the scope %")}
+    rows = {
+        label: next(line for line in text.splitlines() if label in line)
+        for label in ("perplexity wikipedia_mini", "sparsity of the scope %")
+    }
     assert re.findall(r"[\d.]+", rows["perplexity wikipedia_mini"]) == ["20.40", "85.30"]
     assert re.findall(r"[\d.]+", rows["sparsity of the scope %"]) == ["0.0", "50.0"]
-    for words in ("piqa acc %", "piqa acc_norm %", "60.0 ± 5.0", "mean acc %", "29.0", "37.0", "peak memory GB", "found results/runs/x/result.json"):
+    for words in (
+        "piqa acc %",
+        "piqa acc_norm %",
+        "60.0 ± 5.0",
+        "mean acc %",
+        "29.0",
+        "37.0",
+        "peak memory GB",
+        "found results/runs/x/result.json",
+    ):
         assert words in text, words
 
 
@@ -267,7 +333,10 @@ def sweep(tmp_path, demo):
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(record))
         note_cell(tmp_path / "sweep" / str(number), {"status": "done", "overrides": [], "record": str(path)})
-    note_cell(tmp_path / "sweep" / "10", {"status": "failed", "overrides": ["method.alpha=-1"], "error": "method.alpha=-1: no"})
+    note_cell(
+        tmp_path / "sweep" / "10",
+        {"status": "failed", "overrides": ["method.alpha=-1"], "error": "method.alpha=-1: no"},
+    )
     return OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path / "sweep")}}, "sweep": {"title": "Every method"}})
 
 
@@ -282,7 +351,9 @@ def test_after_a_sweep_its_cells_stand_side_by_side(sweep, capsys, caplog):
     text, folder = capsys.readouterr().out, Path(sweep.hydra.sweep.dir)
     kept = (folder / "comparison.md").read_text()
     for shown in (text, kept):
-        assert all(words in shown for words in ("Every method", "745.00", "20.40", "16 x 512 tokens of c4_mini", "4-bit"))
+        assert all(
+            words in shown for words in ("Every method", "745.00", "20.40", "16 x 512 tokens of c4_mini", "4-bit")
+        )
     assert "paper" in text
     assert str(folder / "comparison.md") in text
     assert Sweep.failed == 1

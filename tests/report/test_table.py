@@ -19,7 +19,13 @@ from dass_exp.report.write import caption, format_entry, latex, latex_beside, ma
 from dass_exp.report.write import comma_separated as long_csv
 
 HEAD = published.as_rows([])
-LAYOUT = {"title": "Perplexity of every method", "rows": "method", "columns": "pattern", "metric": "perplexity", "figure": {"kind": "bars"}}
+LAYOUT = {
+    "title": "Perplexity of every method",
+    "rows": "method",
+    "columns": "pattern",
+    "metric": "perplexity",
+    "figure": {"kind": "bars"},
+}
 ACCURACY = {"title": "Accuracy", "rows": ["pattern", "method"], "columns": "task", "metric": "acc"}
 
 
@@ -41,18 +47,31 @@ def record(method, nll, pattern="2:4", seed=0, scope="mlp", **changes):
         },
         "identity": {"model": "offline:smollm2_135m@b179", "method": {"class": method}, "seed": seed},
         "protocol": {
-            "bos": "never", "dtype": "float32", "device": "cpu", "model_note": "4-bit", "context": 512, "dataset": "wikipedia_mini", "split": "even",
-            "windows": len(nll), "windows_sha256": "f00", "lm_eval": "0.4.13", "limit": 20,
+            "bos": "never",
+            "dtype": "float32",
+            "device": "cpu",
+            "model_note": "4-bit",
+            "context": 512,
+            "dataset": "wikipedia_mini",
+            "split": "even",
+            "windows": len(nll),
+            "windows_sha256": "f00",
+            "lm_eval": "0.4.13",
+            "limit": 20,
         },
-        "calibration": None if dense else {"name": "c4_mini", "num_samples": changes.get("num_samples", 16), "seq_len": 512},
+        "calibration": None
+        if dense
+        else {"name": "c4_mini", "num_samples": changes.get("num_samples", 16), "seq_len": 512},
         "sparsity": {"layers": []},
         "metrics": {
-            "perplexity": {"wikipedia_mini": sum(nll) / len(nll)}, "window_nll": {"wikipedia_mini": list(nll)},
-            "tasks": changes.get("tasks", {}), **changes.get("means", {}),
+            "perplexity": {"wikipedia_mini": sum(nll) / len(nll)},
+            "window_nll": {"wikipedia_mini": list(nll)},
+            "tasks": changes.get("tasks", {}),
+            **changes.get("means", {}),
         },
         "cost": {"prune_s": 2.0, "peak_rss_bytes": 1.5e9, "peak_gpu_bytes": None},
         "environment": {},
-    }  # fmt: skip
+    }
 
 
 def four(best=1.0):
@@ -65,7 +84,9 @@ def four(best=1.0):
 
 
 def sheet_of(records, layout=LAYOUT, **options):
-    return build("perplexity", layout, records, [], options.pop("results", __import__("pathlib").Path("/nowhere")), **options)
+    return build(
+        "perplexity", layout, records, [], options.pop("results", __import__("pathlib").Path("/nowhere")), **options
+    )
 
 
 def test_dense_is_on_top_and_fills_every_column():
@@ -79,12 +100,19 @@ def test_dense_is_on_top_and_fills_every_column():
 def test_best_and_second_are_marked_where_they_stand_apart():
     cells = sheet_of(four()).cells
     assert {row: cells[(row, "2:4")].mark for row in ("dense", "dass", "wanda", "magnitude")} == {
-        "dense": "", "dass": "best", "wanda": "second", "magnitude": "",
-    }  # fmt: skip
+        "dense": "",
+        "dass": "best",
+        "wanda": "second",
+        "magnitude": "",
+    }
 
 
 def test_nothing_is_marked_inside_the_noise():
-    records = [record("wanda", [5.0, 5.5, 5.2, 5.9]), record("dass", [5.5, 4.9, 5.3, 5.7]), record("magnitude", [9.0, 9.5, 9.2, 9.9])]
+    records = [
+        record("wanda", [5.0, 5.5, 5.2, 5.9]),
+        record("dass", [5.5, 4.9, 5.3, 5.7]),
+        record("magnitude", [9.0, 9.5, 9.2, 9.9]),
+    ]
     assert not any(entry.mark for entry in sheet_of(records).cells.values())
 
 
@@ -100,7 +128,10 @@ def test_a_record_that_two_cells_share_counts_once():
     assert sheet_of([one, one]).cells[("wanda", "2:4")].values == (2.0,)
 
 
-@pytest.mark.parametrize(("changes", "word"), [({"scope": "all"}, "scope: all, mlp"), ({"num_samples": 64}, "calibration.num_samples: 16, 64")])
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [({"scope": "all"}, "scope: all, mlp"), ({"num_samples": 64}, "calibration.num_samples: 16, 64")],
+)
 def test_protocols_are_not_mixed_unless_asked(changes, word):
     records = [record("wanda", [1.0, 2.0]), record("dass", [1.0, 2.0], **changes)]
     with pytest.raises(UserError, match=word):
@@ -127,7 +158,10 @@ def tasks(acc):
 
 def test_accuracy_is_paired_over_documents_and_ranked_within_a_pattern(tmp_path):
     outcomes = {"wanda": [1.0] * 8, "magnitude": [0.0] * 8}
-    records = [record(method, [1.0, 2.0], tasks=tasks(sum(found) / 8), means={"mean_acc": sum(found) / 8}) for method, found in outcomes.items()]
+    records = [
+        record(method, [1.0, 2.0], tasks=tasks(sum(found) / 8), means={"mean_acc": sum(found) / 8})
+        for method, found in outcomes.items()
+    ]
     for one in records:
         folder = tmp_path / "runs" / one["key"]
         folder.mkdir(parents=True)
@@ -140,7 +174,10 @@ def test_accuracy_is_paired_over_documents_and_ranked_within_a_pattern(tmp_path)
 
 def test_costs_have_their_units():
     sheet = sheet_of([record("wanda", [1.0, 2.0])], {**LAYOUT, "columns": "cost", "metric": "cost"})
-    assert {column: entry.mean for (_, column), entry in sheet.cells.items()} == {"seconds to prune": 2.0, "peak memory GB": 1.5}
+    assert {column: entry.mean for (_, column), entry in sheet.cells.items()} == {
+        "seconds to prune": 2.0,
+        "peak memory GB": 1.5,
+    }
 
 
 def test_the_written_forms_agree(tmp_path):
@@ -152,13 +189,23 @@ def test_the_written_forms_agree(tmp_path):
     assert "| wanda | <u>5.40</u> |" in text
     assert text.endswith("a note\n")
     rows = list(csv.DictReader(paths[1].open()))
-    assert {row["row"]: float(row["mean"]) for row in rows} == {row: sheet.cells[(row, "2:4")].mean for row in sheet.rows}
+    assert {row["row"]: float(row["mean"]) for row in rows} == {
+        row: sheet.cells[(row, "2:4")].mean for row in sheet.rows
+    }
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
 
 
 def test_the_caption_states_the_protocol():
     said = caption(sheet_of(four()))
-    for part in ("offline:smollm2_135m@b179 (4-bit)", "float32", "scope mlp", "16 x 512 tokens of c4_mini", "seeds 0", "4 windows of 512 tokens", "never"):
+    for part in (
+        "offline:smollm2_135m@b179 (4-bit)",
+        "float32",
+        "scope mlp",
+        "16 x 512 tokens of c4_mini",
+        "seeds 0",
+        "4 windows of 512 tokens",
+        "never",
+    ):
         assert part in said
 
 
@@ -173,8 +220,20 @@ def test_latex_escapes_and_marks():
 def test_published_figures_are_in_all_three_forms(tmp_path):
     rows = published.as_rows([published.Published("llama2_7b wanda 2:4", 11.5, 11.02, "a_paper", "outside 2% (4.4%)")])
     written = write(sheet_of(four()), tmp_path, "a note", rows)
-    assert [path.name for path in written] == ["perplexity.md", "perplexity.csv", "perplexity.tex", "perplexity-published.csv"]
-    assert list(csv.reader(written[3].read_text().splitlines()))[1] == ["llama2_7b wanda 2:4", "11.50", "11.02", "+0.48", "a_paper", "outside 2% (4.4%)"]
+    assert [path.name for path in written] == [
+        "perplexity.md",
+        "perplexity.csv",
+        "perplexity.tex",
+        "perplexity-published.csv",
+    ]
+    assert list(csv.reader(written[3].read_text().splitlines()))[1] == [
+        "llama2_7b wanda 2:4",
+        "11.50",
+        "11.02",
+        "+0.48",
+        "a_paper",
+        "outside 2% (4.4%)",
+    ]
     assert r"a\_paper & outside 2\% (4.4\%) \\" in written[2].read_text()
     assert len(write(sheet_of(four()), tmp_path, "a note", HEAD)) == 3
     assert not written[3].exists()  # what no longer has a counterpart goes
@@ -182,10 +241,20 @@ def test_published_figures_are_in_all_three_forms(tmp_path):
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no TeX is installed")
 def test_latex_compiles(tmp_path):
-    figures = published.as_rows([published.Published("llama2_7b wanda 50%", 11.5, 11.02, "a_paper", "outside 2% (4.4%)")])
+    figures = published.as_rows(
+        [published.Published("llama2_7b wanda 50%", 11.5, 11.02, "a_paper", "outside 2% (4.4%)")]
+    )
     body = latex(sheet_of(four())) + latex_beside(sheet_of(four()), figures)
-    (tmp_path / "t.tex").write_text(f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}{body}\\end{{document}}")
-    done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    (tmp_path / "t.tex").write_text(
+        f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}{body}\\end{{document}}"
+    )
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -211,7 +280,14 @@ def llama(method="wanda", context=2048, scope="all", value=6.9):
 
 
 def row(**changes):
-    base = {"source": "somewhere", "model": "llama3.1_8b", "scope": "all", "pattern": "50%", "method": "wanda", "metric": "perplexity"}
+    base = {
+        "source": "somewhere",
+        "model": "llama3.1_8b",
+        "scope": "all",
+        "pattern": "50%",
+        "method": "wanda",
+        "metric": "perplexity",
+    }
     return {**base, "dataset": "wikitext2", "context": "2048", "value": "7.0", "note": "", **changes}
 
 
@@ -221,14 +297,26 @@ def test_a_published_number_of_the_same_kind_is_found_with_a_verdict():
     assert published.beside([llama(value=7.7)], [row()])[0].verdict == "outside 2% (10.0%)"
 
 
-@pytest.mark.parametrize("changes", [{"context": "4096"}, {"scope": "mlp"}, {"pattern": "2:4"}, {"method": "dass"}, {"model": "llama2_7b"}, {"dataset": "c4"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"context": "4096"},
+        {"scope": "mlp"},
+        {"pattern": "2:4"},
+        {"method": "dass"},
+        {"model": "llama2_7b"},
+        {"dataset": "c4"},
+    ],
+)
 def test_another_protocol_is_no_counterpart(changes):
     assert published.beside([llama()], [row(**changes)]) == []
     assert "No published number on file" in published.as_markdown([])
 
 
 def test_a_source_that_does_not_state_its_metric_gets_no_verdict():
-    assert published.beside([llama()], [row(note="acc vs acc_norm not stated (harness default)")])[0].verdict.startswith("no verdict")
+    assert published.beside([llama()], [row(note="acc vs acc_norm not stated (harness default)")])[
+        0
+    ].verdict.startswith("no verdict")
 
 
 def test_a_users_own_rows_count(tmp_path):
@@ -255,7 +343,13 @@ def test_failed_cells_and_entries_have_defaults():
 
 
 def failed(method, pattern="2:4", **settings):
-    config = {"model": {"name": "smollm2_135m"}, "method": {"name": method, **settings}, "pattern": pattern and {"name": pattern}, "scope": "mlp", "seed": 0}
+    config = {
+        "model": {"name": "smollm2_135m"},
+        "method": {"name": method, **settings},
+        "pattern": pattern and {"name": pattern},
+        "scope": "mlp",
+        "seed": 0,
+    }
     return Cell((f"method={method}",), "failed", None, "the method went wrong", config)
 
 
@@ -265,7 +359,8 @@ def laid_out(records, cells, layout=LAYOUT):
 
 def test_a_failed_cell_stands_in_its_place():
     sheet = laid_out(
-        [*four(), record("wanda", [8.0, 9.0, 8.0, 9.0], pattern="4:8")], [failed("sparsegpt", "4:8", damping=0.0), failed("dass", "4:8", alpha=0.5)]
+        [*four(), record("wanda", [8.0, 9.0, 8.0, 9.0], pattern="4:8")],
+        [failed("sparsegpt", "4:8", damping=0.0), failed("dass", "4:8", alpha=0.5)],
     )
     assert sheet.cells[("sparsegpt", "4:8")] == "failed"
     assert sheet.cells[("dass", "4:8")] == "failed"
@@ -287,7 +382,9 @@ def test_a_seed_that_failed_does_not_hide_those_that_went_well():
 
 
 def test_a_failed_cell_of_an_accuracy_table_failed_in_all_tasks():
-    sheet = laid_out([record("wanda", [1.0, 2.0], tasks=tasks(0.5), means={"mean_acc": 0.5})], [failed("dass")], ACCURACY)
+    sheet = laid_out(
+        [record("wanda", [1.0, 2.0], tasks=tasks(0.5), means={"mean_acc": 0.5})], [failed("dass")], ACCURACY
+    )
     assert [sheet.cells[("2:4 dass", column)] for column in sheet.columns] == ["failed"] * 2
     assert sheet.columns == ["piqa", "mean"]
 
@@ -323,8 +420,14 @@ def test_mixed_protocols_keep_their_dense_rows_apart():
     ("text", "told"),
     [
         ("source,model\nx,y\n", "no column scope, pattern, method"),
-        ("source,model,scope,pattern,method,metric,dataset,context,value\na,b,c,d,e,f,g,h,many\n", "line 2: value='many': expected a number"),
-        ("source,model,scope,pattern,method,metric,dataset,context,value\na,b,c,d,e,f,g,h\n", "line 2: value=None: expected a number"),
+        (
+            "source,model,scope,pattern,method,metric,dataset,context,value\na,b,c,d,e,f,g,h,many\n",
+            "line 2: value='many': expected a number",
+        ),
+        (
+            "source,model,scope,pattern,method,metric,dataset,context,value\na,b,c,d,e,f,g,h\n",
+            "line 2: value=None: expected a number",
+        ),
     ],
 )
 def test_a_reference_that_cannot_be_read_is_told(tmp_path, text, told):
@@ -334,8 +437,7 @@ def test_a_reference_that_cannot_be_read_is_told(tmp_path, text, told):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [("dtype", "bfloat16"), ("bos", "window"), ("windows_sha256", "other"), ("split", "odd")],
+    ("field", "value"), [("dtype", "bfloat16"), ("bos", "window"), ("windows_sha256", "other"), ("split", "odd")]
 )
 def test_records_of_one_model_that_were_made_differently_are_no_seeds_of_each_other(field, value):
     one, other = record("wanda", [5.0, 5.5]), record("wanda", [6.0, 6.5])
@@ -361,13 +463,41 @@ def test_whatever_else_differs_between_records_of_one_cell_is_found_in_their_ide
 
 
 def test_methods_are_ranked_within_a_model():
-    small = [record(method, nll) for method, nll in (("wanda", [5.0, 5.5, 5.2, 5.9]), ("dass", [4.0, 4.5, 4.2, 4.9]), ("dense", [3.0, 3.1, 3.2, 3.3]))]
-    large = [record(method, nll) for method, nll in (("wanda", [1.0, 1.5, 1.2, 1.9]), ("dass", [2.0, 2.5, 2.2, 2.9]), ("dense", [0.5, 0.6, 0.7, 0.8]))]
+    small = [
+        record(method, nll)
+        for method, nll in (
+            ("wanda", [5.0, 5.5, 5.2, 5.9]),
+            ("dass", [4.0, 4.5, 4.2, 4.9]),
+            ("dense", [3.0, 3.1, 3.2, 3.3]),
+        )
+    ]
+    large = [
+        record(method, nll)
+        for method, nll in (
+            ("wanda", [1.0, 1.5, 1.2, 1.9]),
+            ("dass", [2.0, 2.5, 2.2, 2.9]),
+            ("dense", [0.5, 0.6, 0.7, 0.8]),
+        )
+    ]
     for one in large:
-        one["config"]["model"]["name"], one["key"], one["identity"] = "large", f"large-{one['key']}", one["identity"] | {"model": "large"}
+        one["config"]["model"]["name"], one["key"], one["identity"] = (
+            "large",
+            f"large-{one['key']}",
+            one["identity"] | {"model": "large"},
+        )
     sheet = sheet_of([*small, *large])
-    assert sheet.rows == ["smollm2_135m dense", "smollm2_135m wanda", "smollm2_135m dass", "large dense", "large wanda", "large dass"]
-    assert {row: entry.mark for (row, _), entry in sheet.cells.items() if entry.mark == "best"} == {"smollm2_135m dass": "best", "large wanda": "best"}
+    assert sheet.rows == [
+        "smollm2_135m dense",
+        "smollm2_135m wanda",
+        "smollm2_135m dass",
+        "large dense",
+        "large wanda",
+        "large dass",
+    ]
+    assert {row: entry.mark for (row, _), entry in sheet.cells.items() if entry.mark == "best"} == {
+        "smollm2_135m dass": "best",
+        "large wanda": "best",
+    }
     assert latex(sheet).count(r"\midrule") == 4  # behind the head, behind each dense row, before the second
 
 
@@ -401,12 +531,20 @@ def test_a_reference_in_another_encoding_is_told(tmp_path):
 
 def trained(method, nll, training, recipe="tiny:swiglu@1"):
     made = record(method, nll)
-    identity = {**made["identity"], "model": f"tiny:swiglu@weights{training}", "trained": {"recipe": recipe, "seed": training}}
+    identity = {
+        **made["identity"],
+        "model": f"tiny:swiglu@weights{training}",
+        "trained": {"recipe": recipe, "seed": training},
+    }
     return {**made, "key": f"{method}-{training}", "identity": identity}
 
 
 def test_the_trainings_of_one_recipe_are_averaged():
-    records = [trained(method, [value + training] * 4, training) for method, value in (("dense", 1.0), ("wanda", 3.0)) for training in (0, 1, 2)]
+    records = [
+        trained(method, [value + training] * 4, training)
+        for method, value in (("dense", 1.0), ("wanda", 3.0))
+        for training in (0, 1, 2)
+    ]
     sheet = sheet_of(records)
     assert sheet.rows == ["dense", "wanda"]
     assert sheet.cells["dense", "2:4"].values == (1.0, 2.0, 3.0)
@@ -415,7 +553,9 @@ def test_the_trainings_of_one_recipe_are_averaged():
 
 
 def test_what_a_sweep_says_of_itself_stands_in_the_caption():
-    assert caption(sheet_of(four(), {**LAYOUT, "note": "Small models only.\n"})).endswith("from the next. Small models only.")
+    assert caption(sheet_of(four(), {**LAYOUT, "note": "Small models only.\n"})).endswith(
+        "from the next. Small models only."
+    )
 
 
 def test_trainings_of_two_recipes_are_not():

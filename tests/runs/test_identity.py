@@ -73,7 +73,10 @@ OUTSIDE = {
     "eval.name": "eval.name=other",
     "eval.batch_size": "eval.batch_size=1",
     "protocol.name": "protocol.name=other",
-    **{f"protocol.{axis}": f"protocol.{axis}=other" for axis in ("models", "perplexity_eval", "patterns", "samples", "sample_length", "sources", "sparsities")},
+    **{
+        f"protocol.{axis}": f"protocol.{axis}=other"
+        for axis in ("models", "perplexity_eval", "patterns", "samples", "sample_length", "sources", "sparsities")
+    },
     "plan": "plan=true",
     "tracker._target_": "tracker=none",
     "tracker.project": "tracker.project=other",
@@ -86,9 +89,15 @@ OUTSIDE = {
     "plugins": "plugins=[another]",
 }
 ELSEWHERE = {  # covered by tests of their own below (the training seed: test_tiny.py), or by no number
-    "model.path", "model.revision", "model.device", "model.training_seed",
-    "sweep", "eval.perplexity.name", "calibration.text._target_", "eval.perplexity.text._target_",
-}  # fmt: skip
+    "model.path",
+    "model.revision",
+    "model.device",
+    "model.training_seed",
+    "sweep",
+    "eval.perplexity.name",
+    "calibration.text._target_",
+    "eval.perplexity.text._target_",
+}
 
 
 def leaves(node: Any, where: str = "") -> set[str]:
@@ -139,7 +148,10 @@ def test_a_setting_that_changes_no_number_leaves_the_key(tiny, base, override):
         (["method.granularity=output", "method.alpha=0.25"], ["method.granularity=output", "method.alpha=1"]),
         (["method=sparsegpt", "method.damping=1"], ["method=sparsegpt", "method.damping=1.0"]),
         (["eval.zeroshot.tasks=[piqa,boolq]"], ["eval.zeroshot.tasks=[boolq,piqa]"]),
-        (["calibration.sampling=document"], ["calibration.sampling=document", "calibration.separator=x"]),  # nothing is joined there
+        (
+            ["calibration.sampling=document"],
+            ["calibration.sampling=document", "calibration.separator=x"],
+        ),  # nothing is joined there
         (["protocol=demo"], ["calibration=c4_mini", "eval=mini"]),
     ],
     ids=" ".join,
@@ -149,7 +161,14 @@ def test_equal_settings_have_equal_keys(tiny, one, other):
         assert key_with(tiny, *one) == key_with(tiny, *other)
 
 
-PRUNING = ["pattern=4of8", "scope=all", "seed=3", "calibration.num_samples=3", "calibration.seq_len=99", "calibration.text.asset=wikipedia"]
+PRUNING = [
+    "pattern=4of8",
+    "scope=all",
+    "seed=3",
+    "calibration.num_samples=3",
+    "calibration.seq_len=99",
+    "calibration.text.asset=wikipedia",
+]
 
 
 @pytest.mark.parametrize("override", PRUNING)
@@ -179,7 +198,9 @@ def test_each_method_and_each_of_its_settings_has_a_key_of_its_own(tiny):
     assert len({key_with(tiny, *overrides) for overrides in runs}) == len(runs)
 
 
-@pytest.mark.parametrize(("owner", "name"), [(key_module, "ENGINE_VERSION"), (key_module, "EVALUATION_VERSION"), (Dass, "version")])
+@pytest.mark.parametrize(
+    ("owner", "name"), [(key_module, "ENGINE_VERSION"), (key_module, "EVALUATION_VERSION"), (Dass, "version")]
+)
 def test_a_raised_version_changes_the_key(tiny, base, monkeypatch, owner, name):
     monkeypatch.setattr(owner, name, getattr(owner, name) + 1)
     assert key_with(tiny) != base
@@ -201,7 +222,10 @@ def test_the_version_of_lm_eval_is_in_the_key_of_zero_shot_runs_only(tiny, base,
 def test_the_type_of_device_is_in_the_key(tiny, base):
     settings = settings_of(f"model.path={tiny}")
     bench = Bench(settings, SilentReporter())
-    on = {device: key_of(settings, dataclasses.replace(bench.spec, device=torch.device(device)), bench.bos) for device in ("cuda:0", "cuda:1", "cpu")}
+    on = {
+        device: key_of(settings, dataclasses.replace(bench.spec, device=torch.device(device)), bench.bos)
+        for device in ("cuda:0", "cuda:1", "cpu")
+    }
     assert on["cuda:0"] == on["cuda:1"] != on["cpu"]
 
 
@@ -274,24 +298,40 @@ def hub_fixture(tmp_path, tiny):
 def test_a_hub_model_is_known_by_its_commit(hub):
     """In a process of its own: the hub's client looks at the environment when it is imported."""
     base = [
-        "method=wanda", "eval=ppl_mini", "eval.perplexity.context=32", "eval.perplexity.max_windows=4", "calibration.num_samples=4", "calibration.seq_len=32",
-        "tracker=none", f"results_dir={hub}/results", "model.path=some/model",
-    ]  # fmt: skip
+        "method=wanda",
+        "eval=ppl_mini",
+        "eval.perplexity.context=32",
+        "eval.perplexity.max_windows=4",
+        "calibration.num_samples=4",
+        "calibration.seq_len=32",
+        "tracker=none",
+        f"results_dir={hub}/results",
+        "model.path=some/model",
+    ]
     for more in (["model.placement=resident"], ["model.revision=v2", "model.placement=stream", f"save={hub}/saved"]):
         done = command(*base, *more, folder=hub, HF_HOME=str(hub), HF_HUB_CACHE=str(hub / "hub"))
         assert done.returncode == 0, done.stderr
     records = {path.parent.name: json.loads(path.read_text()) for path in hub.glob("results/runs/*/result.json")}
     models_seen = [record["identity"]["model"] for record in records.values()]
-    assert sorted(models_seen) == 2 * ["some/model@" + "c0ffee" * 6 + "c0ff"] + 2 * ["some/model@" + "decade" * 6 + "deca"]
+    assert sorted(models_seen) == 2 * ["some/model@" + "c0ffee" * 6 + "c0ff"] + 2 * [
+        "some/model@" + "decade" * 6 + "deca"
+    ]
     assert (hub / "saved" / "model.safetensors.index.json").is_file()
-    assert "it cannot be loaded" in command(*base[:-1], "model.path=some/other", folder=hub, HF_HOME=str(hub), HF_HUB_CACHE=str(hub / "hub")).stderr
+    assert (
+        "it cannot be loaded"
+        in command(
+            *base[:-1], "model.path=some/other", folder=hub, HF_HOME=str(hub), HF_HUB_CACHE=str(hub / "hub")
+        ).stderr
+    )
 
 
 def test_the_rule_for_starved_experts_is_in_the_key_of_a_mixture_only(tiny):
     dense = models.identify(settings_of(f"model.path={tiny}").config.model)
     mixture = dataclasses.replace(dense, config=transformers.MixtralConfig())
     keys = {
-        (spec is mixture, method): {key_of(settings_of(f"method={method}", f"experts.min_tokens={number}"), spec, "never") for number in (1, 2)}
+        (spec is mixture, method): {
+            key_of(settings_of(f"method={method}", f"experts.min_tokens={number}"), spec, "never") for number in (1, 2)
+        }
         for spec in (dense, mixture)
         for method in ("wanda", "magnitude", "dense")
     }

@@ -48,7 +48,10 @@ def machine(monkeypatch):
     return make
 
 
-@pytest.mark.parametrize(("cores", "gpus", "expected"), [(1, 0, 1), (2, 0, 2), (4, 0, 2), (8, 0, 2), (16, 0, 4), (64, 0, 16), (2, 1, 1), (64, 8, 8)])
+@pytest.mark.parametrize(
+    ("cores", "gpus", "expected"),
+    [(1, 0, 1), (2, 0, 2), (4, 0, 2), (8, 0, 2), (16, 0, 4), (64, 0, 16), (2, 1, 1), (64, 8, 8)],
+)
 def test_a_machine_runs_as_many_workers_as_fit(machine, cores, gpus, expected):
     machine(cores, gpus)
     assert workers.workers() == expected
@@ -78,7 +81,9 @@ def test_a_number_of_workers_that_is_none_is_told(machine, monkeypatch, value):
         workers.announce()
 
 
-@pytest.mark.parametrize(("cores", "jobs", "threads"), [(2, 2, 1), (8, 2, 4), (8, -1, 1), (8, -5, 2), (2, 4, 1), (8, 1, 8)])
+@pytest.mark.parametrize(
+    ("cores", "jobs", "threads"), [(2, 2, 1), (8, 2, 4), (8, -1, 1), (8, -5, 2), (2, 4, 1), (8, 1, 8)]
+)
 def test_workers_share_the_cores(machine, tmp_path, cores, jobs, threads):
     machine(cores)
     workers.join({**JOBLIB, "n_jobs": jobs}, tmp_path)
@@ -115,7 +120,9 @@ def test_a_machine_with_one_gpu_leaves_it_chosen(machine, tmp_path):
     assert torch.get_num_threads() == 8
 
 
-@pytest.mark.parametrize("launcher", ["hydra._internal.core_plugins.basic_launcher.BasicLauncher", "x.SlurmLauncher", "x.RayLauncher"])
+@pytest.mark.parametrize(
+    "launcher", ["hydra._internal.core_plugins.basic_launcher.BasicLauncher", "x.SlurmLauncher", "x.RayLauncher"]
+)
 def test_other_launchers_hand_out_their_own_shares(machine, tmp_path, launcher):
     machine(2)
     workers.join({"_target_": launcher}, tmp_path)
@@ -136,7 +143,12 @@ def test_submitits_local_executor_waits_for_a_share(machine, tmp_path):
     (tmp_path / ".slots").mkdir()
     for lock in held:
         lock.acquire()
-    waiting = subprocess.Popen([sys.executable, "-c", _WAIT, str(tmp_path)], env=environment(DASS_EXP_WORKERS="2"), stdout=subprocess.PIPE, text=True)
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", _WAIT, str(tmp_path)],
+        env=environment(DASS_EXP_WORKERS="2"),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert waiting.stdout.readline() == "waiting\n"
         time.sleep(1)
@@ -164,7 +176,9 @@ def test_the_ready_launchers_are_these():
 
 
 @pytest.mark.filterwarnings(r"ignore:\s*'hydra/launcher/")
-@pytest.mark.parametrize("name", [name for name in LAUNCHERS if name != "ray"])  # its plugin is no part of what the tests install
+@pytest.mark.parametrize(
+    "name", [name for name in LAUNCHERS if name != "ray"]
+)  # its plugin is no part of what the tests install
 def test_a_ready_launcher_composes(name, monkeypatch):
     monkeypatch.setenv("DASS_EXP_ROOT", str(ROOT))
     monkeypatch.setenv("DASS_EXP_WORKERS", "7")
@@ -179,7 +193,13 @@ def test_a_ready_launcher_composes(name, monkeypatch):
 
 
 def cells(tiny, *more):
-    few = ["eval=ppl_mini", "eval.perplexity.context=32", "eval.perplexity.max_windows=4", "calibration.num_samples=4", "calibration.seq_len=32"]
+    few = [
+        "eval=ppl_mini",
+        "eval.perplexity.context=32",
+        "eval.perplexity.max_windows=4",
+        "calibration.num_samples=4",
+        "calibration.seq_len=32",
+    ]
     return [f"model.path={tiny}", "model.name=tiny", "tracker=none", *few, *more]
 
 
@@ -193,7 +213,9 @@ def serial_fixture(tiny, tmp_path_factory):
 
 
 def same_numbers(records, others):
-    return {key: record["metrics"] for key, record in records.items()} == {key: record["metrics"] for key, record in others.items()}
+    return {key: record["metrics"] for key, record in records.items()} == {
+        key: record["metrics"] for key, record in others.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -204,7 +226,9 @@ def same_numbers(records, others):
 def test_a_real_sweep_gives_the_numbers_of_one_process(tiny, serial, tmp_path, launcher):
     name, *more = launcher
     if name == "ray":
-        pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="the extra ray is not installed: make test-all installs it")
+        pytest.importorskip(
+            "hydra_plugins.hydra_ray_launcher", reason="the extra ray is not installed: make test-all installs it"
+        )
     done = command("-m", *cells(tiny, "method=wanda,dass,sparsegpt"), f"hydra/launcher={name}", *more, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     records = load(tmp_path / "results").records
@@ -221,11 +245,16 @@ def test_a_bad_cell_of_a_worker_is_told_at_the_end(tiny, tmp_path):
     assert len(load(tmp_path / "results").records) == 2
 
 
-@pytest.mark.parametrize(("launcher", "extra"), [("slurm", "slurm"), ("submitit_slurm", "slurm"), ("submitit_local", "slurm"), ("ray", "ray")])
+@pytest.mark.parametrize(
+    ("launcher", "extra"),
+    [("slurm", "slurm"), ("submitit_slurm", "slurm"), ("submitit_local", "slurm"), ("ray", "ray")],
+)
 def test_a_launcher_that_is_not_installed_names_its_extra(monkeypatch, launcher, extra):
     monkeypatch.setattr(sys, "argv", ["dass-exp", "-m", f"hydra/launcher={launcher}"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert entry._mistyped().startswith(f"hydra/launcher={launcher}: this launcher is an extra; pip install 'dass_exp[{extra}]'")
+    assert entry._mistyped().startswith(
+        f"hydra/launcher={launcher}: this launcher is an extra; pip install 'dass_exp[{extra}]'"
+    )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="ray is installed here")
@@ -240,17 +269,28 @@ def test_slurm_is_asked_for_what_the_config_says(tiny, tmp_path):
     """Submitit's own submission file, taken from a stand-in for sbatch that refuses it: there is no cluster here."""
     tools = tmp_path / "tools"
     tools.mkdir()
-    for name, script in (("srun", "exit 1"), ("sbatch", f'cp "$1" {tmp_path}/submitted.sh; echo "sbatch: error: invalid partition" >&2; exit 1')):
+    for name, script in (
+        ("srun", "exit 1"),
+        ("sbatch", f'cp "$1" {tmp_path}/submitted.sh; echo "sbatch: error: invalid partition" >&2; exit 1'),
+    ):
         (tools / name).write_text(f"#!/bin/sh\n{script}\n")
         (tools / name).chmod(stat.S_IRWXU)
-    more = ["hydra.launcher.partition=gpu", "hydra.launcher.timeout_min=90", "+hydra.launcher.additional_parameters.mail-type=END"]
+    more = [
+        "hydra.launcher.partition=gpu",
+        "hydra.launcher.timeout_min=90",
+        "+hydra.launcher.additional_parameters.mail-type=END",
+    ]
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
     done = command("-m", *cells(tiny, "method=wanda,dass"), "hydra/launcher=slurm", *more, folder=tmp_path, PATH=path)
     assert done.returncode == 2
     assert "invalid partition" in done.stderr
     assert "Slurm refused the jobs" in done.stderr
     assert "again" not in done.stderr
-    asked = {line.removeprefix("#SBATCH --") for line in (tmp_path / "submitted.sh").read_text().splitlines() if line.startswith("#SBATCH")}
+    asked = {
+        line.removeprefix("#SBATCH --")
+        for line in (tmp_path / "submitted.sh").read_text().splitlines()
+        if line.startswith("#SBATCH")
+    }
     assert asked >= {
         "array=0-1%2",
         "cpus-per-task=8",
@@ -272,7 +312,14 @@ def test_a_launcher_without_a_sweep_is_told(tiny, tmp_path):
 
 
 def test_a_plan_needs_no_launcher(tiny, tmp_path):
-    done = command("-m", *cells(tiny, "method=wanda,dass"), "hydra/launcher=slurm", "hydra.launcher.partition=gpu", "plan=true", folder=tmp_path)
+    done = command(
+        "-m",
+        *cells(tiny, "method=wanda,dass"),
+        "hydra/launcher=slurm",
+        "hydra.launcher.partition=gpu",
+        "plan=true",
+        folder=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("would run") == 2
 
@@ -284,7 +331,15 @@ def test_a_worker_that_dies_leaves_the_table_of_the_others(tiny, tmp_path):
     (tmp_path / "own" / "method" / "deadly.yaml").write_text("_target_: deadly.Deadly\n")
     first = command("-m", *cells(tiny, "method=wanda"), folder=tmp_path)
     assert first.returncode == 0, first.stderr
-    own = ["--config-dir", "own", "-m", "plugins=[deadly]", *cells(tiny, "method=wanda,deadly"), "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    own = [
+        "--config-dir",
+        "own",
+        "-m",
+        "plugins=[deadly]",
+        *cells(tiny, "method=wanda,deadly"),
+        "hydra/launcher=joblib",
+        "hydra.launcher.n_jobs=2",
+    ]
     done = command(*own, folder=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     assert "│ wanda" in done.stdout
@@ -318,7 +373,14 @@ KILLED = ["sweeps=alpha", "pattern=2of4,4of8", "method.alpha=0,0.25,0.5,0.75,1",
 def launch_and_kill(arguments, folder, records):
     """Kill the command and all that it started, without a warning, once it has written so many records."""
     call = [sys.executable, "-m", "dass_exp", *arguments]
-    process = subprocess.Popen(call, cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        call,
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     limit = time.monotonic() + 120
     try:
         while len(list(folder.glob("results/runs/*/result.json"))) < records:
@@ -341,8 +403,15 @@ def alive(folder):
 
 @pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="there is no /proc here to look into")
 def test_workers_end_with_the_process_that_launched_them(tiny, tmp_path):
-    call = [sys.executable, "-m", "dass_exp", *cells(tiny, *KILLED, "hydra/launcher=joblib", "calibration.num_samples=512")]
-    process = subprocess.Popen(call, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    call = [
+        sys.executable,
+        "-m",
+        "dass_exp",
+        *cells(tiny, *KILLED, "hydra/launcher=joblib", "calibration.num_samples=512"),
+    ]
+    process = subprocess.Popen(
+        call, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     limit = time.monotonic() + 120
     while not list(tmp_path.glob("results/hydra/*/*/.slots/*.lock")):
         assert time.monotonic() < limit
@@ -361,13 +430,17 @@ def test_a_killed_sweep_goes_on_and_runs_nothing_twice(tiny, tmp_path, launcher)
     kept = {}
     for records in (2, 5):
         launch_and_kill(arguments, tmp_path, records)
-        found = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("results/runs/*/result.json")}
+        found = {
+            path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("results/runs/*/result.json")
+        }
         assert len(found) < 11
         assert kept.items() <= found.items()
         kept = found
     done = command(*arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    finished = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("results/runs/*/result.json")}
+    finished = {
+        path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("results/runs/*/result.json")
+    }
     assert len(finished) == 11  # ten cells and their dense record
     assert kept.items() <= finished.items()
     assert done.stderr.count("pruning with dass") == 11 - len(kept)
@@ -378,6 +451,8 @@ def test_a_killed_sweep_goes_on_and_runs_nothing_twice(tiny, tmp_path, launcher)
     assert command(*cells(tiny, *KILLED), folder=whole).returncode == 0
     cli.main(["alpha", "--results", str(whole / "results")])
     for ending in ("md", "csv", "tex"):
-        first, second = ((folder / "results" / "tables" / f"alpha.{ending}").read_text() for folder in (tmp_path, whole))
+        first, second = (
+            (folder / "results" / "tables" / f"alpha.{ending}").read_text() for folder in (tmp_path, whole)
+        )
         assert first == second
     assert json.dumps(load(tmp_path / "results").problems) == "[]"

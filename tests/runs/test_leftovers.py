@@ -8,7 +8,17 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from support import Killed, cell_fixture, contains, results_fixture, run_with, settings_of, short_texts_fixture, stopped_behind, tiny_fixture  # noqa: F401 - fixtures
+from support import (
+    Killed,
+    cell_fixture,
+    contains,
+    results_fixture,
+    run_with,
+    settings_of,
+    short_texts_fixture,
+    stopped_behind,
+    tiny_fixture,
+)  # noqa: F401 - fixtures
 
 from dass_exp.engine.activation_cache import Cache
 from dass_exp.errors import UserError
@@ -64,7 +74,9 @@ def test_what_somebody_puts_there_meanwhile_stays(cell, tmp_path, placement, mon
         note(journal, report, pattern)
 
     monkeypatch.setattr(Journal, "note", slow)
-    with pytest.raises(UserError, match="it holds what is no checkpoint of this project; remove it or name another folder"):
+    with pytest.raises(
+        UserError, match="it holds what is no checkpoint of this project; remove it or name another folder"
+    ):
         run_with(*cell, placement, f"save={tmp_path}/saved")
     assert (tmp_path / "saved" / "thesis.txt").read_text() == "years of work"
 
@@ -245,7 +257,9 @@ def test_room_is_asked_for_what_waits_on_the_disk(cell, tmp_path, monkeypatch):
     for more in (["checkpoint=false"], [], ["calibration.cache=disk"]):
         run_with(*cell, STREAM, f"save={tmp_path}/saved", "rerun=true", *more)
     tokens = 4 * 32 * 32 * 4
-    assert asked[1] - asked[0] == 2 * 3 * tokens  # calibration, and windows for two models; twice while the state is replaced
+    assert (
+        asked[1] - asked[0] == 2 * 3 * tokens
+    )  # calibration, and windows for two models; twice while the state is replaced
     assert asked[2] - asked[1] == 5 * tokens
 
 
@@ -255,7 +269,9 @@ def test_a_model_with_code_of_its_own_is_saved_with_it(tiny, cell, tmp_path):
     transformers.AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((tiny / name).read_bytes())
-    (folder / "configuration_own.py").write_text("from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n")
+    (folder / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    )
     code.write_text(
         "from transformers import LlamaForCausalLM\nfrom .configuration_own import OwnConfig\n\n\n"
         "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"

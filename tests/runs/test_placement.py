@@ -10,7 +10,17 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support import cell_fixture, contains, results_fixture, run_with, save_tiny, settings_of, short_texts_fixture, tiny_config, tiny_fixture  # noqa: F401 - fixtures
+from support import (
+    cell_fixture,
+    contains,
+    results_fixture,
+    run_with,
+    save_tiny,
+    settings_of,
+    short_texts_fixture,
+    tiny_config,
+    tiny_fixture,
+)  # noqa: F401 - fixtures
 
 import dass_exp
 from dass_exp.errors import UserError
@@ -40,14 +50,23 @@ def weights_of(folder):
 
 @pytest.mark.parametrize("method", ["dass", "sparsegpt", "magnitude", "dense"])
 def test_a_streamed_run_leaves_the_record_and_the_weights_of_a_resident_one(cell, tmp_path, method):
-    resident = run_with(*cell, f"method={method}", "model.placement=resident", f"save={tmp_path}/one", "save_masks=true")
-    streamed = run_with(*other(cell, tmp_path / "other"), f"method={method}", STREAM, f"save={tmp_path}/two", "save_masks=true")
+    resident = run_with(
+        *cell, f"method={method}", "model.placement=resident", f"save={tmp_path}/one", "save_masks=true"
+    )
+    streamed = run_with(
+        *other(cell, tmp_path / "other"), f"method={method}", STREAM, f"save={tmp_path}/two", "save_masks=true"
+    )
     first, second = resident.record, streamed.record
     assert not streamed.found
     assert first["key"] == second["key"]
     assert first["identity"] == second["identity"]
-    assert second["metrics"]["window_nll"]["wikipedia_mini"] == pytest.approx(first["metrics"]["window_nll"]["wikipedia_mini"], rel=1e-6)
-    timeless = [[{name: value for name, value in layer.items() if name != "seconds"} for layer in record["sparsity"]["layers"]] for record in (first, second)]
+    assert second["metrics"]["window_nll"]["wikipedia_mini"] == pytest.approx(
+        first["metrics"]["window_nll"]["wikipedia_mini"], rel=1e-6
+    )
+    timeless = [
+        [{name: value for name, value in layer.items() if name != "seconds"} for layer in record["sparsity"]["layers"]]
+        for record in (first, second)
+    ]
     assert timeless[0] == timeless[1]
     assert {name: value for name, value in first["sparsity"].items() if name != "layers"} == {
         name: value for name, value in second["sparsity"].items() if name != "layers"
@@ -59,7 +78,9 @@ def test_a_streamed_run_leaves_the_record_and_the_weights_of_a_resident_one(cell
         masks = [dass_exp.load_masks(tmp_path / name / "masks.safetensors") for name in ("one", "two")]
         assert all(torch.equal(keep, masks[1][name]) for name, keep in masks[0].items())
         assert streamed.dense["key"] == resident.dense["key"]
-        assert streamed.dense["metrics"]["perplexity"]["wikipedia_mini"] == pytest.approx(resident.dense["metrics"]["perplexity"]["wikipedia_mini"], rel=1e-6)
+        assert streamed.dense["metrics"]["perplexity"]["wikipedia_mini"] == pytest.approx(
+            resident.dense["metrics"]["perplexity"]["wikipedia_mini"], rel=1e-6
+        )
 
 
 def test_the_saved_model_loads_and_scores_the_same(cell, tmp_path):
@@ -69,14 +90,18 @@ def test_the_saved_model_loads_and_scores_the_same(cell, tmp_path):
     assert model.config.model_type == "llama"
     cell = [part for part in cell if not part.startswith("model.")]
     again = run_with(*cell, "method=dense", f"model.path={tmp_path}/saved").record
-    assert again["metrics"]["perplexity"]["wikipedia_mini"] == pytest.approx(record["metrics"]["perplexity"]["wikipedia_mini"], rel=1e-6)
+    assert again["metrics"]["perplexity"]["wikipedia_mini"] == pytest.approx(
+        record["metrics"]["perplexity"]["wikipedia_mini"], rel=1e-6
+    )
     assert "pruned by dass_exp: dass" in again["protocol"]["model_note"]
     assert run_with(*cell, "method=dense", STREAM, f"model.path={tmp_path}/saved").found
 
 
 def test_the_model_is_read_once_and_never_loaded_whole(cell, monkeypatch):
     reads, inner = [], Shards.read
-    monkeypatch.setattr(Shards, "read", lambda shards, names, dtype: reads.extend(names := list(names)) or inner(shards, names, dtype))
+    monkeypatch.setattr(
+        Shards, "read", lambda shards, names, dtype: reads.extend(names := list(names)) or inner(shards, names, dtype)
+    )
     monkeypatch.setattr("dass_exp.models.load.load_model", lambda spec: pytest.fail("loaded whole"))
     outcome = run_with(*cell, STREAM)
     assert len(reads) == len(set(reads)) == 2 * 9 + 3
@@ -99,7 +124,9 @@ def test_zero_shot_is_left_out_with_a_word(cell, caplog):
 
 
 def test_tasks_alone_cannot_be_left_out(cell):
-    with pytest.raises(UserError, match=r"zero-shot tasks, which are all that is asked for, cannot be scored: save=FOLDER"):
+    with pytest.raises(
+        UserError, match=r"zero-shot tasks, which are all that is asked for, cannot be scored: save=FOLDER"
+    ):
         run_with(*without_eval(cell), "eval=zeroshot_mini", "eval.zeroshot.limit=2", STREAM, "method=dense")
 
 
@@ -111,7 +138,9 @@ def test_zero_shot_runs_on_the_saved_model_where_it_fits(cell, tmp_path, caplog)
     for ours, theirs in ((streamed.record, resident.record), (streamed.dense, resident.dense)):
         assert ours["key"] == theirs["key"]
         assert ours["metrics"]["tasks"] == theirs["metrics"]["tasks"]
-        assert ours["metrics"]["perplexity"]["wikipedia_mini"] == pytest.approx(theirs["metrics"]["perplexity"]["wikipedia_mini"], rel=1e-6)
+        assert ours["metrics"]["perplexity"]["wikipedia_mini"] == pytest.approx(
+            theirs["metrics"]["perplexity"]["wikipedia_mini"], rel=1e-6
+        )
     assert run_with(*cell, *SMALL, STREAM, f"save={tmp_path}/saved").found
 
 
@@ -119,7 +148,10 @@ def test_zero_shot_is_left_out_where_the_saved_model_does_not_fit(cell, tmp_path
     cell = without_eval(cell)
     monkeypatch.setattr("dass_exp.runs.settled.available", lambda device: memory.BASE)
     record = run_with(*cell, *SMALL, STREAM, f"save={tmp_path}/saved").record
-    assert contains(caplog.text.strip(), ["zero-shot tasks are left out", "the model alone needs 1.0 GB", f"score {tmp_path}/saved where it fits"])
+    assert contains(
+        caplog.text.strip(),
+        ["zero-shot tasks are left out", "the model alone needs 1.0 GB", f"score {tmp_path}/saved where it fits"],
+    )
     assert "tasks" not in record["metrics"]
 
 
@@ -140,15 +172,24 @@ def test_a_bad_shard_is_one_line_and_leaves_no_record(cell, tiny, tmp_path, resu
         victim.write_text('{"weight_map": []}')
     else:
         weights = load_file(victim)
-        save_file({name: tensor[:1].contiguous() for name, tensor in weights.items()}, victim, metadata={"format": "pt"})
+        save_file(
+            {name: tensor[:1].contiguous() for name, tensor in weights.items()}, victim, metadata={"format": "pt"}
+        )
     with pytest.raises(UserError) as caught:
-        run_with(*[part for part in cell if not part.startswith("model.p")], f"model.path={folder}", f"model.placement={placement}", f"save={tmp_path}/saved")
+        run_with(
+            *[part for part in cell if not part.startswith("model.p")],
+            f"model.path={folder}",
+            f"model.placement={placement}",
+            f"save={tmp_path}/saved",
+        )
     assert contains(str(caught.value), [victim.name if harm != "shape" else str(folder), "fetch it again"])
     assert not list(results.glob("runs/*/result.json"))
     assert not (tmp_path / "saved").exists()
 
 
-def test_a_disk_that_fills_up_leaves_no_record_and_no_checkpoint_and_goes_on_when_there_is_room(cell, tmp_path, results, monkeypatch):
+def test_a_disk_that_fills_up_leaves_no_record_and_no_checkpoint_and_goes_on_when_there_is_room(
+    cell, tmp_path, results, monkeypatch
+):
     real, written = checkpoint.write_tensors, []
 
     def full(tensors, path, about):
@@ -218,17 +259,32 @@ def test_a_tied_head_that_is_stored_too_is_no_other_model(cell, tiny, tmp_path):
     config = tiny_config(tie_word_embeddings=True)
     folder, rest = save_tiny(tmp_path / "model", config), [part for part in cell if not part.startswith("model.path")]
     weights = load_file(folder / "model.safetensors")
-    save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     resident = run_with(*rest, f"model.path={folder}", "model.placement=resident", f"save={tmp_path}/one").record
     streamed = run_with(*rest, f"model.path={folder}", STREAM, f"save={tmp_path}/two", "rerun=true").record
-    assert streamed["metrics"]["window_nll"]["wikipedia_mini"] == pytest.approx(resident["metrics"]["window_nll"]["wikipedia_mini"], rel=1e-6)
+    assert streamed["metrics"]["window_nll"]["wikipedia_mini"] == pytest.approx(
+        resident["metrics"]["window_nll"]["wikipedia_mini"], rel=1e-6
+    )
     assert weights_of(tmp_path / "one").keys() == weights_of(tmp_path / "two").keys() == weights.keys()
 
 
 # --- where a model goes
 
 
-NEEDS = MemoryNeeds(model=10_000_000_000, block=500_000_000, ahead=500_000_000, outside=300_000_000, activations=100, windows=100, solver=100, batch=100)
+NEEDS = MemoryNeeds(
+    model=10_000_000_000,
+    block=500_000_000,
+    ahead=500_000_000,
+    outside=300_000_000,
+    activations=100,
+    windows=100,
+    solver=100,
+    batch=100,
+)
 
 
 def test_sizes_add_up():
@@ -263,7 +319,15 @@ def test_what_fits_whole_and_not_block_by_block_is_loaded():
 def test_what_cannot_fit_is_told_with_the_numbers(asked, free):
     with pytest.raises(UserError) as caught:
         choose_placement(asked, NEEDS, int(free))
-    assert contains(str(caught.value), [f"model.placement={asked}", "10.7 GB with the whole model", "2.0 GB block by block", f"{free / 1e9:.1f} GB are free"])
+    assert contains(
+        str(caught.value),
+        [
+            f"model.placement={asked}",
+            "10.7 GB with the whole model",
+            "2.0 GB block by block",
+            f"{free / 1e9:.1f} GB are free",
+        ],
+    )
 
 
 def test_auto_streams_where_memory_is_short(cell, monkeypatch, caplog):
@@ -271,7 +335,9 @@ def test_auto_streams_where_memory_is_short(cell, monkeypatch, caplog):
     whole = Bench(settings_of(*cell), SilentReporter()).needs
     monkeypatch.setattr("dass_exp.runs.context.available", lambda device: whole.resident + 10)
     assert Bench(settings_of(*cell), SilentReporter()).streams
-    assert contains(caplog.records[-1].getMessage(), ["model.placement=auto: the model is read block by block", "GB are free"])
+    assert contains(
+        caplog.records[-1].getMessage(), ["model.placement=auto: the model is read block by block", "GB are free"]
+    )
 
 
 def test_sizes_are_those_of_the_model(cell, tiny):
@@ -286,14 +352,26 @@ def test_sizes_are_those_of_the_model(cell, tiny):
     assert Bench(settings_of(*cell, "method=dense"), SilentReporter()).needs.solver == 0
     aside = Bench(settings_of(*cell, "calibration.cache=disk"), SilentReporter()).needs
     assert (aside.activations, aside.windows) == (0, 0)
-    assert Bench(settings_of(*cell, "calibration.cache=cpu"), SilentReporter()).needs == Bench(settings_of(*cell), SilentReporter()).needs  # the model is there too
-    assert Bench(settings_of(*cell, "eval.batch_size=16"), SilentReporter()).needs.batch > Bench(settings_of(*cell), SilentReporter()).needs.batch
+    assert (
+        Bench(settings_of(*cell, "calibration.cache=cpu"), SilentReporter()).needs
+        == Bench(settings_of(*cell), SilentReporter()).needs
+    )  # the model is there too
+    assert (
+        Bench(settings_of(*cell, "eval.batch_size=16"), SilentReporter()).needs.batch
+        > Bench(settings_of(*cell), SilentReporter()).needs.batch
+    )
     scope = sum(parameter.numel() for name, parameter in model.named_parameters() if ".mlp." in name)
-    assert (Bench(settings_of(*cell), SilentReporter(), Shelf()).needs.copy, Bench(settings_of(*cell), SilentReporter()).needs.copy) == (4 * scope, 0)
+    assert (
+        Bench(settings_of(*cell), SilentReporter(), Shelf()).needs.copy,
+        Bench(settings_of(*cell), SilentReporter()).needs.copy,
+    ) == (4 * scope, 0)
 
 
 def test_a_mixture_is_there_twice_while_its_experts_are_joined(cell, mixture):
-    found = Bench(settings_of(*[part for part in cell if not part.startswith("model.path")], f"model.path={mixture}"), SilentReporter()).needs
+    found = Bench(
+        settings_of(*[part for part in cell if not part.startswith("model.path")], f"model.path={mixture}"),
+        SilentReporter(),
+    ).needs
     assert found.ahead == 2 * found.block
 
 
@@ -314,7 +392,12 @@ def system(folder, free, groups, version):
         place = place / name
         place.mkdir(parents=True, exist_ok=True)
         content = f"anon 5\n{cache} {cached - cached // 3}\n{cache.replace('inactive', 'active')} {cached // 3}\n"
-        for file, text in ((limit, most), (usage, taken), ("stat", content), *([("high", "max")] if not version else [])):
+        for file, text in (
+            (limit, most),
+            (usage, taken),
+            ("stat", content),
+            *([("high", "max")] if not version else []),
+        ):
             (place / f"memory.{file}").write_text(f"{text}\n")
     (folder / "proc/self/cgroup").write_text(f"9:cpuset:/elsewhere\n4:{version}:/{place.relative_to(root)}\n")
     return folder
@@ -389,7 +472,10 @@ def test_the_sizes_are_printed_before_a_streamed_run(cell, caplog):
     caplog.set_level("INFO")
     run_with(*cell, STREAM)
     messages = [record.getMessage() for record in caplog.records]
-    assert contains(next(text for text in messages if "read block by block" in text), ["model.placement=stream", "GB are free", "solver", "activations"])
+    assert contains(
+        next(text for text in messages if "read block by block" in text),
+        ["model.placement=stream", "GB are free", "solver", "activations"],
+    )
 
 
 def test_a_plan_says_where_the_model_goes_and_that_a_saved_one_is_missing(cell, tmp_path, monkeypatch):
@@ -421,11 +507,18 @@ def mixture_fixture(request, tmp_path, tiny_model, tiny):
 
 @pytest.mark.parametrize("method", ["dass", "sparsegpt"])
 def test_a_streamed_mixture_is_saved_as_a_resident_one(cell, mixture, tmp_path, method):
-    rest = [*[part for part in cell if not part.startswith("model.path")], f"model.path={mixture}", f"method={method}", "save_masks=true"]
+    rest = [
+        *[part for part in cell if not part.startswith("model.path")],
+        f"model.path={mixture}",
+        f"method={method}",
+        "save_masks=true",
+    ]
     resident = run_with(*rest, "model.placement=resident", f"save={tmp_path}/one").record
     streamed = run_with(*other(rest, tmp_path / "other"), STREAM, f"save={tmp_path}/two").record
     assert streamed["key"] == resident["key"]
-    assert streamed["metrics"]["window_nll"]["wikipedia_mini"] == pytest.approx(resident["metrics"]["window_nll"]["wikipedia_mini"], rel=1e-6)
+    assert streamed["metrics"]["window_nll"]["wikipedia_mini"] == pytest.approx(
+        resident["metrics"]["window_nll"]["wikipedia_mini"], rel=1e-6
+    )
     ours, theirs = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
     assert ours.keys() == theirs.keys() == weights_of(mixture).keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
@@ -433,7 +526,9 @@ def test_a_streamed_mixture_is_saved_as_a_resident_one(cell, mixture, tmp_path, 
     assert masks[0].keys() == masks[1].keys()
     assert all(torch.equal(keep, masks[1][name]) for name, keep in masks[0].items())
     again = run_with(*rest[:-2], "method=dense", f"model.path={tmp_path}/two").record
-    assert again["metrics"]["perplexity"]["wikipedia_mini"] == pytest.approx(streamed["metrics"]["perplexity"]["wikipedia_mini"], rel=1e-6)
+    assert again["metrics"]["perplexity"]["wikipedia_mini"] == pytest.approx(
+        streamed["metrics"]["perplexity"]["wikipedia_mini"], rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("harm", ["gone", "cut"])

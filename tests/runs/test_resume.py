@@ -11,7 +11,16 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import Killed, contains, run_with, save_tiny, short_texts_fixture, stopped_behind, tiny_config, tiny_overrides  # noqa: F401 - a fixture
+from support import (
+    Killed,
+    contains,
+    run_with,
+    save_tiny,
+    short_texts_fixture,
+    stopped_behind,
+    tiny_config,
+    tiny_overrides,
+)  # noqa: F401 - a fixture
 
 import dass_exp
 from dass_exp.engine.prune import prune_model
@@ -35,18 +44,34 @@ def deep(tmp_path_factory):
 
 def content(folder):
     """Everything that a run left, but for times and where and when it was made."""
-    (path,) = [path for path in folder.glob("results/runs/*/result.json") if json.loads(path.read_text())["config"]["method"]["name"] != "dense"]
+    (path,) = [
+        path
+        for path in folder.glob("results/runs/*/result.json")
+        if json.loads(path.read_text())["config"]["method"]["name"] != "dense"
+    ]
     record = json.loads(path.read_text())
-    (dense,) = [path for path in folder.glob("results/runs/*/result.json") if json.loads(path.read_text())["config"]["method"]["name"] == "dense"]
-    layers = [{name: value for name, value in layer.items() if name != "seconds"} for layer in record["sparsity"]["layers"]]
-    weights = {name: tensor for file in folder.glob("saved/model*.safetensors") for name, tensor in load_file(file).items()}
+    (dense,) = [
+        path
+        for path in folder.glob("results/runs/*/result.json")
+        if json.loads(path.read_text())["config"]["method"]["name"] == "dense"
+    ]
+    layers = [
+        {name: value for name, value in layer.items() if name != "seconds"} for layer in record["sparsity"]["layers"]
+    ]
+    weights = {
+        name: tensor for file in folder.glob("saved/model*.safetensors") for name, tensor in load_file(file).items()
+    }
     masks = dass_exp.load_masks(folder / "saved" / "masks.safetensors")
     files = sorted(path.name for path in (folder / "saved").iterdir())
     return record["key"], record["metrics"], layers, json.loads(dense.read_text())["metrics"], files, weights, masks
 
 
 def same(one, other):
-    tensors = [part for part in one if isinstance(part, dict) and part and all(isinstance(value, torch.Tensor) for value in part.values())]
+    tensors = [
+        part
+        for part in one
+        if isinstance(part, dict) and part and all(isinstance(value, torch.Tensor) for value in part.values())
+    ]
     assert len(tensors) == 2
     for ours, theirs in zip(one, other, strict=True):
         if any(ours is part for part in tensors):
@@ -57,7 +82,13 @@ def same(one, other):
 
 
 def overrides(deep, folder, method="dass", placement=STREAM):
-    return [*tiny_overrides(deep, folder / "results"), f"method={method}", "scope=all", placement, f"save={folder}/saved"]
+    return [
+        *tiny_overrides(deep, folder / "results"),
+        f"method={method}",
+        "scope=all",
+        placement,
+        f"save={folder}/saved",
+    ]
 
 
 def killed_after(seconds, *settings):
@@ -80,7 +111,9 @@ def killed_after(seconds, *settings):
 @pytest.mark.parametrize(("method", "more"), [("dass", []), ("sparsegpt", []), ("dass", [RESIDENT, "checkpoint=true"])])
 def test_killed_at_random_moments_it_ends_in_the_same_weights(deep, tmp_path, method, more):
     (tmp_path / "whole").mkdir()
-    run_with(*overrides(deep, tmp_path / "whole", "dense"), "save=null", RESIDENT)  # a model in memory is scored dense first: the kills are for what follows
+    run_with(
+        *overrides(deep, tmp_path / "whole", "dense"), "save=null", RESIDENT
+    )  # a model in memory is scored dense first: the kills are for what follows
     start = time.perf_counter()
     run_with(*overrides(deep, tmp_path / "whole", method), *more)
     lasts = time.perf_counter() - start
@@ -110,7 +143,11 @@ def test_it_goes_on_behind_the_last_block_that_was_done(deep, tmp_path, method, 
     reads, read = [], Shards.read
     caplog.set_level("INFO")
     with monkeypatch.context() as patched:
-        patched.setattr(Shards, "read", lambda shards, names, dtype: reads.extend(names := list(names)) or read(shards, names, dtype))
+        patched.setattr(
+            Shards,
+            "read",
+            lambda shards, names, dtype: reads.extend(names := list(names)) or read(shards, names, dtype),
+        )
         found = run_with(*settings).record
     assert f"going on behind block {block} of an interrupted run" in caplog.text
     assert {int(name.split(".")[2]) for name in reads if ".layers." in name} == set(range(block + 1, BLOCKS))
@@ -128,7 +165,11 @@ def test_a_model_in_memory_goes_on_too(deep, tmp_path, method, block, monkeypatc
     pruned = []
     with monkeypatch.context() as patched:
         note = Journal.note
-        patched.setattr(Journal, "note", lambda journal, report, pattern: pruned.append(report.name) or note(journal, report, pattern))
+        patched.setattr(
+            Journal,
+            "note",
+            lambda journal, report, pattern: pruned.append(report.name) or note(journal, report, pattern),
+        )
         run_with(*settings)
     assert pruned == [f"model.layers.{index}" for index in range(block + 1, BLOCKS)]
     (tmp_path / "whole").mkdir()
@@ -138,7 +179,9 @@ def test_a_model_in_memory_goes_on_too(deep, tmp_path, method, block, monkeypatc
 
 
 def test_killed_while_it_is_scored_it_prunes_no_block_again(deep, tmp_path, monkeypatch):
-    settings = [part for part in overrides(deep, tmp_path, placement=RESIDENT) if not part.startswith("save=")] + ["checkpoint=true"]
+    settings = [part for part in overrides(deep, tmp_path, placement=RESIDENT) if not part.startswith("save=")] + [
+        "checkpoint=true"
+    ]
     run_with(*settings, "method=dense")
 
     def kill(*arguments):
@@ -202,7 +245,15 @@ def test_each_block_draws_for_itself(deep, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("more", [[], ["rerun=true"]])
-@pytest.mark.parametrize("place", ["dass_exp.models.save.write_masks", "dass_exp.runs.run.discard", "dass_exp.runs.progress.shutil.rmtree", "dass_exp.runs.run.compose"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "dass_exp.models.save.write_masks",
+        "dass_exp.runs.run.discard",
+        "dass_exp.runs.progress.shutil.rmtree",
+        "dass_exp.runs.run.compose",
+    ],
+)
 def test_killed_around_the_end_it_ends_the_same(deep, tmp_path, place, more, monkeypatch):
     """Before the checkpoint is renamed into place, behind that, and before the record is written."""
 
@@ -237,7 +288,10 @@ def test_a_changed_setting_is_named(deep, tmp_path, monkeypatch):
     interrupted(deep, tmp_path, monkeypatch)
     with pytest.raises(UserError) as caught:
         run_with(*overrides(deep, tmp_path), "method.alpha=0.25", "seed=3")
-    assert contains(str(caught.value), [".saved.partial", "method.alpha=0.5 (now 0.25)", "seed=0 (now 3)", "set it back, or remove the folder"])
+    assert contains(
+        str(caught.value),
+        [".saved.partial", "method.alpha=0.5 (now 0.25)", "seed=0 (now 3)", "set it back, or remove the folder"],
+    )
     assert not (tmp_path / "saved").exists()
 
 
@@ -246,8 +300,12 @@ def test_another_batch_size_may_go_on(deep, tmp_path, monkeypatch):
     found = run_with(*overrides(deep, tmp_path), "calibration.batch_size=3", "eval.batch_size=1").record
     (tmp_path / "whole").mkdir()
     whole = run_with(*overrides(deep, tmp_path / "whole")).record
-    assert [layer["zeros"] for layer in found["sparsity"]["layers"]] == [layer["zeros"] for layer in whole["sparsity"]["layers"]]
-    assert found["metrics"]["perplexity"]["wikipedia_mini"] == pytest.approx(whole["metrics"]["perplexity"]["wikipedia_mini"], rel=1e-5)
+    assert [layer["zeros"] for layer in found["sparsity"]["layers"]] == [
+        layer["zeros"] for layer in whole["sparsity"]["layers"]
+    ]
+    assert found["metrics"]["perplexity"]["wikipedia_mini"] == pytest.approx(
+        whole["metrics"]["perplexity"]["wikipedia_mini"], rel=1e-5
+    )
 
 
 def test_a_damaged_state_or_a_block_that_is_gone_is_told(deep, tmp_path, monkeypatch):
@@ -260,7 +318,9 @@ def test_a_damaged_state_or_a_block_that_is_gone_is_told(deep, tmp_path, monkeyp
         run_with(*overrides(deep, tmp_path))
     victim.write_bytes(content)
     (scratch / "state.safetensors").write_bytes(b"half")
-    with pytest.raises(UserError, match=r"state of an interrupted run cannot be read .*remove the folder to begin again"):
+    with pytest.raises(
+        UserError, match=r"state of an interrupted run cannot be read .*remove the folder to begin again"
+    ):
         run_with(*overrides(deep, tmp_path))
 
 

@@ -89,8 +89,18 @@ def test_a_record_has_the_documented_fields(cell, results):
     assert record == outcome.record
     assert outcome.path == results / "runs" / record["key"] / "result.json"
     assert set(record) >= {
-        "schema", "key", "created", "config", "protocol", "calibration", "sparsity", "metrics", "cost", "solver", "environment",
-    }  # fmt: skip
+        "schema",
+        "key",
+        "created",
+        "config",
+        "protocol",
+        "calibration",
+        "sparsity",
+        "metrics",
+        "cost",
+        "solver",
+        "environment",
+    }
     assert record["schema"] == 1
     created = datetime.fromisoformat(record["created"])
     assert created.tzinfo is not None
@@ -107,7 +117,13 @@ def test_a_record_says_how_it_was_made(cell):
     assert config["pattern"]["name"] == "2:4"
     assert (config["scope"], config["seed"], config["protocol"]) == ("mlp", 0, "demo")
     assert config["calibration"]["text"]["asset"] == "c4"
-    assert (protocol["context"], protocol["bos"], protocol["dataset"], protocol["split"], protocol["windows"]) == (32, "never", "wikipedia_mini", "even", 4)
+    assert (protocol["context"], protocol["bos"], protocol["dataset"], protocol["split"], protocol["windows"]) == (
+        32,
+        "never",
+        "wikipedia_mini",
+        "even",
+        4,
+    )
     assert (record["calibration"]["num_samples"], record["calibration"]["seq_len"]) == (4, 32)
     assert len(record["calibration"]["tokens_sha256"]) == len(protocol["windows_sha256"]) == 64
 
@@ -147,10 +163,14 @@ def test_each_layer_says_what_was_done_to_it(cell):
     assert all(layer["name"].startswith(f"model.layers.{index // 3}.") for index, layer in enumerate(layers))
     assert all((layer["zeros"], layer["size"]) == (1024, 2048) for layer in layers)
     assert {(layer["role"], layer["axis"], layer["kernel_ready"]) for layer in layers} == {
-        ("gate", "output", False), ("up", "output", False), ("down", "input", True),
-    }  # fmt: skip
+        ("gate", "output", False),
+        ("up", "output", False),
+        ("down", "input", True),
+    }
     assert all(0 <= layer["score_low"] < layer["score_high"] for layer in layers)
-    assert [layer["block_error"] is None for layer in layers] == [False] * 3 + [True] * 3  # nobody reads what the last block gives
+    assert [layer["block_error"] is None for layer in layers] == [False] * 3 + [
+        True
+    ] * 3  # nobody reads what the last block gives
     assert all(layer["block_error"] > 0 for layer in layers[:3])
 
 
@@ -217,7 +237,9 @@ def test_equal_runs_give_equal_numbers(cell, tmp_path):
     other = run_with(*cell, f"results_dir={tmp_path}/again", "calibration.batch_size=3", "eval.batch_size=1").record
     assert one["key"] == other["key"]
     assert one["calibration"] == other["calibration"]
-    assert one["metrics"]["perplexity"]["wikipedia_mini"] == pytest.approx(other["metrics"]["perplexity"]["wikipedia_mini"], rel=1e-5)
+    assert one["metrics"]["perplexity"]["wikipedia_mini"] == pytest.approx(
+        other["metrics"]["perplexity"]["wikipedia_mini"], rel=1e-5
+    )
 
 
 def test_a_seed_draws_other_tokens(cell):
@@ -292,7 +314,9 @@ def test_a_broken_record_is_made_again(cell, pruning):
 def test_masks_are_saved_where_they_are_asked_for(cell, pruning):
     outcome = run_with(*cell, "save_masks=true")
     masks = load_masks(folder_of(outcome) / "masks.safetensors")
-    linears = {name: module.weight for name, module in pruning.first.named_modules() if isinstance(module, torch.nn.Linear)}
+    linears = {
+        name: module.weight for name, module in pruning.first.named_modules() if isinstance(module, torch.nn.Linear)
+    }
     assert set(masks) == {layer["name"] for layer in outcome.record["sparsity"]["layers"]}
     for name, mask in masks.items():
         assert mask.dtype == torch.bool
@@ -370,7 +394,12 @@ def test_weights_that_are_not_finite_stop_the_run_with_the_layer(tiny, tmp_path,
     shutil.copytree(tiny, tmp_path / "broken")
     model.save_pretrained(tmp_path / "broken")
     with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp"):
-        run_with(*tiny_overrides(tmp_path / "broken", results)[:4], "eval=none", "calibration.num_samples=2", "calibration.seq_len=16")
+        run_with(
+            *tiny_overrides(tmp_path / "broken", results)[:4],
+            "eval=none",
+            "calibration.num_samples=2",
+            "calibration.seq_len=16",
+        )
     assert keys_in(results) == set()
 
 
@@ -394,9 +423,18 @@ def refused(*overrides: str) -> str:
     [
         (["calibration.seq_len=4097"], ["calibration.seq_len=4097:", "tiny has 4096 positions"]),
         (["eval.perplexity.context=4097"], ["eval.perplexity.context=4097:", "tiny has 4096 positions"]),
-        (["pattern=nm", "pattern.n=1", "pattern.m=3"], ["model.layers.0.mlp.gate_proj", "1:3", "output axis", "[64, 32]", "divides 64"]),
-        (["scope=all", "pattern=nm", "pattern.n=1", "pattern.m=64"], ["model.layers.0.self_attn.q_proj", "input axis", "divides 32"]),
-        (["method=wanda", "pattern=nm", "pattern.n=1", "pattern.m=64"], ["model.layers.0.mlp.gate_proj", "input axis", "divides 32"]),
+        (
+            ["pattern=nm", "pattern.n=1", "pattern.m=3"],
+            ["model.layers.0.mlp.gate_proj", "1:3", "output axis", "[64, 32]", "divides 64"],
+        ),
+        (
+            ["scope=all", "pattern=nm", "pattern.n=1", "pattern.m=64"],
+            ["model.layers.0.self_attn.q_proj", "input axis", "divides 32"],
+        ),
+        (
+            ["method=wanda", "pattern=nm", "pattern.n=1", "pattern.m=64"],
+            ["model.layers.0.mlp.gate_proj", "input axis", "divides 32"],
+        ),
         (["model.bos=foo"], ["model.bos='foo':", "auto, never, stream, window"]),
         (["model.dtype=foo"], ["model.dtype='foo':", "auto, float32, bfloat16, float16"]),
         (["model.device=foo"], ["model.device='foo':", "auto, cpu, cuda"]),
@@ -431,7 +469,9 @@ def test_a_setting_that_the_method_ignores_is_not_held_against_it(tiny, results,
 @pytest.mark.parametrize("sampling", ["joined", "document"])
 def test_a_sequence_longer_than_the_text_is_refused(tmp_path, results, sampling, short_texts):
     folder = save_tiny(tmp_path / "long", tiny_config(max_position_embeddings=10_000_000))
-    message = refused(*tiny_overrides(folder, results), "calibration.seq_len=5000000", f"calibration.sampling={sampling}")
+    message = refused(
+        *tiny_overrides(folder, results), "calibration.seq_len=5000000", f"calibration.sampling={sampling}"
+    )
     assert contains(message, ["calibration.seq_len=5000000:", "smaller"]), message
 
 
@@ -450,14 +490,26 @@ def test_a_token_that_the_tokenizer_does_not_have_is_refused(tmp_path, results, 
     assert contains(message, [f"model.bos={bos}:", "model.bos=never"]), message
 
 
-GPTJ = {"vocab_size": 512, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 64, "n_positions": 4096, "rotary_dim": 4, "bos_token_id": 0, "eos_token_id": 1}
+GPTJ = {
+    "vocab_size": 512,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_inner": 64,
+    "n_positions": 4096,
+    "rotary_dim": 4,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 
 
 @pytest.mark.usefixtures("no_weights")
 def test_an_unknown_family_lists_the_known_ones(tmp_path, results):
     folder = save_tiny(tmp_path / "gptj", transformers.GPTJConfig(**GPTJ))
     message = refused(*tiny_overrides(folder, results))
-    assert contains(message, ["'gptj'", "gemma, gemma2, gemma3_text, gpt2, gpt_neox, llama, mistral", "roles: {blocks: PATH"]), message
+    assert contains(
+        message, ["'gptj'", "gemma, gemma2, gemma3_text, gpt2, gpt_neox, llama, mistral", "roles: {blocks: PATH"]
+    ), message
 
 
 def test_a_folder_that_is_not_there_gives_one_clear_line(tmp_path, results):
@@ -476,7 +528,9 @@ def test_an_empty_folder_gives_one_clear_line(tmp_path, results):
 def test_a_hub_model_without_a_network_gives_one_clear_line(results, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     message = refused(*tiny_overrides(Path("no-such-owner/no-such-model"), results))
-    assert contains(message, ["model.path=no-such-owner/no-such-model:", "hf auth login", "network", "smollm2_135m"]), message
+    assert contains(message, ["model.path=no-such-owner/no-such-model:", "hf auth login", "network", "smollm2_135m"]), (
+        message
+    )
     assert not results.exists()
 
 
@@ -520,7 +574,10 @@ def test_a_model_of_an_unknown_family_runs_with_its_roles_on_the_command_line(tm
     cell = tiny_overrides(save_tiny(tmp_path / "gptj", config), results)
     assert "'gptj' is not known" in refused(*cell)
     roles = {role: f"attn.{path}" for role, path in (pair.split(": ") for pair in ROLES.split(","))}
-    spelt = ",".join(f"{role}: {path}" for role, path in {**roles, "fc1": "mlp.fc_in", "fc2": "mlp.fc_out", "blocks": "transformer.h"}.items())
+    spelt = ",".join(
+        f"{role}: {path}"
+        for role, path in {**roles, "fc1": "mlp.fc_in", "fc2": "mlp.fc_out", "blocks": "transformer.h"}.items()
+    )
     outcome = run_with(*cell, f"model.roles={{{spelt}}}")
     assert outcome.record["sparsity"]["scope"] == 0.5
     assert outcome.record["config"]["model"]["roles"]["blocks"] == "transformer.h"

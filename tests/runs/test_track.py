@@ -24,7 +24,12 @@ from dass_exp.runs.track import NullTracker, Tracker, WandbTracker, flat_metrics
 
 pytestmark = pytest.mark.usefixtures("short_texts")
 
-BLOCK, HEADER, FULL, LAST = 32768, 7, 1, 4  # of the log format that W&B writes: blocks of records, each with checksum, length and kind
+BLOCK, HEADER, FULL, LAST = (
+    32768,
+    7,
+    1,
+    4,
+)  # of the log format that W&B writes: blocks of records, each with checksum, length and kind
 
 
 def wandb_records(path: Path) -> Iterator[Any]:
@@ -50,26 +55,42 @@ def offline(tiny, tmp_path_factory) -> tuple[dict[str, Any], Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("WANDB_MODE", raising=False)  # offline is our default, not the environment's
         patch.setenv("WANDB_API_KEY", "secret123" * 5)
-        patch.setattr("dass_exp.data.tokens.OfflineText.documents", lambda text: ["A text of some words, again and again. " * 200])
+        patch.setattr(
+            "dass_exp.data.tokens.OfflineText.documents", lambda text: ["A text of some words, again and again. " * 200]
+        )
         outcome = run_with(
-            f"model.path={tiny}", f"results_dir={results}", "eval=ppl_mini", "eval.perplexity.context=32", "calibration.num_samples=2",
-            "calibration.seq_len=16", "tracker=wandb",
-        )  # fmt: skip
+            f"model.path={tiny}",
+            f"results_dir={results}",
+            "eval=ppl_mini",
+            "eval.perplexity.context=32",
+            "calibration.num_samples=2",
+            "calibration.seq_len=16",
+            "tracker=wandb",
+        )
     runs = [path for path in (results / "wandb").iterdir() if path.name.startswith("offline-run-")]
-    by_name = {path: [record.run.display_name for record in wandb_records(next(path.glob("*.wandb"))) if record.HasField("run")] for path in runs}
+    by_name = {
+        path: [
+            record.run.display_name for record in wandb_records(next(path.glob("*.wandb"))) if record.HasField("run")
+        ]
+        for path in runs
+    }
     (folder,) = [path for path, names in by_name.items() if any("dass" in name for name in names)]
     assert len(runs) == 2  # the dense record, which was made on the way, has a run of its own
     return outcome.record, folder
 
 
 def tables(folder: Path) -> dict[str, dict[str, Any]]:
-    return {path.name.split("_")[0]: json.loads(path.read_text()) for path in folder.glob("files/media/table/*.table.json")}
+    return {
+        path.name.split("_")[0]: json.loads(path.read_text()) for path in folder.glob("files/media/table/*.table.json")
+    }
 
 
 def run_record_of(folder: Path) -> Any:
     """What an offline run says of itself; wandb's own process writes the file, and may be late on a busy machine."""
     for _ in range(100):
-        if found := [entry.run for file in folder.glob("*.wandb") for entry in wandb_records(file) if entry.HasField("run")]:
+        if found := [
+            entry.run for file in folder.glob("*.wandb") for entry in wandb_records(file) if entry.HasField("run")
+        ]:
             break
         time.sleep(0.2)
     (run_record,) = found
@@ -92,7 +113,9 @@ def test_the_offline_run_holds_the_metrics(offline):
     logged: dict[str, Any] = {}
     for entry in wandb_records(next(folder.glob("*.wandb"))):
         if entry.HasField("history"):
-            logged |= {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in entry.history.item}
+            logged |= {
+                item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in entry.history.item
+            }
     for name, value in flat_metrics(record).items():
         assert logged[name] == pytest.approx(value), name
 
@@ -108,7 +131,9 @@ def test_the_offline_run_holds_a_table_of_layers(offline):
     record, folder = offline
     table, layers = tables(folder)["layers"], record["sparsity"]["layers"]
     assert {"name", "zeros", "size", "score_low", "score_high", "block_error", "seconds"} <= set(table["columns"])
-    assert [dict(zip(table["columns"], row, strict=True)) for row in table["data"]] == [{**layer, "sparsity": 0.5} for layer in layers]
+    assert [dict(zip(table["columns"], row, strict=True)) for row in table["data"]] == [
+        {**layer, "sparsity": 0.5} for layer in layers
+    ]
 
 
 def test_no_secret_reaches_the_offline_run(offline):
@@ -187,7 +212,9 @@ def fake(monkeypatch):
     return made, asked
 
 
-@pytest.mark.parametrize(("environment", "mode"), [(None, "offline"), ("online", "online"), ("offline", "offline"), ("disabled", "disabled")])
+@pytest.mark.parametrize(
+    ("environment", "mode"), [(None, "offline"), ("online", "online"), ("offline", "offline"), ("disabled", "disabled")]
+)
 def test_the_mode_is_offline_unless_the_user_says_otherwise(offline, fake, tmp_path, monkeypatch, environment, mode):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     if environment:
@@ -208,7 +235,11 @@ def test_a_run_is_finished_even_where_logging_fails(offline, fake, tmp_path):
 
 def test_a_dense_record_has_no_table_of_layers(fake, offline, tmp_path):
     record = offline[0]
-    dense = {**record, "config": {**record["config"], "pattern": None}, "sparsity": {**record["sparsity"], "layers": []}}
+    dense = {
+        **record,
+        "config": {**record["config"], "pattern": None},
+        "sparsity": {**record["sparsity"], "layers": []},
+    }
     WandbTracker().send(dense, str(tmp_path))
     assert "results" in fake[0].logged
     assert "layers" not in fake[0].logged
@@ -231,17 +262,43 @@ def test_flat_names_of_the_numbers():
         "cost": {"prune_s": 1.5, "peak_gpu_bytes": None},
     }
     assert flat_metrics(record) == {
-        "perplexity/wikipedia_mini": 20.5, "piqa/acc": 0.6, "piqa/acc_stderr": 0.1, "mean_acc": 0.6, "mean_acc_norm": 0.6,
-        "sparsity/scope": 0.5, "sparsity/decoder": 0.4, "sparsity/model": 0.3, "cost/prune_s": 1.5,
-    }  # fmt: skip
+        "perplexity/wikipedia_mini": 20.5,
+        "piqa/acc": 0.6,
+        "piqa/acc_stderr": 0.1,
+        "mean_acc": 0.6,
+        "mean_acc_norm": 0.6,
+        "sparsity/scope": 0.5,
+        "sparsity/decoder": 0.4,
+        "sparsity/model": 0.3,
+        "cost/prune_s": 1.5,
+    }
 
 
 def test_a_summary_run_holds_the_tables_and_the_picture(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_PROJECT", "of_a_team")
-    cells = {("dense", "2:4"): Entry((20.0,)), ("dass", "2:4"): Entry((50.0, 52.0), keys=("aa", "bb"), mark="best"), ("wanda", "2:4"): "failed"}
-    sheet = ResultTable("perplexity", "Perplexity of every method", "perplexity", ["dense", "dass", "wanda"], ["2:4"], cells, [], [], {"kind": "bars"})
-    track_sheet(sheet.title, {"table": wide_form(sheet), "values": long_form(sheet)}, draw(sheet, tmp_path / "figures"), str(tmp_path))
+    cells = {
+        ("dense", "2:4"): Entry((20.0,)),
+        ("dass", "2:4"): Entry((50.0, 52.0), keys=("aa", "bb"), mark="best"),
+        ("wanda", "2:4"): "failed",
+    }
+    sheet = ResultTable(
+        "perplexity",
+        "Perplexity of every method",
+        "perplexity",
+        ["dense", "dass", "wanda"],
+        ["2:4"],
+        cells,
+        [],
+        [],
+        {"kind": "bars"},
+    )
+    track_sheet(
+        sheet.title,
+        {"table": wide_form(sheet), "values": long_form(sheet)},
+        draw(sheet, tmp_path / "figures"),
+        str(tmp_path),
+    )
     (folder,) = (path for path in (tmp_path / "wandb").iterdir() if path.name.startswith("offline-run-"))
     found = tables(folder)
     assert found["table"]["columns"] == ["row", "2:4"]
@@ -259,4 +316,6 @@ def test_a_summary_that_fails_costs_one_warning(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(wandb, "init", broken)
     track_sheet("A title", {"table": [["row"], ["dense"]]}, [], str(tmp_path))
-    assert [record.getMessage() for record in caplog.records] == ["the tracker failed, the files are safe: RuntimeError: no such project"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "the tracker failed, the files are safe: RuntimeError: no such project"
+    ]

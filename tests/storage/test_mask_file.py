@@ -12,7 +12,12 @@ from dass_exp.storage.mask_file import PackedMask, each_mask, mask_names, write_
 
 
 def test_the_first_weight_is_the_lowest_bit_and_rows_begin_a_byte():
-    keep = torch.tensor([[True, False, True, False, False, False, False, True, True], [False, True, False, False, False, False, False, False, False]])
+    keep = torch.tensor(
+        [
+            [True, False, True, False, False, False, False, True, True],
+            [False, True, False, False, False, False, False, False, False],
+        ]
+    )
     packed = PackedMask.of(keep)
     assert packed.bits.tolist() == [[1 + 4 + 128, 1], [2, 0]]
     assert packed.bits.dtype == torch.uint8

@@ -5,7 +5,15 @@ import json
 import shutil
 
 import pytest
-from support import bare_record, cell_fixture, results_fixture, run_with, short_texts_fixture, tiny_fixture, tiny_overrides  # noqa: F401
+from support import (
+    bare_record,
+    cell_fixture,
+    results_fixture,
+    run_with,
+    short_texts_fixture,
+    tiny_fixture,
+    tiny_overrides,
+)  # noqa: F401
 
 from dass_exp.report import cli
 from dass_exp.report.load import cells_of, load
@@ -14,14 +22,29 @@ from dass_exp.storage.record_schema import is_config, problem_of
 KEY = "0123456789abcdef"
 SCORED = {
     "metrics": {"perplexity": {"text": 20.0}, "window_nll": {"text": [3.0]}},
-    "protocol": {**bare_record(KEY)["protocol"], "context": 8, "dataset": "text", "split": None, "windows": 1, "windows_sha256": "f00"},
+    "protocol": {
+        **bare_record(KEY)["protocol"],
+        "context": 8,
+        "dataset": "text",
+        "split": None,
+        "windows": 1,
+        "windows_sha256": "f00",
+    },
 }
 
 
 def test_the_least_record_is_one():
     assert problem_of(bare_record(KEY), KEY) is None
     assert problem_of(bare_record(KEY, **SCORED, more={"free": 1}), KEY) is None
-    assert problem_of(bare_record(KEY, **{**SCORED, "metrics": {"perplexity": {"text": float("nan")}, "window_nll": {"text": [1]}}}), KEY) is None
+    assert (
+        problem_of(
+            bare_record(
+                KEY, **{**SCORED, "metrics": {"perplexity": {"text": float("nan")}, "window_nll": {"text": [1]}}}
+            ),
+            KEY,
+        )
+        is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -34,10 +57,19 @@ def test_the_least_record_is_one():
         ({"config": []}, "config: input should be a valid dictionary"),
         ({"cost": None}, "cost: input should be a valid dictionary"),
         ({"cost": {**bare_record(KEY)["cost"], "prune_s": "long"}}, "cost.prune_s: input should be a valid number"),
-        ({"sparsity": {"scope": 0, "decoder": 0, "model": 0, "layers": [{}]}}, "sparsity.layers.0.name: field required"),
+        (
+            {"sparsity": {"scope": 0, "decoder": 0, "model": 0, "layers": [{}]}},
+            "sparsity.layers.0.name: field required",
+        ),
         ({"metrics": SCORED["metrics"]}, "protocol: it does not say which windows the perplexity is of"),
-        ({**SCORED, "metrics": {"perplexity": {"text": 1.0}}}, "metrics.window_nll: nothing for a perplexity that is there"),
-        ({"metrics": {"tasks": {"piqa": {"acc": 1.0, "acc_stderr": 0.1, "split": "test", "limit": None}}}}, "metrics: tasks without their mean_acc"),
+        (
+            {**SCORED, "metrics": {"perplexity": {"text": 1.0}}},
+            "metrics.window_nll: nothing for a perplexity that is there",
+        ),
+        (
+            {"metrics": {"tasks": {"piqa": {"acc": 1.0, "acc_stderr": 0.1, "split": "test", "limit": None}}}},
+            "metrics: tasks without their mean_acc",
+        ),
     ],
 )
 def test_what_is_no_record_is_told(changes, told):
@@ -64,7 +96,12 @@ def swept_fixture(tiny, tmp_path_factory):
     folder = results / "hydra" / "2026-01-01" / "00-00-00"
     notes = [
         {"status": "done", "overrides": ["method.alpha=0.5", "sweeps=alpha"], "record": str(outcome.path)},
-        {"status": "failed", "overrides": ["method.alpha=-1", "sweeps=alpha"], "error": "no", "config": outcome.record["config"]},
+        {
+            "status": "failed",
+            "overrides": ["method.alpha=-1", "sweeps=alpha"],
+            "error": "no",
+            "config": outcome.record["config"],
+        },
     ]
     for number, note in enumerate(notes):
         (folder / str(number)).mkdir(parents=True)
@@ -75,7 +112,9 @@ def swept_fixture(tiny, tmp_path_factory):
 def paths_of(value, path=()):
     """Every place in a JSON value, lists by their first entry."""
     yield path
-    entries = value.items() if isinstance(value, dict) else list(enumerate(value))[:1] if isinstance(value, list) else ()
+    entries = (
+        value.items() if isinstance(value, dict) else list(enumerate(value))[:1] if isinstance(value, list) else ()
+    )
     for name, inner in entries:
         yield from paths_of(inner, (*path, name))
 
@@ -166,6 +205,10 @@ def test_the_order_of_cells_is_that_of_the_launch_that_ran_most(tmp_path):
         for number, alpha in enumerate(alphas):
             folder = tmp_path / "hydra" / "2026-01-01" / time / str(number)
             folder.mkdir(parents=True)
-            note = {"status": "done", "overrides": [f"method.alpha={alpha}", "sweeps=alpha"], "record": f"{time}-{alpha}/result.json"}
+            note = {
+                "status": "done",
+                "overrides": [f"method.alpha={alpha}", "sweeps=alpha"],
+                "record": f"{time}-{alpha}/result.json",
+            }
             (folder / "cell.json").write_text(json.dumps(note))
     assert [cell.key for cell in cells_of(tmp_path, "alpha")] == ["00-00-01-0", "00-00-01-0.5", "00-00-02-1"]

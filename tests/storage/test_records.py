@@ -97,7 +97,9 @@ def test_a_file_is_renamed_into_place_whole_and_durable(tmp_path, monkeypatch):
     events = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda handle: (events.append("sync"), fsync(handle))[1])
-    monkeypatch.setattr(os, "replace", lambda one, other: (events.append(Path(one).read_text()), replace(one, other))[1])
+    monkeypatch.setattr(
+        os, "replace", lambda one, other: (events.append(Path(one).read_text()), replace(one, other))[1]
+    )
     write_json(tmp_path / "x.json", {"a": 1})
     assert events[0] == "sync"
     assert json.loads(events[1]) == {"a": 1}
@@ -105,7 +107,9 @@ def test_a_file_is_renamed_into_place_whole_and_durable(tmp_path, monkeypatch):
 
 def test_the_record_is_the_last_file_to_appear(store, monkeypatch):
     order, settle = [], record_module.settle
-    monkeypatch.setattr(record_module, "settle", lambda scratch, path: (order.append(path.name), settle(scratch, path))[1])
+    monkeypatch.setattr(
+        record_module, "settle", lambda scratch, path: (order.append(path.name), settle(scratch, path))[1]
+    )
     with store.lock(KEY):
         store.write(NEW, {"documents.json": {}}, {"a": PackedMask.of(torch.ones(1, 1, dtype=torch.bool))})
     assert order == ["masks.safetensors", "documents.json", "result.json"]
@@ -187,7 +191,9 @@ def test_the_environment_says_what_made_the_numbers_and_no_secret(monkeypatch):
     for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "secret123")
     found = environment()
-    assert {"torch", "transformers", "datasets", "lm_eval", "python", "cpu", "threads", "gpu", "git_commit"} <= set(found)
+    assert {"torch", "transformers", "datasets", "lm_eval", "python", "cpu", "threads", "gpu", "git_commit"} <= set(
+        found
+    )
     assert found["torch"] == torch.__version__
     assert found["threads"] == torch.get_num_threads()
     text = json.dumps(found)
