@@ -52,7 +52,7 @@ class Statistic(ABC):
     def reset_to_uniform(self) -> None:
         """Forget what was seen, and take every input feature for equally important and independent of the others."""
 
-    def release(self) -> None:  # noqa: B027 - most make nothing
+    def release(self) -> None:
         """Let go of what was made from the sum; it is made again when it is asked for."""
 
     @abstractmethod

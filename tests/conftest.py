@@ -12,11 +12,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import functools
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
+from support import save_tiny, tiny_overrides
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from dass_exp.data.texts import OfflineText
 
 settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
 settings.load_profile("fixed")
@@ -111,3 +117,28 @@ def attached() -> Callable[[nn.Module], Counter[str]]:
         return found
 
     return count
+
+
+@pytest.fixture(scope="session", name="tiny")
+def tiny_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's folder, made once for all files; not to be changed."""
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(name="results")
+def results_fixture(tmp_path: Path) -> Path:
+    """A results folder of the test's own."""
+    return tmp_path / "results"
+
+
+@pytest.fixture(name="cell")
+def cell_fixture(tiny: Path, results: Path) -> list[str]:
+    """The overrides of a quick run of the tiny model into a folder of the test's own."""
+    return tiny_overrides(tiny, results)
+
+
+@pytest.fixture(name="short_texts")
+def short_texts_fixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first documents of the real texts only: the tiny tokenizer is slow on megabytes."""
+    whole = functools.cache(OfflineText.documents)
+    monkeypatch.setattr(OfflineText, "documents", lambda text: whole(text)[:20])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import sys
@@ -24,7 +23,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dass_exp.config.components import admitted_packages
 from dass_exp.config.settings import Settings, register, validate
-from dass_exp.data.tokens import OfflineText
 from dass_exp.paths import project_root
 from dass_exp.runs import progress
 from dass_exp.runs.run import Outcome, run
@@ -144,36 +142,6 @@ def save_tiny(folder: Path, config: Any = None, bos: str | None = "<s>") -> Path
     model.save_pretrained(folder)
     tiny_tokenizer(bos).save_pretrained(folder)
     return folder
-
-
-_made: list[Path] = []
-
-
-@pytest.fixture(scope="session", name="tiny")
-def tiny_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model's folder, made once for all files; not to be changed."""
-    if not _made:  # a fixture that two files import counts as two
-        _made.append(save_tiny(tmp_path_factory.mktemp("tiny") / "model"))
-    return _made[0]
-
-
-@pytest.fixture(name="results")
-def results_fixture(tmp_path: Path) -> Path:
-    """A results folder of the test's own."""
-    return tmp_path / "results"
-
-
-@pytest.fixture(name="cell")
-def cell_fixture(tiny: Path, results: Path) -> list[str]:
-    """The overrides of a quick run of the tiny model into a folder of the test's own."""
-    return tiny_overrides(tiny, results)
-
-
-@pytest.fixture(name="short_texts")
-def short_texts_fixture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first documents of the real texts only: the tiny tokenizer is slow on megabytes."""
-    whole = functools.cache(OfflineText.documents)
-    monkeypatch.setattr(OfflineText, "documents", lambda text: whole(text)[:20])
 
 
 def bare_record(key: str, **changes: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support import command, files_under, results_fixture, tiny_fixture, tiny_overrides  # noqa: F401 - fixtures among them
+from support import command, files_under, tiny_overrides
 
 
 @pytest.fixture

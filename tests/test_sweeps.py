@@ -8,7 +8,7 @@ import pytest
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from support import CONF, ROOT, cell_fixture, command, results_fixture, run_with, settings_of, tiny_fixture  # noqa: F401
+from support import CONF, ROOT, command, run_with, settings_of
 
 from dass_exp.config.settings import register
 from dass_exp.errors import UserError

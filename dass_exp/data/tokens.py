@@ -74,7 +74,7 @@ def calibration_tokens(text: Text, cut: Cut, tokenizer: Any, bos: str, seed: int
     """
     length = cut.seq_len - (bos == "window")
     take = _joined_windows if cut.sampling == "joined" else _document_windows
-    draw = random.Random(seed)  # noqa: S311 - reproducible, not secret
+    draw = random.Random(seed)
     windows = take(text, cut, functools.partial(encode, tokenizer, bos=bos), draw, length)
     return Tokens.of(torch.stack([_framed(window, tokenizer, bos) for window in windows]))
 

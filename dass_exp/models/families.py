@@ -19,7 +19,7 @@ class Role(StrEnum):
     Q = "q"
     K = "k"
     V = "v"
-    O = "o"  # noqa: E741 - the field's letter for the output projection
+    O = "o"
     GATE = "gate"
     UP = "up"
     DOWN = "down"
@@ -27,7 +27,7 @@ class Role(StrEnum):
     FC2 = "fc2"
 
 
-Q, K, V, O, GATE, UP, DOWN, FC1, FC2 = Role  # noqa: E741
+Q, K, V, O, GATE, UP, DOWN, FC1, FC2 = Role
 
 ATTENTION, GLU, PLAIN = frozenset({Q, K, V, O}), frozenset({GATE, UP, DOWN}), frozenset({FC1, FC2})
 

@@ -160,7 +160,7 @@ class CheckpointWriter:
                 )
             try:
                 with safe_open(path, framework="pt") as file:
-                    self._note(path.name, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - it is no mapping
+                    self._note(path.name, {name: file.get_tensor(name) for name in file.keys()})
             except SafetensorError as error:
                 raise UserError(
                     f"{path} is damaged ({error}), and the run that wrote it cannot go on; remove {self._scratch} to begin again"

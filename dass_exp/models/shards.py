@@ -92,7 +92,7 @@ class Shards:
     def _look_into(self, file: str) -> dict[str, list[int]]:
         try:
             with safe_open(self.folder / file, framework="pt") as shard:
-                slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - it is no mapping
+                slices = {name: shard.get_slice(name) for name in shard.keys()}
                 self._small |= any(part.get_dtype().startswith("F8") for part in slices.values())
                 return {name: part.get_shape() for name, part in slices.items()}
         except (OSError, SafetensorError) as error:

@@ -27,7 +27,7 @@ class Tracker(ABC):
         """
         try:
             self.send(record, results)
-        except Exception as error:  # noqa: BLE001 - a tracker is a third party: nothing that it does may cost a result
+        except Exception as error:
             log.warning(
                 "the tracker failed, the record is safe: %s: %s",
                 type(error).__name__,
@@ -118,7 +118,7 @@ def track_sheet(title: str, tables: Mapping[str, list[list[Any]]], pictures: lis
         logged: dict[str, Any] = {name: wandb.Table(columns=rows[0], data=rows[1:]) for name, rows in tables.items()}
         run.log(logged | {path.stem: wandb.Image(str(path)) for path in pictures if path.suffix == ".png"})
         run.finish()
-    except Exception as error:  # noqa: BLE001 - as above
+    except Exception as error:
         log.warning(
             "the tracker failed, the files are safe: %s: %s", type(error).__name__, " ".join(str(error).split())[:300]
         )

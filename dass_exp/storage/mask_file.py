@@ -92,7 +92,7 @@ def read_packed(path: str | Path) -> dict[str, PackedMask]:
         UserError: as above.
     """
     with _opened(path) as (file, columns):
-        return {name: PackedMask(file.get_tensor(name), int(columns[name])) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        return {name: PackedMask(file.get_tensor(name), int(columns[name])) for name in file.keys()}
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 import transformers
-from support import tiny_fixture, tiny_overrides  # noqa: F401 - a fixture
+from support import tiny_overrides
 
 from dass_exp.api import method_of
 from dass_exp.benchmark import __main__ as command

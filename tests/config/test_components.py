@@ -12,7 +12,7 @@ from support import compose, contains, settings_of
 
 from dass_exp.config.components import admitted_packages, build, check_targets, choice, locate
 from dass_exp.config.settings import validate
-from dass_exp.data.tokens import Text
+from dass_exp.data.texts import Text
 from dass_exp.errors import UserError
 from dass_exp.masks import NM, Pattern
 from dass_exp.methods.base import Pruner

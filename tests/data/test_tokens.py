@@ -14,7 +14,8 @@ import pytest
 import torch
 from support import contains, tiny_tokenizer
 
-from dass_exp.data.tokens import Cut, HubText, OfflineText, Text, Tokens, calibration_tokens, encode, evaluation_windows
+from dass_exp.data.texts import HubText, OfflineText, Text
+from dass_exp.data.tokens import Cut, Tokens, calibration_tokens, encode, evaluation_windows
 from dass_exp.errors import UserError
 
 BOS = 1000

@@ -6,7 +6,7 @@ import gc
 
 import pytest
 import torch
-from support import cell_fixture, results_fixture, run_with, short_texts_fixture, tiny_fixture  # noqa: F401 - fixtures
+from support import run_with
 
 from dass_exp.api import method_of
 from dass_exp.engine import activation_cache as held

@@ -27,7 +27,7 @@ def slowly(model, context, continuation, longest):
 def some_requests(words=64):
     """Contexts and continuations of all lengths, several answers to one question, and the same request twice."""
     draw = torch.Generator().manual_seed(0)
-    take = lambda count: torch.randint(words, (count,), generator=draw).tolist()  # noqa: E731
+    take = lambda count: torch.randint(words, (count,), generator=draw).tolist()
     question = take(7)
     found = [(take(1 + number % 9), take(1 + number % 4)) for number in range(12)]
     found += [(question, [answer]) for answer in (3, 5, 8)] + [(question[:5], [*question[5:], 3])]

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow
 import pytest
 import transformers
-from support import contains, tiny_fixture  # noqa: F401 - a fixture
+from support import contains
 
 from dass_exp.data import assets
 from dass_exp.errors import UserError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import OWN, SHAPE
-from support import VOCABULARY, save_tiny, settings_of, short_texts_fixture, tiny_overrides  # noqa: F401 - a fixture
+from support import VOCABULARY, save_tiny, settings_of, tiny_overrides
 from torch import Tensor, nn
 from transformers import AutoConfig
 

@@ -8,16 +8,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from support import (
-    cell_fixture,
-    command,
-    compose,
-    contains,
-    results_fixture,
-    run_with,
-    short_texts_fixture,
-    tiny_fixture,
-)  # noqa: F401 - fixtures
+from support import command, compose, contains, run_with
 
 import dass_exp
 from dass_exp.errors import UserError

@@ -13,7 +13,7 @@ import torch
 import transformers
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load, save_file
-from support import command, compose, settings_of, tiny_fixture  # noqa: F401 - a fixture
+from support import command, compose, settings_of
 
 from dass_exp.methods.dass import Dass
 from dass_exp.models import load as models

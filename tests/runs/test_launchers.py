@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from support import CONF, ROOT, command, environment, tiny_fixture, tiny_overrides  # noqa: F401
+from support import CONF, ROOT, command, environment
 
 from dass_exp import __main__ as entry
 from dass_exp.config.settings import register

@@ -8,17 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from support import (
-    Killed,
-    cell_fixture,
-    contains,
-    results_fixture,
-    run_with,
-    settings_of,
-    short_texts_fixture,
-    stopped_behind,
-    tiny_fixture,
-)  # noqa: F401 - fixtures
+from support import Killed, contains, run_with, settings_of, stopped_behind
 
 from dass_exp.engine.activation_cache import Cache
 from dass_exp.errors import UserError

@@ -10,17 +10,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support import (
-    cell_fixture,
-    contains,
-    results_fixture,
-    run_with,
-    save_tiny,
-    settings_of,
-    short_texts_fixture,
-    tiny_config,
-    tiny_fixture,
-)  # noqa: F401 - fixtures
+from support import contains, run_with, save_tiny, settings_of, tiny_config
 
 import dass_exp
 from dass_exp.errors import UserError

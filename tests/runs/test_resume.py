@@ -11,16 +11,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import (
-    Killed,
-    contains,
-    run_with,
-    save_tiny,
-    short_texts_fixture,
-    stopped_behind,
-    tiny_config,
-    tiny_overrides,
-)  # noqa: F401 - a fixture
+from support import Killed, contains, run_with, save_tiny, stopped_behind, tiny_config, tiny_overrides
 
 import dass_exp
 from dass_exp.engine.prune import prune_model

@@ -16,20 +16,15 @@ import pytest
 import torch
 import transformers
 from hydra.errors import HydraException
-from support import (  # noqa: F401 - fixtures among them
+from support import (
     DECODER_SIZE,
     MLP_SIZE,
     MODEL_SIZE,
-    cell_fixture,
     contains,
-    files_under,
-    results_fixture,
     run_with,
     save_tiny,
     settings_of,
-    short_texts_fixture,
     tiny_config,
-    tiny_fixture,
     tiny_overrides,
 )
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import wandb
-from support import cell_fixture, results_fixture, run_with, settings_of, short_texts_fixture, tiny_fixture  # noqa: F401 - fixtures among them
+from support import run_with, settings_of
 from wandb.proto import wandb_internal_pb2
 
 from dass_exp.report.figures import draw

@@ -5,15 +5,7 @@ import json
 import shutil
 
 import pytest
-from support import (
-    bare_record,
-    cell_fixture,
-    results_fixture,
-    run_with,
-    short_texts_fixture,
-    tiny_fixture,
-    tiny_overrides,
-)  # noqa: F401
+from support import bare_record, run_with, tiny_overrides
 
 from dass_exp.report import cli
 from dass_exp.report.load import cells_of, load
