@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
 from hydra.core.config_store import ConfigStore
@@ -21,6 +21,12 @@ from dass_exp.paths import project_root
 from dass_exp.runs.track import Tracker
 
 
+def no_effect(default: Any = MISSING, **settings: Any) -> Any:
+    """A field that changes no number: it enters no key, and does not tell one cell of a sweep from another."""
+    settings = settings or {"default": default}
+    return field(**settings, metadata={"no_effect": True})
+
+
 @dataclass
 class ModelConfig:
     """Which model: ``path`` is a hub id, a folder, ``offline:NAME`` or ``tiny:NAME``. ``bos`` is auto, never, stream or window.
@@ -29,20 +35,20 @@ class ModelConfig:
     model, null the first; tables average over them. ``license``, ``parameters`` and ``context`` tell a user what to expect; no number depends on them.
     """
 
-    name: str = MISSING
+    name: str = no_effect(MISSING)
     path: str = MISSING
     revision: str | None = None
     dtype: str = "auto"
     device: str = "auto"
-    placement: str = "auto"
+    placement: str = no_effect("auto")
     bos: str = "auto"
     training_seed: int | None = None
     roles: Any = None  # a mapping; typed so, Hydra could not set it from the command line
-    accept_license: bool = False
-    trust_remote_code: bool = False
-    license: str | None = None
-    parameters: float | None = None
-    context: int | None = None
+    accept_license: bool = no_effect(False)
+    trust_remote_code: bool = no_effect(False)
+    license: str | None = no_effect(None)
+    parameters: float | None = no_effect(None)
+    context: int | None = no_effect(None)
 
 
 @dataclass
@@ -51,14 +57,14 @@ class CalibrationConfig:
     cpu or disk. Neither changes a number.
     """
 
-    name: str = MISSING
+    name: str = no_effect(MISSING)
     text: Any = MISSING
     sampling: str = "joined"
     separator: str = "\n\n"
     num_samples: int = 16
     seq_len: int = 512
-    batch_size: int = 4
-    cache: str = "device"
+    batch_size: int = no_effect(4)
+    cache: str = no_effect("device")
 
 
 @dataclass
@@ -73,7 +79,7 @@ class ExpertsConfig:
 class PerplexityConfig:
     """Consecutive windows of ``context`` tokens of a text; ``max_windows`` null takes them all."""
 
-    name: str = MISSING
+    name: str = no_effect(MISSING)
     text: Any = MISSING
     context: int = 2048
     max_windows: int | None = None
@@ -92,10 +98,10 @@ class ZeroShotConfig:
 class EvalConfig:
     """What to score. ``batch_size`` changes no number beyond rounding."""
 
-    name: str = MISSING
+    name: str = no_effect(MISSING)
     perplexity: PerplexityConfig | None = None
     zeroshot: ZeroShotConfig | None = None
-    batch_size: int = 4
+    batch_size: int = no_effect(4)
 
 
 @dataclass
@@ -112,18 +118,31 @@ class RunConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    protocol: Any = MISSING
-    tracker: Any = MISSING
-    sweep: Any = None
-    threads: int | None = None
-    rerun: bool = False
-    plan: bool = False
+    protocol: Any = no_effect(MISSING)
+    tracker: Any = no_effect(MISSING)
+    sweep: Any = no_effect(None)
+    threads: int | None = no_effect(None)
+    rerun: bool = no_effect(False)
+    plan: bool = no_effect(False)
     repeat: int = 0
-    save_masks: bool = False
-    save: str | None = None
-    checkpoint: bool | None = None
-    results_dir: str = "results"
-    plugins: list[str] = field(default_factory=list)
+    save_masks: bool = no_effect(False)
+    save: str | None = no_effect(None)
+    checkpoint: bool | None = no_effect(None)
+    results_dir: str = no_effect("results")
+    plugins: list[str] = no_effect(default_factory=list)
+
+
+def settings_without_effect(schema: type = RunConfig, path: str = "") -> frozenset[str]:
+    """Dotted names of all settings that change no number, as their fields say (:func:`no_effect`)."""
+    found: set[str] = set()
+    types = get_type_hints(schema)
+    for entry in fields(schema):
+        nested = next((kind for kind in (types[entry.name], *get_args(types[entry.name])) if is_dataclass(kind)), None)
+        if entry.metadata.get("no_effect"):
+            found.add(path + entry.name)
+        elif nested is not None:
+            found |= settings_without_effect(nested, f"{path}{entry.name}.")  # type: ignore[arg-type]
+    return frozenset(found)
 
 
 def register() -> None:
