@@ -1,4 +1,4 @@
-"""The command ``dass-exp``: Hydra composes, we validate and run."""
+"""The command ``dass-exp``: Hydra composes the settings, we validate and run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from dass_exp.paths import project_root
 
 os.environ.setdefault("DASS_EXP_ROOT", str(project_root()))  # conf/config.yaml finds sweeps/ by it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # threads that spin at each barrier make small products many times slower on busy cores
-os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of the libraries below; ours say what a run is doing
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make small products many times slower on busy cores
+os.environ.setdefault("TQDM_DISABLE", "1")  # the progress bars of libraries; ours show what a run is doing
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -31,57 +29,57 @@ from dass_exp.errors import NumericalError, UserError
 from dass_exp.report.console import TerminalReporter, show, show_plan
 from dass_exp.report.sweep_callback import Sweep, note_cell
 from dass_exp.runs import workers
-from dass_exp.runs.context import shelf_of_process
+from dass_exp.runs.context import RunContext, cache_of_process
+from dass_exp.runs.failed_cell import describe_failed
 from dass_exp.runs.plan import Plan, plan
 from dass_exp.runs.run import Outcome, run
-from dass_exp.runs.sketch import sketch
 
 log = logging.getLogger("dass_exp")
 
-_ADMITTED = admitted_packages(sys.argv[1:])  # before any config file has had its say
+_ADMITTED = admitted_packages(sys.argv[1:])  # before any config file can add to it
+
+_LAUNCHERS = {"slurm": "submitit", "submitit_slurm": "submitit", "submitit_local": "submitit", "ray": "ray"}
+_EXTRAS = {"submitit": "slurm", "ray": "ray"}
 
 
-class _Progress:
-    """Whether Hydra got as far as our code: until then an exit is about a setting that it refused."""
+class _Startup:
+    """Whether Hydra has called our code: an exit before that is about a setting that Hydra refused."""
 
-    started = False
+    finished = False
 
 
 @hydra.main(version_base="1.3", config_path=str(project_root() / "conf"), config_name="config")
 def _cell(composed: DictConfig) -> None:
-    _Progress.started = True
-    context = HydraConfig.get()
-    overrides = list(context.overrides.task)
-    shelf = shelf_of_process() if context.mode == RunMode.MULTIRUN else None
+    _Startup.finished = True
+    job = HydraConfig.get()
+    overrides, in_sweep = list(job.overrides.task), job.mode == RunMode.MULTIRUN
+    context = RunContext(TerminalReporter(), cache_of_process() if in_sweep else None)
+    folder = job.runtime.output_dir
     try:
-        if shelf is not None:
-            workers.join(context.launcher, Path(context.sweep.dir))
-        elif launchers := [text for text in context.overrides.hydra if text.startswith("hydra/launcher=")]:
+        if in_sweep:
+            workers.join(job.launcher, Path(job.sweep.dir))
+        elif launchers := [text for text in job.overrides.hydra if text.startswith("hydra/launcher=")]:
             raise UserError(
-                f"{launchers[0]}: a launcher runs the cells of a sweep, and this is one run; leave it out, or add -m or sweeps=NAME"
+                f"{launchers[0]}: a launcher runs the cells of a sweep, and this is one run; leave it out, or add -m or "
+                "sweeps=NAME"
             )
-        settings = validate(composed, _ADMITTED)
-        if settings.config.plan:
-            _planned(plan(settings, shelf), context.runtime.output_dir, overrides, alone=shelf is None)
+        config = validate(composed, _ADMITTED, job.runtime.choices)
+        if config.plan:
+            _planned(plan(config, context), folder, overrides, alone=not in_sweep)
             return
-        outcome = run(settings, TerminalReporter(), shelf)
+        outcome = run(config, context)
     except Exception as error:
-        meant, status = (
-            sketch(composed, context.runtime.choices, _ADMITTED),
-            "unplanned" if composed.get("plan") else "failed",
-        )
-        note_cell(
-            context.runtime.output_dir,
-            {"status": status, "overrides": overrides, "error": _line(error), "config": meant},
-        )
-        if context.mode == RunMode.MULTIRUN:  # the other cells go on; the exit code at the end tells
+        status = "unplanned" if composed.get("plan") else "failed"
+        described = describe_failed(composed, job.runtime.choices, context, _ADMITTED)
+        note_cell(folder, {"status": status, "overrides": overrides, "error": _line(error), **described})
+        if in_sweep:  # the other cells go on; the exit code at the end tells
             log.error("%s: %s", " ".join(overrides), _line(error), exc_info=None if _expected(error) else error)
             return
         if _expected(error):
             log.error("%s", _line(error))
             raise SystemExit(2 if isinstance(error, UserError) else 1) from None
         raise
-    _done(outcome, context.runtime.output_dir, overrides, alone=context.mode != RunMode.MULTIRUN)
+    _done(outcome, folder, overrides, alone=not in_sweep)
 
 
 def _planned(planned: Plan, folder: str, overrides: list[str], alone: bool) -> None:
@@ -91,7 +89,8 @@ def _planned(planned: Plan, folder: str, overrides: list[str], alone: bool) -> N
 
 
 def _done(outcome: Outcome, folder: str, overrides: list[str], alone: bool) -> None:
-    note_cell(folder, {"status": "done", "overrides": overrides, "record": str(outcome.path.resolve())})
+    record = {"key": outcome.record["key"], "record": str(outcome.path.resolve())}
+    note_cell(folder, {"status": "done", "overrides": overrides, **record})
     if alone:
         show(outcome.record, outcome.dense, outcome.path, outcome.found)
     else:
@@ -104,36 +103,38 @@ def _expected(error: Exception) -> bool:
 
 def _line(error: Exception) -> str:
     if isinstance(error, OSError):
-        return f"a file cannot be read or written: {error}; check results_dir, DASS_EXP_CACHE and the room on the disk"
+        return (
+            f"a file cannot be read or written: {error}; check results_dir, DASS_EXP_CACHE and the room on the disk"
+        )
     kind = "" if _expected(error) else f"{type(error).__name__}: "
     return kind + " ".join(str(error).split())
 
 
-_LAUNCHERS = {"slurm": "submitit", "submitit_slurm": "submitit", "submitit_local": "submitit", "ray": "ray"}
-_EXTRAS = {"submitit": "slurm", "ray": "ray"}
-
-
 def _mistyped() -> str | None:
-    """What is wrong with the overrides that were typed, where Hydra's own words do not help."""
+    """What is wrong with the typed overrides, where Hydra's own message does not help."""
     for override in sys.argv[1:]:
         group, _, choice = override.partition("=")
-        if choice.replace("_", "").isdigit() and (project_root() / "conf" / group).is_dir():
-            return f"{override}: Hydra reads {choice} as a number; the choices of {group} are the files in {project_root() / 'conf' / group}"
+        folder = project_root() / "conf" / group
+        if choice.replace("_", "").isdigit() and folder.is_dir():
+            return f"{override}: Hydra reads {choice} as a number; the choices of {group} are the files in {folder}"
+        if group.lstrip("+") == "sweeps/cells":
+            return f"{override}: this group is now called variant; write variant={choice}"
         plugin = _LAUNCHERS.get(choice) if group == "hydra/launcher" else None
         if plugin and importlib.util.find_spec(f"hydra_plugins.hydra_{plugin}_launcher") is None:
-            return f"{override}: this launcher is an extra; pip install 'dass_exp[{_EXTRAS[plugin]}]' (in a checkout: pip install -e '.[{_EXTRAS[plugin]}]')"
+            extra = _EXTRAS[plugin]
+            return (
+                f"{override}: this launcher is an extra; pip install 'dass_exp[{extra}]' (in a checkout: pip install "
+                f"-e '.[{extra}]')"
+            )
     return None
 
 
-def _explained(error: Exception) -> int:
-    """Say why Hydra, or the launcher of a sweep, gave up; the exit code."""
+def _explain(error: Exception) -> int:
+    """Say why Hydra, or the launcher of a sweep, gave up; returns the exit code."""
     mistake = _mistyped()
-    told = (
-        " ".join(str(part).partition("Config search path")[0].split())
-        for part in (error, error.__cause__)
-        if part is not None
-    )
-    log.error("%s", mistake or " ".join(told))
+    parts = (part for part in (error, error.__cause__) if part is not None)
+    reason = " ".join(" ".join(str(part).partition("Config search path")[0].split()) for part in parts)
+    log.error("%s", mistake or reason)
     if mistake or not Sweep.started or isinstance(error, (HydraException, OmegaConfBaseException)):
         return 2
     if "sbatch: error" in str(error):
@@ -141,8 +142,8 @@ def _explained(error: Exception) -> int:
         return 2
     Sweep.show_finished()
     log.error(
-        "the launcher ended before the sweep did; what its cells have written is kept. Some may still run elsewhere (squeue): once they have ended, "
-        "give the same command again"
+        "the launcher ended before the sweep did; what its cells have written is kept. Some may still run elsewhere "
+        "(squeue): once they have ended, give the same command again"
     )
     return 1
 
@@ -163,26 +164,24 @@ def main() -> None:
         raise SystemExit(2) from None
     os.environ["DASS_EXP_PLUGINS"] = " ".join(_ADMITTED)  # a worker of a launcher has another command line
     if _names_a_sweep() and not {"-m", "--multirun"} & {*sys.argv}:
-        sys.argv.insert(
-            1, "--multirun"
-        )  # the sweep's file says so too, but Hydra then reports its own guess instead of a mistake in the overrides
+        sys.argv.insert(1, "--multirun")  # the sweep's file says so too, but then Hydra hides mistakes in the overrides
     if any(override.lower() == "plan=true" for override in sys.argv):  # it runs nothing, so it needs no worker
-        sys.argv[1:] = [
-            text for text in sys.argv[1:] if not text.lstrip("+").startswith(("hydra/launcher=", "hydra.launcher."))
-        ]
+        launcher = ("hydra/launcher=", "hydra.launcher.")
+        sys.argv[1:] = [text for text in sys.argv[1:] if not text.lstrip("+").startswith(launcher)]
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us instead of printing a traceback
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing a traceback
     try:
         _cell()
     except KeyboardInterrupt:
         log.error(
-            "stopped; what is finished is kept, and the same command goes on from there. Cells on other machines were not stopped"
+            "stopped; what is finished is kept, and the same command goes on from there. Cells on other machines were "
+            "not stopped"
         )
         raise SystemExit(130) from None
     except Exception as error:
-        if _Progress.started or full:
+        if _Startup.finished or full:
             raise
-        raise SystemExit(_explained(error)) from None
+        raise SystemExit(_explain(error)) from None
     if Sweep.failed:
         sys.exit(1)
 

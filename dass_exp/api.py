@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from dass_exp.config.components import build, choice
 from dass_exp.config.settings import ModelConfig
 from dass_exp.data import assets
-from dass_exp.engine.block_report import BlockReport
-from dass_exp.engine.prune import Options, prune_model
-from dass_exp.engine.verify import Layer, verify
+from dass_exp.engine.callbacks import BlockReport, Callback
+from dass_exp.engine.prune import EngineOptions, prune_model
+from dass_exp.engine.verify import Layer, Verification
 from dass_exp.errors import UserError, whole_number
 from dass_exp.evaluate.perplexity import perplexity as score
 from dass_exp.masks import NM, Pattern, Unstructured
@@ -83,20 +83,26 @@ def prune(
         UserError: a setting does not fit the model.
         NumericalError, VerificationError: the method went wrong in the named layer.
     """
-    masks: dict[str, Tensor] = {}
-    layers: list[Layer] = []
     chosen, shape = method_of(method), pattern_of(pattern)
-
-    def on_block(report: BlockReport) -> None:
-        layers.extend(verify(report, shape))
-        masks.update({name: cut.keep for name, cut in report.cuts.items()})
-
     if tokens is not None:
         _check_tokens(model, tokens)
         _check_length(model, tokens)
-    if chosen.uses:
-        prune_model(model, tokens, chosen, shape, Options(scope, batch_size, roles, on_block))
-    return Pruned(masks, layers)
+    if not chosen.prunes:
+        return Pruned({}, [])
+    verification, masks = Verification(shape), _CollectMasks()
+    options = EngineOptions(scope=scope, batch_size=batch_size, roles=roles)
+    prune_model(model, tokens, chosen, shape, options, [verification, masks])
+    return Pruned(masks.by_linear, verification.layers)
+
+
+class _CollectMasks(Callback):
+    """Keep the masks of all blocks."""
+
+    def __init__(self) -> None:
+        self.by_linear: dict[str, Tensor] = {}
+
+    def on_block_end(self, report: BlockReport) -> None:
+        self.by_linear.update({name: result.keep for name, result in report.results.items()})
 
 
 def perplexity(model: nn.Module, tokens: Tensor, context: int | None = None, batch_size: int = 4) -> float:

@@ -18,13 +18,14 @@ import torch
 import transformers
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dass_exp.config.components import admitted_packages
-from dass_exp.config.settings import Settings, register, validate
+from dass_exp.config.settings import RunConfig, register, validate
+from dass_exp.engine.callbacks import BlockReport, Callback
 from dass_exp.paths import project_root
-from dass_exp.runs import progress
+from dass_exp.runs.context import RunContext
 from dass_exp.runs.run import Outcome, run
 
 ROOT = project_root()
@@ -48,20 +49,29 @@ _CORPUS = [
 
 def compose(*overrides: str) -> DictConfig:
     """What Hydra composes from conf/ and these overrides, in this process."""
+    return composed_with_choices(*overrides)[0]
+
+
+def composed_with_choices(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
+    """What Hydra composes, and the file chosen in each group."""
     os.environ.setdefault("DASS_EXP_ROOT", str(ROOT))
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra_compose("config", list(overrides))
+        composed = hydra_compose("config", list(overrides), return_hydra_config=True)
+    with open_dict(composed):
+        choices = dict(composed.pop("hydra").runtime.choices)
+    return composed, choices
 
 
-def settings_of(*overrides: str) -> Settings:
+def settings_of(*overrides: str) -> RunConfig:
     """The validated settings of a run that was typed with these overrides."""
-    return validate(compose(*overrides), admitted_packages(overrides))
+    composed, choices = composed_with_choices(*overrides)
+    return validate(composed, admitted_packages(overrides), choices)
 
 
-def run_with(*overrides: str) -> Outcome:
+def run_with(*overrides: str, context: RunContext | None = None) -> Outcome:
     """Do a run, or find its record, in this process."""
-    return run(settings_of(*overrides))
+    return run(settings_of(*overrides), context)
 
 
 def tiny_overrides(folder: Path, results: Path) -> list[str]:
@@ -186,15 +196,18 @@ class Killed(BaseException):
     """In the place of a kill: nothing that handles errors handles it."""
 
 
-def stopped_behind(block: int, monkeypatch: pytest.MonkeyPatch, *settings: str) -> None:
-    """Do a run and end it as a kill would, when the state behind a block is on disk."""
-    real = progress.save_step
+class KillAfter(Callback):
+    """Ends a run as a kill would when the state behind a block is on disk."""
 
-    def fragile(folder: Path, identity: Any, placement: str, step: progress.Step) -> None:
-        real(folder, identity, placement, step)
-        if step.blocks == block + 1:
+    def __init__(self, block: int) -> None:
+        self._block = block
+
+    def on_block_end(self, report: BlockReport) -> None:
+        if report.index == self._block:
             raise Killed
 
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr("dass_exp.runs.journal.save_step", fragile)
-        run_with(*settings)
+
+def killed_after_block(block: int, *overrides: str) -> None:
+    """Do a run and end it as a kill would, when the state behind a block is on disk."""
+    with pytest.raises(Killed):
+        run_with(*overrides, context=RunContext(callbacks=[KillAfter(block)]))

@@ -19,6 +19,9 @@ Part = TypeVar("Part")
 
 OURS = frozenset({"dass_exp"})
 
+_MOVED = {"dass_exp.data.OfflineText": "dass_exp.data.texts.OfflineText", "dass_exp.data.HubText": "dass_exp.data.texts.HubText"}
+_MOVED |= {f"dass_exp.track.{name}": f"dass_exp.runs.track.{name}" for name in ("WandbTracker", "NullTracker")}
+
 
 def admitted_packages(command_line: Iterable[str]) -> frozenset[str]:
     """Packages whose classes may be built: this one, and those that the user has named in the environment or on the command line.
@@ -65,7 +68,7 @@ def build(node: Any, kind: type[Part], setting: str) -> Part:
     if not issubclass(locate(f"{setting}._target_", node["_target_"]), kind):
         raise UserError(f"{setting}._target_={node['_target_']}: expected a {kind.__name__}")
     try:
-        made = instantiate(node, _convert_="all")
+        made = instantiate({**node, "_target_": _current(node["_target_"])}, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
         raise UserError(str(cause) if isinstance(cause, UserError) else f"{setting}: {cause or error}") from error
@@ -96,7 +99,7 @@ def locate(setting: str, target: Any) -> type:
     Raises:
         UserError: there is no such class.
     """
-    module, _, name = str(target).rpartition(".")
+    module, _, name = _current(target).rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
@@ -104,6 +107,11 @@ def locate(setting: str, target: Any) -> type:
     if not isinstance(found, type):
         raise UserError(f"{setting}={target}: expected a class")
     return found
+
+
+def _current(target: Any) -> str:
+    """A target under its present name: configs of users may hold the former one."""
+    return _MOVED.get(str(target), str(target))
 
 
 def _targets(node: Any, path: str) -> Iterator[tuple[str, Any]]:

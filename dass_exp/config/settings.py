@@ -1,41 +1,54 @@
-"""The typed settings of a run, and their validation. Building or validating settings loads no model and writes nothing."""
+"""The typed settings of a run, with the checks of each field. Validating them loads no model and writes nothing."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, get_args, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from dass_exp.config.components import OURS, build, check_targets, choice
-from dass_exp.data import texts
-from dass_exp.data import tokens as data
-from dass_exp.engine.activation_cache import CACHES
-from dass_exp.engine.prune import Options
+from dass_exp.config.components import OURS, check_targets, choice
 from dass_exp.errors import UserError, one_of, whole_number
-from dass_exp.masks import Pattern
-from dass_exp.methods.base import Pruner
 from dass_exp.paths import project_root
-from dass_exp.runs.track import Tracker
+
+log = logging.getLogger(__name__)
+
+SCOPES = ("mlp", "attention", "all")
+DTYPES = ("float32", "bfloat16", "float16")
+BOS_POLICIES = ("never", "stream", "window")
+PLACEMENTS = ("resident", "stream")
+ACTIVATION_CACHES = ("device", "cpu", "disk")
+SAMPLINGS = ("joined", "document")
+TASK_DATA = ("offline", "hub")
 
 
 def no_effect(default: Any = MISSING, **settings: Any) -> Any:
     """A field that changes no number: it enters no key, and does not tell one cell of a sweep from another."""
-    settings = settings or {"default": default}
-    return field(**settings, metadata={"no_effect": True})
+    return field(**(settings or {"default": default}), metadata={"no_effect": True})
 
 
 @dataclass
 class ModelConfig:
-    """Which model: ``path`` is a hub id, a folder, ``offline:NAME`` or ``tiny:NAME``. ``bos`` is auto, never, stream or window.
+    """Which model to prune.
 
-    ``placement`` is resident, stream (block by block from the disk), or auto: as the memory at hand allows. ``training_seed`` picks a training of a tiny
-    model, null the first; tables average over them. ``license``, ``parameters`` and ``context`` tell a user what to expect; no number depends on them.
+    Args:
+        name: for tables; by default the name of the config file.
+        path: hub id, folder, ``offline:NAME`` or ``tiny:NAME``.
+        revision: commit, tag or branch of a hub model.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        placement: ``resident`` (whole model in memory), ``stream`` (block by block from disk), or ``auto``.
+        bos: where the beginning-of-sequence token is put: ``auto``, ``never``, ``stream`` or ``window``.
+        training_seed: which training of a tiny model; null for the first. Tables average over them.
+        roles: path of each role's linear inside a block, for a family that the table does not know.
+        license, parameters, context: information for the user.
     """
 
-    name: str = no_effect(MISSING)
+    name: str = no_effect()
     path: str = MISSING
     revision: str | None = None
     dtype: str = "auto"
@@ -43,7 +56,7 @@ class ModelConfig:
     placement: str = no_effect("auto")
     bos: str = "auto"
     training_seed: int | None = None
-    roles: Any = None  # a mapping; typed so, Hydra could not set it from the command line
+    roles: Any = None  # a mapping; if it were typed so, Hydra could not set it from the command line
     accept_license: bool = no_effect(False)
     trust_remote_code: bool = no_effect(False)
     license: str | None = no_effect(None)
@@ -53,11 +66,21 @@ class ModelConfig:
 
 @dataclass
 class CalibrationConfig:
-    """Which tokens a method sees. ``batch_size`` sequences pass through a block together; ``cache`` is where activations wait between two blocks: device,
-    cpu or disk. Neither changes a number.
+    """Which token sequences a method calibrates on.
+
+    Args:
+        name: for tables; by default the name of the config file.
+        text: where they come from, a :class:`dass_exp.data.texts.Text` by ``_target_``.
+        sampling: ``joined``, random windows of all documents joined; ``document``, a random window of a random document
+            that is longer than the window. Both draw as the Wanda code does.
+        separator: between joined documents.
+        num_samples: number of sequences.
+        seq_len: tokens of a sequence, beginning-of-sequence token included.
+        batch_size: sequences that pass through a block together.
+        cache: where activations wait between two blocks: ``device``, ``cpu`` or ``disk``.
     """
 
-    name: str = no_effect(MISSING)
+    name: str = no_effect()
     text: Any = MISSING
     sampling: str = "joined"
     separator: str = "\n\n"
@@ -66,48 +89,83 @@ class CalibrationConfig:
     batch_size: int = no_effect(4)
     cache: str = no_effect("device")
 
+    def __post_init__(self) -> None:
+        one_of("calibration.sampling", self.sampling, SAMPLINGS)
+        whole_number("calibration.num_samples", self.num_samples, least=1)
+        whole_number("calibration.seq_len", self.seq_len, least=2)
+        whole_number("calibration.batch_size", self.batch_size, least=1)
+        one_of("calibration.cache", self.cache, ACTIVATION_CACHES)
+
 
 @dataclass
 class ExpertsConfig:
-    """What counts as too few tokens for an expert of a mixture, and what is then done: ``level`` or ``refuse``."""
+    """Mixture-of-experts models: what to do with an expert to which few calibration tokens were routed.
+
+    Args:
+        min_tokens: an expert with fewer tokens is starved.
+        starved: ``uniform``, reset its input statistics so that all inputs count alike; ``raise``, stop the run.
+    """
 
     min_tokens: int = 32
-    starved: str = "level"
+    starved: str = "uniform"
+
+    def __post_init__(self) -> None:
+        whole_number("experts.min_tokens", self.min_tokens, least=0)
+        former = {"level": "uniform", "refuse": "raise"}
+        if self.starved in former:
+            log.warning("experts.starved=%s is now called %s", self.starved, former[self.starved])
+            self.starved = former[self.starved]
+        one_of("experts.starved", self.starved, ("uniform", "raise"))
 
 
 @dataclass
 class PerplexityConfig:
-    """Consecutive windows of ``context`` tokens of a text; ``max_windows`` null takes them all."""
+    """Perplexity over consecutive windows of ``context`` tokens of a text; ``max_windows`` null takes all of them."""
 
-    name: str = no_effect(MISSING)
+    name: str = no_effect()
     text: Any = MISSING
     context: int = 2048
     max_windows: int | None = None
 
+    def __post_init__(self) -> None:
+        whole_number("eval.perplexity.context", self.context, least=2)
+        if self.max_windows is not None:
+            whole_number("eval.perplexity.max_windows", self.max_windows, least=1)
+
 
 @dataclass
 class ZeroShotConfig:
-    """Tasks of lm-eval; ``limit`` documents of each, null for all; ``data`` is ``offline`` (assets) or ``hub``."""
+    """Tasks of lm-eval; the first ``limit`` documents of each, null for all; ``data`` is ``offline`` or ``hub``."""
 
     tasks: list[str] = MISSING
     limit: int | None = None
     data: str = "hub"
+
+    def __post_init__(self) -> None:
+        one_of("eval.zeroshot.data", self.data, TASK_DATA)
+        if self.limit is not None:
+            whole_number("eval.zeroshot.limit", self.limit, least=1)
 
 
 @dataclass
 class EvalConfig:
     """What to score. ``batch_size`` changes no number beyond rounding."""
 
-    name: str = no_effect(MISSING)
+    name: str = no_effect()
     perplexity: PerplexityConfig | None = None
     zeroshot: ZeroShotConfig | None = None
     batch_size: int = no_effect(4)
 
+    def __post_init__(self) -> None:
+        whole_number("eval.batch_size", self.batch_size, least=1)
+
 
 @dataclass
 class RunConfig:
-    """Everything that defines one run. ``repeat`` numbers runs of one cell whose cost is measured more than once; ``save`` is a folder for its model;
-    ``checkpoint`` keeps on disk what is needed to go on behind the last block after a kill (null: if the model is read block by block).
+    """Everything that defines one run; conf/config.yaml explains each setting.
+
+    ``method``, ``pattern``, ``tracker`` and the texts are described by ``_target_``
+    (:class:`dass_exp.runs.resolve.Components` builds them).
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -118,8 +176,8 @@ class RunConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    protocol: Any = no_effect(MISSING)
-    tracker: Any = no_effect(MISSING)
+    protocol: Any = no_effect()
+    tracker: Any = no_effect()
     sweep: Any = no_effect(None)
     threads: int | None = no_effect(None)
     rerun: bool = no_effect(False)
@@ -127,21 +185,30 @@ class RunConfig:
     repeat: int = 0
     save_masks: bool = no_effect(False)
     save: str | None = no_effect(None)
-    checkpoint: bool | None = no_effect(None)
+    resume: bool | None = no_effect(None)
+    checkpoint: bool | None = no_effect(None)  # the former name of resume
     results_dir: str = no_effect("results")
     plugins: list[str] = no_effect(default_factory=list)
+
+    def __post_init__(self) -> None:
+        one_of("scope", self.scope, SCOPES)
+        whole_number("seed", self.seed, least=0)
+        whole_number("repeat", self.repeat, least=0)
+        if self.threads is not None:
+            whole_number("threads", self.threads, least=1)
+        if self.checkpoint is not None:
+            log.warning("checkpoint=%s is now called resume=%s", *2 * (str(self.checkpoint).lower(),))
+            self.resume, self.checkpoint = self.checkpoint, None
 
 
 def settings_without_effect(schema: type = RunConfig, path: str = "") -> frozenset[str]:
     """Dotted names of all settings that change no number, as their fields say (:func:`no_effect`)."""
     found: set[str] = set()
-    types = get_type_hints(schema)
     for entry in fields(schema):
-        nested = next((kind for kind in (types[entry.name], *get_args(types[entry.name])) if is_dataclass(kind)), None)
         if entry.metadata.get("no_effect"):
             found.add(path + entry.name)
-        elif nested is not None:
-            found |= settings_without_effect(nested, f"{path}{entry.name}.")  # type: ignore[arg-type]
+        elif (nested := _nested(schema, entry.name)) is not None:
+            found |= settings_without_effect(nested, f"{path}{entry.name}.")
     return frozenset(found)
 
 
@@ -150,25 +217,15 @@ def register() -> None:
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """A validated run: the typed settings and the parts they name."""
-
-    config: RunConfig
-    method: Pruner
-    pattern: Pattern
-    tracker: Tracker
-    calibration_text: texts.Text
-    cut: data.Cut
-    evaluation_text: texts.Text | None
-
-
-def validate(composed: DictConfig, packages: frozenset[str] = OURS) -> Settings:
-    """Check every setting that can be checked without the model, and build the parts.
+def validate(
+    composed: DictConfig, packages: frozenset[str] = OURS, choices: Mapping[str, str | None] | None = None
+) -> RunConfig:
+    """Check every setting that can be checked without a model.
 
     Args:
         composed: what Hydra composed.
-        packages: whose classes may be built (:func:`dass_exp.config.components.admitted_packages`).
+        packages: packages whose classes may be built (:func:`dass_exp.config.components.admitted_packages`).
+        choices: the file chosen in each config group; it names what has no ``name`` of its own.
 
     Raises:
         UserError: names the setting, its value and what is allowed.
@@ -176,82 +233,50 @@ def validate(composed: DictConfig, packages: frozenset[str] = OURS) -> Settings:
     try:
         _check_keys(composed, RunConfig, "")
         check_targets(composed, packages)
-        config = OmegaConf.to_object(composed)
+        config = OmegaConf.to_object(_named(composed, choices or {}))
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key or error.key} has no value; set it on the command line") from error
     except OmegaConfBaseException as error:
         raise UserError(" ".join(str(error).split())) from error
     if not isinstance(config, RunConfig):
-        raise TypeError(
-            f"the composed config is a {type(config).__name__}; conf/config.yaml must list run_schema first"
-        )
-    _name_model(config.model)
-    Options(
-        config.scope,
-        config.calibration.batch_size,
-        min_tokens=config.experts.min_tokens,
-        starved=config.experts.starved,
-    )
-    one_of("calibration.cache", config.calibration.cache, CACHES)
-    cut = data.Cut(
-        config.calibration.sampling,
-        config.calibration.num_samples,
-        config.calibration.seq_len,
-        config.calibration.separator,
-    )
-    whole_number("seed", config.seed, least=0)
-    whole_number("repeat", config.repeat, least=0)
-    if config.threads is not None:
-        whole_number("threads", config.threads, least=1)
-    whole_number("eval.batch_size", config.eval.batch_size, least=1)
-    _check_evaluation(config.eval)
-    scored = config.eval.perplexity
-    return Settings(
-        config=config,
-        method=build(config.method, Pruner, "method"),
-        pattern=build(config.pattern, Pattern, "pattern"),
-        tracker=build(config.tracker, Tracker, "tracker"),
-        calibration_text=build(config.calibration.text, texts.Text, "calibration.text"),
-        cut=cut,
-        evaluation_text=build(scored.text, texts.Text, "eval.perplexity.text") if scored else None,
-    )
+        raise TypeError(f"composed a {type(config).__name__}; conf/config.yaml must list run_schema first")
+    return replace(config, model=rename_model(config.model))
+
+
+def _named(composed: DictConfig, choices: Mapping[str, str | None]) -> DictConfig:
+    """The composed config with the name of the chosen file where a part has no name of its own."""
+    composed = composed.copy()
+    for group in ("model", "calibration", "eval", "protocol"):
+        node, name = composed.get(group), choices.get(group)
+        if name is not None and isinstance(node, DictConfig) and (OmegaConf.is_missing(node, "name") or "name" not in node):
+            OmegaConf.update(composed, f"{group}.name", name, force_add=True)
+    return composed
+
+
+def rename_model(model: ModelConfig) -> ModelConfig:
+    """Name a model after its path where it bears the name of a config file that describes another path.
+
+    The licence, size and context that the file states do not hold for another path either.
+    """
+    folder = project_root() / "conf" / "model"
+    if not (folder / f"{model.name}.yaml").is_file() or choice("model", model.name).get("path") == model.path:
+        return model
+    name = model.path.rstrip("/").rsplit("/", 1)[-1]
+    return replace(model, name=name, license=None, parameters=None, context=None)
 
 
 def _check_keys(node: Any, schema: type, path: str) -> None:
-    """Hydra adds whatever stands behind a ``+``: a misspelt setting would change nothing and tell nobody."""
-    types = get_type_hints(schema)
+    """Refuse settings that do not exist: Hydra adds whatever follows a ``+``, so a misspelt one would change nothing."""
     for key in node:
-        if key not in types:
-            raise UserError(
-                f"{path}{key}: there is no such setting; {path.rstrip('.') or 'a run'} has {', '.join(types)}"
-            )
-        nested = next((kind for kind in (types[key], *get_args(types[key])) if is_dataclass(kind)), None)
+        if key not in (known := get_type_hints(schema)):
+            parent = path.rstrip(".") or "a run"
+            raise UserError(f"{path}{key}: there is no such setting; {parent} has {', '.join(known)}")
+        nested = _nested(schema, key)
         if nested is not None and not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
-            _check_keys(node[key], nested, f"{path}{key}.")  # type: ignore[arg-type]
+            _check_keys(node[key], nested, f"{path}{key}.")
 
 
-def _check_evaluation(evaluation: EvalConfig) -> None:
-    if (scored := evaluation.perplexity) is not None:
-        whole_number("eval.perplexity.context", scored.context, least=2)
-        if scored.max_windows is not None:
-            whole_number("eval.perplexity.max_windows", scored.max_windows, least=1)
-    if (asked := evaluation.zeroshot) is not None:
-        from dass_exp.evaluate import zeroshot
-
-        one_of("eval.zeroshot.data", asked.data, ("offline", "hub"))
-        if asked.limit is not None:
-            whole_number("eval.zeroshot.limit", asked.limit, least=1)
-        zeroshot.check_tasks(asked.tasks, asked.data)
-
-
-def _name_model(model: ModelConfig) -> None:
-    """What a model file says holds only for the path in that file: with another path the name is made from it, and the rest is not known."""
-    if (name := name_of(model.name, model.path)) != model.name:
-        model.name = name
-        model.license = model.parameters = model.context = None
-
-
-def name_of(name: str, path: str) -> str:
-    """The name of a model: that in its file, if the path is that file's too; else the end of the path."""
-    known = {file.stem for file in (project_root() / "conf" / "model").glob("*.yaml")}
-    return path.rstrip("/").rsplit("/", 1)[-1] if name in known and choice("model", name).get("path") != path else name
+def _nested(schema: type, name: str) -> type | None:
+    """The dataclass that a field holds (or may hold), None for a plain field."""
+    kind = get_type_hints(schema)[name]
+    return next((option for option in (kind, *get_args(kind)) if is_dataclass(option)), None)  # type: ignore[return-value]

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dass_exp.config.settings import CalibrationConfig
 from dass_exp.data.texts import Text
-from dass_exp.errors import UserError, one_of, whole_number
+from dass_exp.errors import UserError
 
 SAMPLINGS = ("joined", "document")
 
@@ -36,30 +37,7 @@ class Tokens:
         return cls(ids, hashlib.sha256(ids.contiguous().numpy().astype("<i8").tobytes()).hexdigest())
 
 
-@dataclass(frozen=True)
-class Cut:
-    """How calibration sequences are taken from a text.
-
-    Args:
-        sampling: ``joined``, random windows of all documents joined; ``document``, a random window of a random document that is longer than the
-            window. Both draw as the Wanda code does.
-        num_samples: sequences.
-        seq_len: tokens of a sequence, beginning-of-sequence token included.
-        separator: between joined documents.
-    """
-
-    sampling: str
-    num_samples: int
-    seq_len: int
-    separator: str = "\n\n"
-
-    def __post_init__(self) -> None:
-        one_of("calibration.sampling", self.sampling, SAMPLINGS)
-        whole_number("calibration.num_samples", self.num_samples, least=1)
-        whole_number("calibration.seq_len", self.seq_len, least=2)
-
-
-def calibration_tokens(text: Text, cut: Cut, tokenizer: Any, bos: str, seed: int) -> Tokens:
+def calibration_tokens(text: Text, cut: CalibrationConfig, tokenizer: Any, bos: str, seed: int) -> Tokens:
     """Draw calibration sequences.
 
     Args:
@@ -80,7 +58,7 @@ def calibration_tokens(text: Text, cut: Cut, tokenizer: Any, bos: str, seed: int
 
 
 def _joined_windows(
-    text: Text, cut: Cut, encoder: Callable[[str], Tensor], draw: random.Random, length: int
+    text: Text, cut: CalibrationConfig, encoder: Callable[[str], Tensor], draw: random.Random, length: int
 ) -> list[Tensor]:
     """Random windows of ``length`` tokens of all documents joined."""
     stream = encoder(cut.separator.join(text.documents()))
@@ -93,7 +71,7 @@ def _joined_windows(
 
 
 def _document_windows(
-    text: Text, cut: Cut, encoder: Callable[[str], Tensor], draw: random.Random, length: int
+    text: Text, cut: CalibrationConfig, encoder: Callable[[str], Tensor], draw: random.Random, length: int
 ) -> list[Tensor]:
     """A random window of a random document that is longer than ``length``, as often as asked; the order of the draws is the Wanda code's."""
     documents = text.documents()

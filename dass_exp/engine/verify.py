@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dass_exp.engine.block_report import BlockReport
+from dass_exp.engine.callbacks import BlockReport, Callback
 from dass_exp.errors import NumericalError
 from dass_exp.masks import NM, Pattern
 from dass_exp.methods.base import LinearView, MaskResult
@@ -35,7 +35,7 @@ class Layer:
         block_error: relative L2 error of the block's output, None without calibration and in the last block.
         seconds: time to score, rank and cut.
         damping_retries: how often damping was raised (SparseGPT).
-        tokens: how many the statistic of its input saw; None without calibration.
+        tokens: calibration tokens that its input statistic has seen; None without calibration.
     """
 
     name: str
@@ -58,48 +58,60 @@ def verify(report: BlockReport, pattern: Pattern) -> list[Layer]:
     """Check every linear of a pruned block.
 
     Raises:
-        VerificationError: a mask is not exactly as asked, or a weight survived its mask, or a group is over-full.
+        VerificationError: a mask does not have the pattern, a masked weight is not zero, or a group is over-full.
         NumericalError: a weight is not finite.
     """
     layers = []
     for linear in report.linears:
-        if (cut := report.cuts.get(linear.name)) is None:
+        if (result := report.results.get(linear.name)) is None:
             raise VerificationError(f"{linear.name}: it lies in the scope, and the method did not prune it")
-        layers.append(_verify_linear(linear, cut, pattern, report.error))
+        layers.append(_verify_linear(linear, result, pattern, report.error))
     return layers
 
 
-def _verify_linear(linear: LinearView, cut: MaskResult, pattern: Pattern, error: float | None) -> Layer:
-    name, weight = linear.name, linear.weight
-    if cut.keep.shape != weight.shape or cut.keep.dtype != torch.bool:
-        raise VerificationError(
-            f"{name}: its mask is {cut.keep.dtype} {list(cut.keep.shape)}, the weight is {list(weight.shape)}"
-        )
+class Verification(Callback):
+    """Verify every block as soon as it is pruned, and collect the results."""
+
+    def __init__(self, pattern: Pattern) -> None:
+        self._pattern = pattern
+        self.layers: list[Layer] = []
+        self.starved: list[str] = []
+
+    def on_block_end(self, report: BlockReport) -> None:
+        self.layers.extend(verify(report, self._pattern))
+        self.starved.extend(report.starved)
+
+
+def _verify_linear(linear: LinearView, result: MaskResult, pattern: Pattern, error: float | None) -> Layer:
+    name, weight, keep = linear.name, linear.weight, result.keep
+    if keep.shape != weight.shape or keep.dtype != torch.bool:
+        raise VerificationError(f"{name}: its mask is {keep.dtype} {list(keep.shape)}, the weight is {list(weight.shape)}")
     if not bool(torch.isfinite(weight).all()):
         raise NumericalError(f"{name}: its pruned weights hold numbers that are not finite")
-    slabs = cut.keep.split(cut.columns, dim=1) if cut.columns else (cut.keep,)
-    if wrong := sum(pattern.violations(slab, cut.dim) for slab in slabs):
+    slabs = keep.split(result.columns, dim=1) if result.columns else (keep,)
+    if wrong := sum(pattern.violations(slab, result.dim) for slab in slabs):
+        axis = AXES[result.dim]
         raise VerificationError(
-            f"{name}: {wrong} groups of its mask do not have the sparsity of {pattern.name} along the {AXES[cut.dim]} axis"
+            f"{name}: {wrong} groups of its mask do not have the sparsity of {pattern.name} along the {axis} axis"
         )
-    if survivors := int(((weight != 0) & ~cut.keep).sum()):
+    if survivors := int(((weight != 0) & ~keep).sum()):
         raise VerificationError(f"{name}: {survivors} weights are not zero although the mask removes them")
-    if isinstance(pattern, NM) and (overfull := pattern.overfull(weight, cut.dim)):
+    if isinstance(pattern, NM) and (overfull := pattern.overfull(weight, result.dim)):
         raise VerificationError(f"{name}: {overfull} groups hold more than {pattern.n} of {pattern.m} weights")
-    zeros = cut.keep.numel() - int(cut.keep.sum())
+    zeros = keep.numel() - int(keep.sum())
     return Layer(
         name=name,
         role=linear.role.value,
         zeros=zeros,
         size=weight.numel(),
-        axis=AXES[cut.dim],
-        kernel_ready=pattern.name == "2:4" and cut.dim == 1,
+        axis=AXES[result.dim],
+        kernel_ready=pattern.name == "2:4" and result.dim == 1,
         excess=int((weight == 0).sum()) - zeros,
-        underfull=pattern.underfull(weight, cut.dim) if isinstance(pattern, NM) else 0,
-        score_low=cut.low,
-        score_high=cut.high,
+        underfull=pattern.underfull(weight, result.dim) if isinstance(pattern, NM) else 0,
+        score_low=result.low,
+        score_high=result.high,
         block_error=error,
-        seconds=cut.seconds,
-        damping_retries=cut.retries,
+        seconds=result.seconds,
+        damping_retries=result.retries,
         tokens=linear.tokens,
     )

@@ -133,6 +133,11 @@ class Pruner(ABC):
         """The name that tables and records print."""
         return type(self).__name__.lower()
 
+    @property
+    def prunes(self) -> bool:
+        """Whether it prunes at all."""
+        return bool(self.uses)
+
     def settings(self) -> dict[str, Any]:
         """The hyper-parameters that can change the outcome, in canonical form."""
         return _plain(vars(self))

@@ -1,4 +1,4 @@
-"""Save a pruned model as others load it: dense safetensors with its zeros, tokenizer, packed masks, and a manifest that says how it was made."""
+"""Save a pruned model as ``from_pretrained`` loads it: dense safetensors with zeros, tokenizer, packed masks, manifest."""
 
 from __future__ import annotations
 
@@ -16,34 +16,33 @@ from transformers.dynamic_module_utils import custom_object_save
 from dass_exp.errors import UserError
 from dass_exp.models.locate import MANIFEST, manifest_of
 from dass_exp.models.shards import INDEX
-from dass_exp.runs.progress import BEFORE, STATE
-from dass_exp.storage.durable import as_os_error, sync, write_tensors
+from dass_exp.storage.durable import as_os_error, sync, write_json, write_tensors
 from dass_exp.storage.mask_file import MASKS, PackedMask, write_masks
-from dass_exp.storage.records import write_json
 
+REPLACED = "before"  # in a partial folder: the checkpoint that is being replaced, which must not be deleted
 _SPARE = 1 << 28  # bytes that must stay free beside the weights: tokenizer, masks, and room for other programs
 
 
 def is_saved(folder: str | Path, key: str) -> bool:
-    """Whether the checkpoint of this run lies in ``folder``. It is renamed into place when it is whole, so a folder that is there is.
+    """Whether the checkpoint of this run is in ``folder``; it is moved there as a whole, so it is complete.
 
     Raises:
-        UserError: something else lies there.
+        UserError: the folder holds something else.
     """
-    place = place_of(folder)
-    if place.is_mount():
+    target = target_of(folder)
+    if target.is_mount():
         raise UserError(f"save={folder}: it is a mount point, which cannot be renamed into; name a folder inside it")
-    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
-    if (found := manifest_of(place).get("key")) == key:
+    if (saved := manifest_of(target).get("key")) == key:
         return True
-    what = f"the checkpoint of run {found}" if found else "what is no checkpoint of this project"
-    raise UserError(f"save={folder}: it holds {what}; remove it or name another folder")
+    content = f"the checkpoint of run {saved}" if saved else "what is no checkpoint of this project"
+    raise UserError(f"save={folder}: it holds {content}; remove it or name another folder")
 
 
 @contextmanager
-def writing(folder: str | Path | None) -> Iterator[None]:
-    """Hold a folder against other runs that would save into it.
+def locked(folder: str | Path | None) -> Iterator[None]:
+    """Lock a save folder against other runs; None locks nothing.
 
     Raises:
         UserError: another run holds it.
@@ -51,195 +50,194 @@ def writing(folder: str | Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
-    lock = scratch_of(folder).with_suffix(".lock")
+    lock = partial_folder_of(folder).with_suffix(".lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=0):
             try:
-                _put_back(place_of(folder), scratch_of(folder) / BEFORE)
+                _restore_replaced(target_of(folder), partial_folder_of(folder) / REPLACED)
                 yield
             finally:
                 with suppress(OSError):
-                    lock.unlink()  # only by who holds it: a run that was turned away must not let the next one in
+                    lock.unlink()  # only by its holder: a run that was refused must not let the next one in
     except Timeout as error:
         raise UserError(f"save={folder}: another run is writing to it; wait for it, or name another folder") from error
 
 
 def check_room(folder: str | Path, size: int) -> None:
-    """See that so many bytes of weights fit on the disk.
-
-    Raises:
-        UserError: they do not.
-    """
-    place = place_of(folder)
-    there = next(parent for parent in (place, *place.parents) if parent.exists())
-    needed, free = size + _SPARE, shutil.disk_usage(there).free
+    """Raise a UserError unless ``size`` bytes of weights fit on the disk of ``folder``."""
+    target = target_of(folder)
+    existing = next(parent for parent in (target, *target.parents) if parent.exists())
+    needed, free = size + _SPARE, shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(
-            f"save={folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free on that disk; make room or name another folder"
+            f"save={folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free on that disk; make room "
+            "or name another folder"
         )
 
 
 def save_checkpoint(
     folder: str | Path, model: Any, tokenizer: Any, masks: Mapping[str, PackedMask], manifest: Mapping[str, Any]
 ) -> Path:
-    """Write a model as ``from_pretrained`` loads it, into :func:`scratch_of` the folder, synced, then renamed.
+    """Write a model that is in memory to the partial folder, sync it, and rename it into place.
 
     Its config.json says nothing of sparsity: servers refuse a ``sparsity_config``.
 
     Args:
-        folder: where it will lie; one of the same run is replaced.
+        folder: the target; a checkpoint of the same run is replaced.
         model: a transformers causal language model.
         tokenizer: of the model.
         masks: by linear.
-        manifest: ``key`` of the run, ``told`` in a line, and whatever else a reader should know.
+        manifest: ``key`` of the run, a one-line description ``told``, and further facts.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written to; nothing is left behind.
+        OSError: the disk is full, or the folder is not writable; nothing is left behind.
     """
-    place = place_of(folder)
-    made = scratch_of(folder) / "made"
-    shutil.rmtree(made, ignore_errors=True)  # of a run that was killed
-    made.mkdir(parents=True)
+    target = target_of(folder)
+    growing = partial_folder_of(folder) / "made"
+    shutil.rmtree(growing, ignore_errors=True)  # left by a killed run
+    growing.mkdir(parents=True)
     try:
-        with as_os_error(place):
-            model.save_pretrained(made)
-            tokenizer.save_pretrained(made)
-        return _put_inplace_of(made, place, masks, manifest)
+        with as_os_error(target):
+            model.save_pretrained(growing)
+            tokenizer.save_pretrained(growing)
+        return _move_into_place(growing, target, masks, manifest)
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(growing, ignore_errors=True)
         with suppress(OSError):
-            made.parent.rmdir()  # unless the state of the run lies there
+            growing.parent.rmdir()  # unless it holds the state of the run
 
 
 class CheckpointWriter:
-    """A checkpoint that is written while a model is read: a file for each block, in another folder until it is whole.
+    """A checkpoint written block by block, one file each, in a partial folder until it is complete.
 
     Args:
-        folder: where it will lie; one of the same run is replaced.
-        scratch: where it grows, on the same disk; what is there already is gone on with.
+        folder: the target; a checkpoint of the same run is replaced.
+        partial: where it grows, on the same disk; files of an earlier start are kept.
     """
 
-    def __init__(self, folder: str | Path, scratch: Path) -> None:
+    def __init__(self, folder: str | Path, partial: Path) -> None:
         self.folder = folder
-        self._scratch = scratch
-        self._made = scratch / "made"
-        self._stored: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
+        self._partial = partial
+        self._growing = partial / "made"
+        self._to_stored: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
         self._files: dict[str, str] = {}
         self._blocks, self._bytes = 0, 0
 
     @property
     def written(self) -> int:
-        """Bytes of blocks that an earlier run has written."""
-        return sum(path.stat().st_size for path in self._made.glob("model-*.safetensors"))
+        """Bytes of the blocks that an earlier start has written."""
+        return sum(path.stat().st_size for path in self._growing.glob("model-*.safetensors"))
 
-    def placed(self, key: str) -> bool:
-        """Whether the checkpoint of this run is in place, and what it grew from is still there."""
-        return (self._scratch / STATE).is_file() and not self._made.exists() and is_saved(self.folder, key)
+    def in_place(self, key: str) -> bool:
+        """Whether the checkpoint of this run was moved into place by an earlier start."""
+        return not self._growing.exists() and is_saved(self.folder, key)
 
-    def begin(self, stored: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], blocks: int, done: int = 0) -> None:
-        """What is to be written.
+    def begin(
+        self, to_stored: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], blocks: int, done: int = 0
+    ) -> None:
+        """Prepare the partial folder.
 
         Args:
-            stored: gives tensors of the model, by its own names, as a checkpoint holds them, by the names there.
+            to_stored: translates the model's tensors into those of the checkpoint, by the names there.
             blocks: how many blocks there are.
-            done: how many of them an earlier run has written.
+            done: how many of them an earlier start has written.
 
         Raises:
-            UserError: one of those is not there any more.
+            UserError: one of those is missing or damaged.
         """
-        self._stored, self._blocks = stored, blocks
+        self._to_stored, self._blocks = to_stored, blocks
         if not done:
-            shutil.rmtree(self._made, ignore_errors=True)  # of a run that was killed before it had a state
-        self._made.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self._growing, ignore_errors=True)  # left by a run that was killed before it had a state
+        self._growing.mkdir(parents=True, exist_ok=True)
+        advice = f"and the run that wrote it cannot go on; remove {self._partial} to begin again"
         for index in range(done):
-            path = self._made / self._name(index + 2)
+            path = self._growing / self._file_name(index + 2)
             if not path.is_file():
-                raise UserError(
-                    f"{path} is missing, and the run that wrote it cannot go on; remove {self._scratch} to begin again"
-                )
+                raise UserError(f"{path} is missing, {advice}")
             try:
                 with safe_open(path, framework="pt") as file:
-                    self._note(path.name, {name: file.get_tensor(name) for name in file.keys()})
+                    self._index(path.name, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
             except SafetensorError as error:
-                raise UserError(
-                    f"{path} is damaged ({error}), and the run that wrote it cannot go on; remove {self._scratch} to begin again"
-                ) from error
+                raise UserError(f"{path} is damaged ({error}), {advice}") from error
 
     def add(self, index: int, weights: Mapping[str, Tensor]) -> None:
-        """Write the weights of a block, by the model's own names.
+        """Write the weights of block ``index``, by the model's own names.
 
         Raises:
             OSError: the disk is full.
         """
         self._write(index + 2, weights)
 
-    def finish(self, model: Any, tokenizer: Any, masks: Mapping[str, PackedMask], manifest: Mapping[str, Any]) -> Path:
-        """Write what lies outside the blocks, and rename the whole into place.
+    def finish(
+        self, model: Any, tokenizer: Any, masks: Mapping[str, PackedMask], manifest: Mapping[str, Any]
+    ) -> Path:
+        """Write everything outside the blocks, and rename the folder into place.
 
         Raises:
             OSError: the disk is full.
         """
         self._write(1, {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta})
-        write_json(self._made / INDEX, {"metadata": {"total_size": self._bytes}, "weight_map": self._files})
+        write_json(self._growing / INDEX, {"metadata": {"total_size": self._bytes}, "weight_map": self._files})
         model.config.architectures = [type(model).__name__]
-        with as_os_error(self._made):
+        with as_os_error(self._growing):
             if model._auto_class is not None:
-                custom_object_save(model, self._made, config=model.config)
-            model.config.save_pretrained(self._made)
+                custom_object_save(model, self._growing, config=model.config)
+            model.config.save_pretrained(self._growing)
             if getattr(model, "generation_config", None) is not None:
-                model.generation_config.save_pretrained(self._made)
-            tokenizer.save_pretrained(self._made)
-        return _put_inplace_of(self._made, place_of(self.folder), masks, manifest)
+                model.generation_config.save_pretrained(self._growing)
+            tokenizer.save_pretrained(self._growing)
+        return _move_into_place(self._growing, target_of(self.folder), masks, manifest)
 
-    def _name(self, number: int) -> str:
+    def _file_name(self, number: int) -> str:
         return f"model-{number:05d}-of-{self._blocks + 1:05d}.safetensors"
 
     def _write(self, number: int, weights: Mapping[str, Tensor]) -> None:
-        name = self._name(number)
-        stored = self._stored(weights)
-        write_tensors(stored, self._made / name, {"format": "pt"})
-        self._note(name, stored)
+        name, stored = self._file_name(number), self._to_stored(weights)
+        write_tensors(stored, self._growing / name, {"format": "pt"})
+        self._index(name, stored)
 
-    def _note(self, file: str, tensors: Mapping[str, Tensor]) -> None:
+    def _index(self, file: str, tensors: Mapping[str, Tensor]) -> None:
         self._files |= dict.fromkeys(tensors, file)
         self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def place_of(folder: str | Path) -> Path:
-    """Where a folder really lies: a link is followed, so that the disk behind it is the one that is filled."""
+def target_of(folder: str | Path) -> Path:
+    """The real path of a save folder: links are followed, so that the right disk is measured."""
     return Path(folder).expanduser().resolve()
 
 
-def scratch_of(folder: str | Path) -> Path:
-    """Where a checkpoint grows: beside its place, so that it can be renamed into it."""
-    place = place_of(folder)
-    return place.with_name(f".{place.name}.partial")
+def partial_folder_of(folder: str | Path) -> Path:
+    """Where a checkpoint grows: beside its target, so that it can be renamed into place."""
+    target = target_of(folder)
+    return target.with_name(f".{target.name}.partial")
 
 
-def _put_inplace_of(made: Path, place: Path, masks: Mapping[str, PackedMask], manifest: Mapping[str, Any]) -> Path:
-    """Add masks and manifest, sync, rename; a checkpoint that was there before goes."""
-    write_masks(masks, made / MASKS)
-    for path in (path for path in made.rglob("*") if path.is_file()):
+def _move_into_place(
+    growing: Path, target: Path, masks: Mapping[str, PackedMask], manifest: Mapping[str, Any]
+) -> Path:
+    """Add masks and manifest, sync, rename; an earlier checkpoint of the run is removed."""
+    write_masks(masks, growing / MASKS)
+    for path in (path for path in growing.rglob("*") if path.is_file()):
         path.chmod(0o644)  # safetensors makes files that only their owner can read
         sync(path)
-    write_json(made / MANIFEST, {"schema": 1, **manifest})
-    is_saved(place, manifest["key"])  # whatever else has come to lie there meanwhile is not ours
-    before = made.with_name(BEFORE)
-    shutil.rmtree(before, ignore_errors=True)
-    if place.exists():
-        place.rename(before)
+    write_json(growing / MANIFEST, {"schema": 1, **manifest})
+    is_saved(target, manifest["key"])  # refuses what others have put there meanwhile
+    replaced = growing.with_name(REPLACED)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists():
+        target.rename(replaced)
     try:
-        made.rename(place)
+        growing.rename(target)
     finally:
-        _put_back(place, before)
+        _restore_replaced(target, replaced)
     with suppress(OSError):
-        sync(place.parent)
-    shutil.rmtree(before, ignore_errors=True)
-    return place
+        sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return target
 
 
-def _put_back(place: Path, before: Path) -> None:
-    """The checkpoint that was to be replaced is there again, if nothing has taken its place."""
-    if before.exists() and not place.exists():
-        before.rename(place)
+def _restore_replaced(target: Path, replaced: Path) -> None:
+    """Move the replaced checkpoint back unless something has taken its place."""
+    if replaced.exists() and not target.exists():
+        replaced.rename(target)

@@ -18,82 +18,69 @@ from dass_exp.models.shards import Shards
 from dass_exp.models.weight_names import WeightNames
 
 
-class Source(Protocol):
-    """Blocks that are in memory between ``open`` and ``close``."""
+class BlockLoader(Protocol):
+    """Has the weights of a block in memory between ``load`` and ``release``."""
 
-    def open(self, index: int) -> None:
-        """See that the weights of block ``index`` are in memory; they may be already."""
+    def load(self, index: int) -> None:
+        """Load the weights of block ``index`` unless they are in memory."""
 
-    def close(self, index: int) -> None:
+    def release(self, index: int) -> None:
         """Block ``index`` is not needed any more."""
 
 
 class BlocksInMemory:
-    """All blocks are in memory."""
+    """All blocks are in memory: nothing to do."""
 
-    def open(self, index: int) -> None:
-        """Nothing to do."""
+    def load(self, index: int) -> None:
+        """All weights are there."""
 
-    def close(self, index: int) -> None:
-        """Nothing to do."""
-
-
-def _forget(index: int, weights: Mapping[str, Tensor]) -> None:
-    del index, weights
+    def release(self, index: int) -> None:
+        """Nothing is released."""
 
 
 class StreamedBlocks:
-    """The blocks of a model that was built empty, read from its checkpoint one after the other, the next one while this one computes.
+    """The blocks of a model on the meta device, read from its checkpoint; the next one is prefetched.
 
     Args:
-        model: as :func:`empty_model` gives it.
-        layout: of its checkpoint.
+        model: as returned by :func:`empty_model`.
+        names: the names of its weights in the checkpoint.
         device: where a block computes.
-        roles: the roles of a family that the table does not know.
-        keep: (an attribute too) handed the weights of each block, by full name, when it is closed, before they go.
+        roles: path of each role's linear, for a family that the table does not know.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        layout: WeightNames,
-        device: torch.device,
-        keep: Callable[[int, Mapping[str, Tensor]], None] = _forget,
-        roles: Mapping[str, str] | None = None,
+        self, model: nn.Module, names: WeightNames, device: torch.device, roles: Mapping[str, str] | None = None
     ) -> None:
-        self._model, self.layout, self._device = model, layout, device
-        self.keep = keep
+        self._model, self.names, self._device = model, names, device
         decoder = decoder_of(model, roles)
-        self._blocks, self._names = decoder.blocks, decoder.names
-        self._wanted = [
-            [f"{name}.{own}" for own in block.state_dict()]
-            for name, block in zip(self._names, self._blocks, strict=True)
+        self._blocks = decoder.blocks
+        self._tensors = [
+            [f"{prefix}.{name}" for name in block.state_dict()]
+            for prefix, block in zip(decoder.names, self._blocks, strict=True)
         ]
-        self._open: set[int] = set()
+        self._loaded: set[int] = set()
         self._reader = ThreadPoolExecutor(max_workers=1)
-        self._ahead: dict[int, Future[dict[str, Tensor]]] = {}
+        self._prefetched: dict[int, Future[dict[str, Tensor]]] = {}
 
-    def open(self, index: int) -> None:
-        """Put the weights of block ``index`` in their places, and start to read the next block's.
+    def load(self, index: int) -> None:
+        """Load the weights of block ``index``, and start to read those of the next block.
 
         Raises:
             UserError: its file is missing or damaged.
         """
-        if index in self._open:
+        if index in self._loaded:
             return
-        found = self._ahead.pop(index, None) or self._read(index)
-        for name, tensor in found.result().items():
+        reading = self._prefetched.pop(index, None) or self._read(index)
+        for name, tensor in reading.result().items():
             set_module_tensor_to_device(self._model, name, self._device, tensor, dtype=tensor.dtype)
-        self._open.add(index)
+        self._loaded.add(index)
         if index + 1 < len(self._blocks):
-            self._ahead[index + 1] = self._read(index + 1)
+            self._prefetched[index + 1] = self._read(index + 1)
 
-    def close(self, index: int) -> None:
-        """Hand the weights of block ``index`` on and let them go."""
-        block = self._blocks[index]
-        self.keep(index, {f"{self._names[index]}.{name}": tensor for name, tensor in block.state_dict().items()})
-        block.to("meta")
-        self._open.discard(index)
+    def release(self, index: int) -> None:
+        """Free the weights of block ``index``."""
+        self._blocks[index].to("meta")
+        self._loaded.discard(index)
         _trim()
 
     def stop(self) -> None:
@@ -101,11 +88,11 @@ class StreamedBlocks:
         self._reader.shutdown(cancel_futures=True)
 
     def _read(self, index: int) -> Future[dict[str, Tensor]]:
-        return self._reader.submit(self.layout.read, self._wanted[index])
+        return self._reader.submit(self.names.read, self._tensors[index])
 
 
 def _trim() -> None:
-    """Give freed memory back: what glibc keeps in pieces between one block and the next would grow with each block. Other C libraries keep nothing."""
+    """Return freed memory to the system: the pieces that glibc keeps would grow with each block."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
@@ -117,29 +104,29 @@ def empty_model(
     dtype: torch.dtype,
     roles: Mapping[str, str] | None = None,
 ) -> tuple[Any, WeightNames]:
-    """A model with everything but its blocks in memory: embedding, norm and head are read, the blocks have shapes only.
+    """Build a model whose blocks are on the meta device; embedding, norm and head are loaded.
 
     Args:
         build: makes the model from its config.
-        shards: of its checkpoint.
+        shards: its checkpoint.
         device: where it computes.
-        dtype: in which it computes.
-        roles: the roles of a family that the table does not know.
+        dtype: the dtype it computes in.
+        roles: path of each role's linear, for a family that the table does not know.
 
     Returns:
-        the model, and how the checkpoint holds it.
+        the model, and the names of its weights in the checkpoint.
 
     Raises:
         UserError: the checkpoint does not hold all of the model's tensors, or is quantised.
     """
     with init_empty_weights(include_buffers=False):
         model = build().eval()
-    decoder, layout = decoder_of(model, roles), WeightNames(model, shards, dtype)
-    inside = tuple(f"{name}." for name in decoder.names)
-    for name, tensor in layout.read([name for name in layout.names if not name.startswith(inside)]).items():
+    decoder, names = decoder_of(model, roles), WeightNames(model, shards, dtype)
+    blocks = tuple(f"{name}." for name in decoder.names)
+    for name, tensor in names.read([name for name in names.names if not name.startswith(blocks)]).items():
         set_module_tensor_to_device(model, name, device, tensor, dtype=tensor.dtype)
     model.tie_weights()
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module.register_buffer(name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set)
-    return model, layout
+    return model, names

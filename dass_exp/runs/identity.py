@@ -1,57 +1,63 @@
-"""The key of a record: a hash of the settings that can change a number, in canonical form, without those that the method ignores."""
+"""What makes two runs the same: the one definition that the key, the resume state, the plan and the report read."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from dass_exp.config.settings import Settings
 from dass_exp.data import assets
 from dass_exp.engine.prune import ENGINE_VERSION
 from dass_exp.evaluate import EVALUATION_VERSION
 from dass_exp.evaluate.zeroshot import lm_eval_version
-from dass_exp.models.load import ModelSpec
+
+if TYPE_CHECKING:
+    from dass_exp.runs.resolve import ResolvedRun
+
+_STARVED = {"uniform": "level", "raise": "refuse"}  # as identities spelt them before they were renamed
 
 
-def key_of(settings: Settings, spec: ModelSpec, bos: str) -> str:
-    """16 hex digits: equal for runs that must give equal numbers, whatever machine or folder they ran in.
-
-    Batch sizes, threads, tracker, launcher and folders do not enter.
-    """
-    canonical = json.dumps(identity_of(settings, spec, bos), sort_keys=True, separators=(",", ":"), allow_nan=False)
+def key_of(identity: Mapping[str, Any]) -> str:
+    """16 hex digits: equal for runs that must give equal numbers, on whatever machine and in whatever folder."""
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def identity_of(settings: Settings, spec: ModelSpec, bos: str) -> dict[str, Any]:
-    """What the key hashes, for a reader who asks why two keys differ."""
-    config, method = settings.config, settings.method
+def identity_of(run: ResolvedRun) -> dict[str, Any]:
+    """Everything that can change a number of the run, in canonical form, without what its method ignores.
+
+    Settings marked :func:`dass_exp.config.settings.no_effect` do not enter; a test compares the two.
+    """
+    config, method, spec = run.config, run.method, run.spec
     identity: dict[str, Any] = {
         "model": spec.identity,
         "roles": dict(spec.roles) if spec.roles else None,
         "dtype": spec.dtype_name,
         "device": spec.device.type,
-        "bos": bos,
+        "bos": run.bos,
         "method": {
             "class": f"{type(method).__module__}.{type(method).__qualname__}",
             "version": method.version,
             **method.settings(),
         },
-        "eval": _evaluation(settings),
+        "eval": _evaluation(run),
     }
-    if method.uses:
+    if method.prunes:
         identity["engine"] = ENGINE_VERSION
     if "pattern" in method.uses:
-        identity["pattern"] = settings.pattern.settings()
+        identity["pattern"] = run.pattern.settings()
     if "scope" in method.uses:
         identity["scope"] = config.scope
     if "calibration" in method.uses:
-        identity["calibration"] = {"text": settings.calibration_text.identity, **dataclasses.asdict(settings.cut)}
-        if settings.cut.sampling != "joined":
-            del identity["calibration"]["separator"]
+        calibration = config.calibration
+        names = ["sampling", "num_samples", "seq_len", *(["separator"] if calibration.sampling == "joined" else [])]
+        cut = {name: getattr(calibration, name) for name in names}
+        identity["calibration"] = {"text": run.calibration_text.identity, **cut}
         if spec.family is not None and spec.family.experts is not None:
-            identity["experts"] = dataclasses.asdict(config.experts)
+            experts = dataclasses.asdict(config.experts)
+            identity["experts"] = {**experts, "starved": _STARVED[config.experts.starved]}
     if spec.trained:
         identity["trained"] = dict(spec.trained)
     if config.repeat:
@@ -61,19 +67,16 @@ def identity_of(settings: Settings, spec: ModelSpec, bos: str) -> dict[str, Any]
     return identity
 
 
-def _evaluation(settings: Settings) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    evaluation, text = settings.config.eval, settings.evaluation_text
-    if evaluation.perplexity is not None and text is not None:
-        scored = evaluation.perplexity
-        found["perplexity"] = {"text": text.identity, "context": scored.context, "max_windows": scored.max_windows}
-    if (asked := evaluation.zeroshot) is not None:
-        data = (
-            {task: assets.TASKS[task].sha256 for task in asked.tasks}
-            if asked.data == "offline"
-            else sorted(asked.tasks)
-        )
-        found["zeroshot"] = {"tasks": data, "limit": asked.limit, "lm_eval": lm_eval_version()}
-    if found:
-        found["version"] = EVALUATION_VERSION
-    return found
+def _evaluation(run: ResolvedRun) -> dict[str, Any]:
+    identity: dict[str, Any] = {}
+    evaluation, text = run.config.eval, run.evaluation_text
+    if (scored := evaluation.perplexity) is not None and text is not None:
+        cut = {"context": scored.context, "max_windows": scored.max_windows}
+        identity["perplexity"] = {"text": text.identity, **cut}
+    if (zeroshot := evaluation.zeroshot) is not None:
+        offline = zeroshot.data == "offline"
+        tasks = {task: assets.TASKS[task].sha256 for task in zeroshot.tasks} if offline else sorted(zeroshot.tasks)
+        identity["zeroshot"] = {"tasks": tasks, "limit": zeroshot.limit, "lm_eval": lm_eval_version()}
+    if identity:
+        identity["version"] = EVALUATION_VERSION
+    return identity

@@ -1,4 +1,4 @@
-"""What a run would do: whether its record is there, and how long it would take, from the costs of earlier records."""
+"""What a run would do: whether its record exists, what it needs, and how long it would take."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dass_exp.config.settings import Settings
+from dass_exp.config.settings import RunConfig
 from dass_exp.errors import UserError
-from dass_exp.runs.context import Bench, Shelf, SilentReporter
-from dass_exp.runs.identity import key_of
-from dass_exp.runs.making import finished
-from dass_exp.runs.settled import settled
-from dass_exp.storage.records import Record, Store
+from dass_exp.runs.context import RunContext
+from dass_exp.runs.resolve import Components, ResolvedRun, resolve
+from dass_exp.storage.records import Record
 
 
 @dataclass(frozen=True)
@@ -20,11 +18,11 @@ class Plan:
     """One cell of a sweep, not run.
 
     Args:
-        key: of its record.
-        done: whether the record is there.
-        seconds: what it would take, from the costs of like records; None where there are none. What is done takes none.
-        basis: the records that the estimate comes from, in words; or why nothing more can be told.
-        needs: what the model takes, in words; empty where its file does not say.
+        key: of its record; empty where the model could not be found.
+        done: whether the record exists.
+        seconds: estimate from the costs of similar records; None where there are none. Zero where it is done.
+        basis: the records behind the estimate, in words; or why nothing can be said.
+        needs: what the model takes, in words; empty where its config file does not say.
     """
 
     key: str
@@ -34,79 +32,77 @@ class Plan:
     needs: str = ""
 
 
-def plan(settings: Settings, shelf: Shelf | None = None) -> Plan:
+def plan(config: RunConfig, context: RunContext | None = None) -> Plan:
     """Look a run up and estimate its time. No weight is loaded.
 
-    A model that is not at hand (no network, no access) is planned as far as its file tells.
+    A model that cannot be reached (no network, no access) is planned as far as its config file tells.
 
     Raises:
         UserError: the run could not start; the message says why.
     """
-    wanted = _needs(settings)
+    stated = _stated_size(config)
+    context = context or RunContext()
     try:
-        bench = Bench(settings, SilentReporter(), shelf)
+        context.find(config.model)
     except UserError as error:
-        if settings.config.model.parameters is None:
+        if config.model.parameters is None:
             raise
-        return Plan("", done=False, seconds=None, basis=f"the model is not at hand: {error}", needs=wanted)
-    settings = bench.settings = settled(settings, bench)
-    bench.check(settings)
-    store = Store(settings.config.results_dir)
-    key = key_of(settings, bench.spec, bench.bos)
-    if finished(settings, store, key) is not None:
-        return Plan(key, done=True, seconds=0.0, basis="done", needs=wanted)
-    how = "it is read block by block" if bench.streams else "it is loaded whole"
-    sizes = f"{bench.needs.resident / 1e9:.1f} GB with the model in memory, {bench.needs.streamed / 1e9:.1f} GB block by block ({bench.needs.told()})"
-    wanted = f"{wanted}; this run: {sizes}; {how}" if wanted else f"this run: {sizes}; {how}"
-    same_model = [record for record in store.records() if record["identity"]["model"] == bench.spec.identity]
-    prune_s, basis = _median(same_model, settings, "prune_s") if settings.method.uses else (0.0, "nothing to prune")
-    eval_s, _ = _median(same_model, settings, "eval_s")
-    known = prune_s is not None and eval_s is not None
-    return Plan(
-        key, done=False, seconds=(prune_s or 0.0) + (eval_s or 0.0) if known else None, basis=basis, needs=wanted
+        return Plan("", done=False, seconds=None, basis=f"the model is not at hand: {error}", needs=stated)
+    run = resolve(config, context)
+    if run.finished_record() is not None:
+        return Plan(run.key, done=True, seconds=0.0, basis="done", needs=stated)
+    needs = "; ".join(filter(None, (stated, _needs(run))))
+    records = [record for record in run.store.records() if record["identity"]["model"] == run.spec.identity]
+    prune_s, basis = _median(records, run, "prune_s") if run.method.prunes else (0.0, "nothing to prune")
+    eval_s, _ = _median(records, run, "eval_s")
+    seconds = None if prune_s is None or eval_s is None else prune_s + eval_s
+    return Plan(run.key, done=False, seconds=seconds, basis=basis, needs=needs)
+
+
+def _needs(run: ResolvedRun) -> str:
+    if run.needs is None:
+        return ""
+    sizes = (
+        f"{run.needs.resident / 1e9:.1f} GB with the model in memory, "
+        f"{run.needs.streamed / 1e9:.1f} GB block by block ({run.needs.parts()})"
     )
+    return f"this run: {sizes}; {'it is read block by block' if run.streams else 'it is loaded whole'}"
 
 
-def _needs(settings: Settings) -> str:
-    """Parameters, memory of the weights, licence and context of a model whose file states them."""
-    model, cut = settings.config.model, settings.cut
+def _stated_size(config: RunConfig) -> str:
+    """Parameters, memory of the weights, licence and context of a model whose config file states them."""
+    model, calibration = config.model, config.calibration
     if model.parameters is None:
         return ""
     half = 2e-9 * model.parameters
-    seen = (
-        f", and the activations of {cut.num_samples} x {cut.seq_len} calibration tokens three times"
-        if settings.method.stat
-        else ""
+    activations = (
+        f", and the activations of {calibration.num_samples} x {calibration.seq_len} calibration tokens three times"
     )
     return (
-        f"{model.name} ({model.path}): {model.parameters / 1e9:.3g} billion parameters, {half:.1f} GB of memory in float16 or bfloat16, "
-        f"{2 * half:.1f} GB in float32 (what dtype=auto is on a CPU){seen}; license: {model.license}; sequences up to {model.context} tokens; "
-        f"dtype {model.dtype}, BOS {model.bos}"
+        f"{model.name} ({model.path}): {model.parameters / 1e9:.3g} billion parameters, {half:.1f} GB of memory in "
+        f"float16 or bfloat16, {2 * half:.1f} GB in float32 (what dtype=auto is on a CPU)"
+        f"{activations if Components.of(config).method.stat else ''}; license: {model.license}; sequences up to "
+        f"{model.context} tokens; dtype {model.dtype}, BOS {model.bos}"
     )
 
 
-def _median(records: list[Record], settings: Settings, cost: str) -> tuple[float | None, str]:
-    for alike, basis in _narrowing(records, settings, cost):
-        if alike:
-            return statistics.median(record["cost"][cost] for record in alike), f"median of {len(alike)} {basis}"
+def _median(records: list[Record], run: ResolvedRun, cost: str) -> tuple[float | None, str]:
+    for similar, basis in _most_similar(records, run, cost):
+        if similar:
+            return statistics.median(record["cost"][cost] for record in similar), f"median of {len(similar)} {basis}"
     return None, "no like record"
 
 
-def _narrowing(records: list[Record], settings: Settings, cost: str) -> Iterator[tuple[list[Record], str]]:
-    """Like records, the most alike first."""
+def _most_similar(records: list[Record], run: ResolvedRun, cost: str) -> Iterator[tuple[list[Record], str]]:
+    """Similar records, the most similar first."""
     if cost == "eval_s":
-        wanted = settings.config.eval.name
-        yield (
-            [record for record in records if record["config"]["eval"]["name"] == wanted],
-            f"records with eval={wanted}",
-        )
+        name = run.config.eval.name
+        yield [record for record in records if record["config"]["eval"]["name"] == name], f"records with eval={name}"
         return
-    same = [record for record in records if record["config"]["method"]["name"] == settings.method.name]
-    size = (settings.cut.num_samples, settings.cut.seq_len)
-    yield (
-        [record for record in same if record["calibration"] and _size(record) == size],
-        "records of this method and calibration size",
-    )
+    same = [record for record in records if record["config"]["method"]["name"] == run.method.name]
+    size = run.config.calibration.num_samples, run.config.calibration.seq_len
+    sized = [record for record in same if record["calibration"] and _size(record) == size]
+    yield sized, "records of this method and calibration size"
     yield same, "records of this method"
 
 

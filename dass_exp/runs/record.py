@@ -1,185 +1,186 @@
-"""Put together what a record says: every number, and how it was made."""
+"""What a run produced, and the record that it becomes: every number, and how it was made."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from dass_exp.config.settings import Settings
+from dass_exp.config.settings import RunConfig
 from dass_exp.data.tokens import Tokens
 from dass_exp.engine.verify import Layer
 from dass_exp.evaluate.perplexity import Perplexity
 from dass_exp.evaluate.zeroshot import ZeroShot, lm_eval_version
+from dass_exp.masks import Pattern
+from dass_exp.methods.base import Pruner
 from dass_exp.models.families import Role
 from dass_exp.models.load import ModelSpec
-from dass_exp.runs.identity import identity_of
+from dass_exp.runs.resolve import ResolvedRun
+from dass_exp.storage.durable import now
+from dass_exp.storage.environment import environment
+from dass_exp.storage.mask_file import PackedMask
 from dass_exp.storage.record_schema import SCHEMA
-from dass_exp.storage.records import Record, environment, now
+from dass_exp.storage.records import Record
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a run produced."""
+class RunResult:
+    """What a run produced.
 
-    bos: str
+    Args:
+        layers: verified, one per pruned linear.
+        starved: experts with too few calibration tokens.
+        masks: by linear, where they are kept beside the record.
+        perplexity: of the model, pruned unless the method is dense.
+        tasks: zero-shot scores.
+        model_size: parameters of the model.
+        decoder_size: weights of all matrices in its blocks.
+        calibration, windows: the tokens that were used.
+        cost: seconds and bytes.
+        dense: of the dense model, where it was scored while the blocks were streamed.
+    """
+
     layers: list[Layer]
     starved: list[str]
-    calibration: Tokens | None
-    windows: Tokens | None
+    masks: dict[str, PackedMask] | None
     perplexity: Perplexity | None
-    zeroshot: ZeroShot | None
+    tasks: ZeroShot | None
     model_size: int
     decoder_size: int
-    cost: dict[str, Any]
+    calibration: Tokens | None = field(repr=False, default=None)
+    windows: Tokens | None = field(repr=False, default=None)
+    cost: dict[str, Any] = field(default_factory=dict)
+    dense: RunResult | None = None
 
 
-def compose(key: str, settings: Settings, spec: ModelSpec, made: Made) -> Record:
+def compose_record(run: ResolvedRun, result: RunResult) -> Record:
     """The content of result.json (results/README.md describes it)."""
     return {
         "schema": SCHEMA,
-        "key": key,
+        "key": run.key,
         "created": now(),
-        "config": described(settings, spec),
-        "identity": identity_of(settings, spec, made.bos),
-        "protocol": _protocol(settings, spec, made),
-        "calibration": _calibration(settings, made),
-        "sparsity": _sparsity(settings, made),
-        "metrics": _metrics(settings, made),
-        "cost": made.cost,
+        "config": describe_config(run.config, run.method, run.pattern, run.spec),
+        "identity": run.identity,
+        "protocol": _protocol(run, result),
+        "calibration": _calibration(run, result),
+        "sparsity": _sparsity(result),
+        "metrics": _metrics(run, result),
+        "cost": {name: round(value, 3) if isinstance(value, float) else value for name, value in result.cost.items()},
         "solver": {
-            "damping_retries": sum(layer.damping_retries for layer in made.layers),
-            "underfull_tiles": sum(layer.underfull for layer in made.layers),
-            **({"starved_experts": made.starved} if made.starved else {}),
+            "damping_retries": sum(layer.damping_retries for layer in result.layers),
+            "underfull_tiles": sum(layer.underfull for layer in result.layers),
+            **({"starved_experts": result.starved} if result.starved else {}),
         },
         "environment": environment(),
     }
 
 
-def manifest(key: str, settings: Settings, spec: ModelSpec, bos: str, layers: Sequence[Layer]) -> dict[str, Any]:
-    """What is said beside a saved model: the key of its run, how it was made in a line and in full, and its sparsity."""
-    config, method = settings.config, settings.method
-    parts = [f"{name}={value}" for name, value in method.settings().items()]
-    told = " ".join(
-        [
-            method.name,
-            *parts,
-            *([settings.pattern.name, f"scope {config.scope}"] if method.uses else []),
-            f"of {spec.identity}",
-        ]
-    )
+def compose_manifest(run: ResolvedRun, layers: Sequence[Layer]) -> dict[str, Any]:
+    """What is written beside a saved model: the key of its run, how it was made, and its sparsity."""
+    method = run.method
+    parts = [method.name, *(f"{name}={value}" for name, value in method.settings().items())]
+    parts += [run.pattern.name, f"scope {run.config.scope}"] if method.prunes else []
     zeros, size = sum(layer.zeros for layer in layers), sum(layer.size for layer in layers)
-    sparsity = {
-        "scope": zeros / size if size else 0.0,
-        "linears": {layer.name: layer.zeros / layer.size for layer in layers},
-    }
     return {
-        "key": key,
-        "told": told,
+        "key": run.key,
+        "told": " ".join([*parts, f"of {run.spec.identity}"]),
         "created": now(),
-        "identity": identity_of(settings, spec, bos),
-        "config": described(settings, spec),
-        "sparsity": sparsity,
+        "identity": run.identity,
+        "config": describe_config(run.config, run.method, run.pattern, run.spec),
+        "sparsity": {
+            "scope": zeros / size if size else 0.0,
+            "linears": {layer.name: layer.zeros / layer.size for layer in layers},
+        },
         "environment": environment(),
     }
 
 
-def described(settings: Settings, spec: ModelSpec) -> dict[str, Any]:
-    """The resolved settings; those that the method ignores are null, so that no reader takes them for meant."""
-    config, method = settings.config, settings.method
-    uses = {
-        "pattern": settings.pattern.settings(),
-        "scope": config.scope,
-        "calibration": dataclasses.asdict(config.calibration),
-        "experts": dataclasses.asdict(config.experts)
-        if spec.family is not None and spec.family.experts is not None
-        else None,
-        "seed": config.seed,
+def describe_config(
+    config: RunConfig, method: Pruner, pattern: Pattern, spec: ModelSpec | None = None
+) -> dict[str, Any]:
+    """The settings of a run as its record holds them; those that the method ignores are null.
+
+    Args:
+        config: the typed settings.
+        method, pattern: built from them.
+        spec: the model, which resolves revision, dtype and device; None if it was not found.
+    """
+    model = dataclasses.asdict(config.model)
+    if spec is not None:
+        model |= {"revision": spec.revision, "dtype": spec.dtype_name, "device": spec.device.type}
+    has_experts = spec is not None and spec.family is not None and spec.family.experts is not None
+    used = {
+        "pattern": pattern.settings() if "pattern" in method.uses else None,
+        "scope": config.scope if "scope" in method.uses else None,
+        "calibration": dataclasses.asdict(config.calibration) if "calibration" in method.uses else None,
+        "experts": dataclasses.asdict(config.experts) if has_experts and method.stat else None,
+        "seed": config.seed if "seed" in method.uses else None,
     }
     return {
-        "model": {
-            **dataclasses.asdict(config.model),
-            "revision": spec.revision,
-            "dtype": spec.dtype_name,
-            "device": spec.device.type,
-        },
+        "model": model,
         "method": {"name": method.name, **method.settings()},
-        **{
-            name: value if name in method.uses or (name == "experts" and method.stat) else None
-            for name, value in uses.items()
-        },
+        **used,
         "eval": dataclasses.asdict(config.eval),
         "protocol": config.protocol.get("name") if isinstance(config.protocol, dict) else None,
     }
 
 
-def _protocol(settings: Settings, spec: ModelSpec, made: Made) -> dict[str, Any]:
-    evaluation, text = settings.config.eval, settings.evaluation_text
-    found: dict[str, Any] = {
-        "bos": made.bos,
+def _protocol(run: ResolvedRun, result: RunResult) -> dict[str, Any]:
+    evaluation, text, spec = run.config.eval, run.evaluation_text, run.spec
+    protocol: dict[str, Any] = {
+        "bos": run.bos,
         "dtype": spec.dtype_name,
         "device": spec.device.type,
         "model_note": spec.note,
     }
-    if remark := settings.method.remark({Role(layer.role) for layer in made.layers}):
-        found["method_note"] = remark
-    if evaluation.perplexity is not None and made.windows is not None and text is not None:
-        source = text.identity
-        found |= {
+    if remark := run.method.remark({Role(layer.role) for layer in result.layers}):
+        protocol["method_note"] = remark
+    if evaluation.perplexity is not None and result.windows is not None and text is not None:
+        protocol |= {
             "context": evaluation.perplexity.context,
             "dataset": evaluation.perplexity.name,
-            "split": source.get("split", source.get("part")),
-            "windows": len(made.windows.ids),
-            "windows_sha256": made.windows.sha256,
+            "split": text.identity.get("split", text.identity.get("part")),
+            "windows": len(result.windows.ids),
+            "windows_sha256": result.windows.sha256,
         }
-    if (asked := evaluation.zeroshot) is not None:
-        found |= {
+    if (zeroshot := evaluation.zeroshot) is not None:
+        protocol |= {
             "lm_eval": lm_eval_version(),
-            "tasks": list(asked.tasks),
-            "limit": asked.limit,
-            "task_data": asked.data,
+            "tasks": list(zeroshot.tasks),
+            "limit": zeroshot.limit,
+            "task_data": zeroshot.data,
             "num_fewshot": 0,
         }
-    return found
+    return protocol
 
 
-def _calibration(settings: Settings, made: Made) -> dict[str, Any] | None:
-    if made.calibration is None:
+def _calibration(run: ResolvedRun, result: RunResult) -> dict[str, Any] | None:
+    if (tokens := result.calibration) is None:
         return None
-    samples, length = made.calibration.ids.shape
-    return {
-        "name": settings.config.calibration.name,
-        "num_samples": samples,
-        "seq_len": length,
-        "tokens_sha256": made.calibration.sha256,
-    }
+    samples, length = tokens.ids.shape
+    name = run.config.calibration.name
+    return {"name": name, "num_samples": samples, "seq_len": length, "tokens_sha256": tokens.sha256}
 
 
-def _sparsity(settings: Settings, made: Made) -> dict[str, Any]:
-    zeros, size = sum(layer.zeros for layer in made.layers), sum(layer.size for layer in made.layers)
+def _sparsity(result: RunResult) -> dict[str, Any]:
+    zeros, size = sum(layer.zeros for layer in result.layers), sum(layer.size for layer in result.layers)
     return {
         "scope": zeros / size if size else 0.0,
-        "decoder": zeros / made.decoder_size,
-        "model": zeros / made.model_size,
-        "excess_zeros": sum(layer.excess for layer in made.layers),
-        "layers": [dataclasses.asdict(layer) for layer in made.layers],
+        "decoder": zeros / result.decoder_size,
+        "model": zeros / result.model_size,
+        "excess_zeros": sum(layer.excess for layer in result.layers),
+        "layers": [dataclasses.asdict(layer) for layer in result.layers],
     }
 
 
-def _metrics(settings: Settings, made: Made) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    if made.perplexity is not None and settings.config.eval.perplexity is not None:
-        name = settings.config.eval.perplexity.name
-        found |= {
-            "perplexity": {name: made.perplexity.value},
-            "window_nll": {name: made.perplexity.window_nll},
-            "predicted_tokens_per_window": {name: made.perplexity.predicted},
-        }
-    if made.zeroshot is not None:
-        found |= {
-            "tasks": made.zeroshot.tasks,
-            "mean_acc": made.zeroshot.mean_acc,
-            "mean_acc_norm": made.zeroshot.mean_acc_norm,
-        }
-    return found
+def _metrics(run: ResolvedRun, result: RunResult) -> dict[str, Any]:
+    metrics: dict[str, Any] = {}
+    if result.perplexity is not None and run.config.eval.perplexity is not None:
+        name = run.config.eval.perplexity.name
+        metrics["perplexity"] = {name: result.perplexity.value}
+        metrics["window_nll"] = {name: result.perplexity.window_nll}
+        metrics["predicted_tokens_per_window"] = {name: result.perplexity.predicted}
+    if (tasks := result.tasks) is not None:
+        metrics |= {"tasks": tasks.tasks, "mean_acc": tasks.mean_acc, "mean_acc_norm": tasks.mean_acc_norm}
+    return metrics

@@ -1,8 +1,7 @@
-"""One run: load, prune, verify, evaluate, record, track."""
+"""One run: resolve, find or execute, record, track."""
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,23 +9,28 @@ from pathlib import Path
 import torch
 from filelock import Timeout
 
-from dass_exp.config.settings import Settings
+from dass_exp.config.settings import RunConfig
 from dass_exp.errors import UserError
-from dass_exp.methods.dense import Dense
-from dass_exp.models.save import writing
-from dass_exp.runs.context import Bench, ProgressReporter, Shelf, SilentReporter
-from dass_exp.runs.identity import identity_of, key_of
-from dass_exp.runs.making import Done, finished, make, scratch_folder, walk
-from dass_exp.runs.progress import discard, placement_of, tidy
-from dass_exp.runs.record import Made, compose, described
-from dass_exp.runs.settled import settled, with_config
+from dass_exp.models.save import locked
+from dass_exp.runs.context import RunContext
+from dass_exp.runs.execute import execute
+from dass_exp.runs.record import RunResult, compose_record, describe_config
+from dass_exp.runs.resolve import ResolvedRun, place, resolve
+from dass_exp.runs.resume import discard, discard_unless_resumable, placement_in
 from dass_exp.storage.durable import remove_strays
-from dass_exp.storage.records import Record, Store
+from dass_exp.storage.records import Record
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A record, where it lies, its dense counterpart (None for dense itself, or where nothing was scored), and whether it was there before."""
+    """The record of a run.
+
+    Args:
+        record: its content.
+        path: its file.
+        dense: the record of its dense counterpart; None for dense itself, or where nothing is scored.
+        found: whether it was there before.
+    """
 
     record: Record
     path: Path
@@ -34,94 +38,74 @@ class Outcome:
     found: bool
 
 
-def run(settings: Settings, observer: ProgressReporter | None = None, shelf: Shelf | None = None) -> Outcome:
+def run(config: RunConfig, context: RunContext | None = None) -> Outcome:
     """Do a run, or find its record if it was done before.
 
     Args:
-        settings: a validated run.
-        observer: shown the phases.
-        shelf: what the runs of this process share; a run alone needs none.
+        config: validated settings.
+        context: shows progress and holds what runs share; a run alone needs none.
 
     Raises:
         UserError: a setting does not fit the model or the data; nothing was loaded or written.
         NumericalError, VerificationError: the method went wrong; a failed.json says where.
     """
-    if settings.config.threads:
-        torch.set_num_threads(settings.config.threads)
-    bench = Bench(settings, observer or SilentReporter(), shelf)
-    settings = bench.settings = settled(settings, bench)
-    return _run(settings, bench)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    context = context or RunContext()
+    context.load_s = 0.0
+    resolved = resolve(config, context)
+    dense_run, dense = resolved.dense(), None
+    if dense_run is not None and not resolved.streams:  # scored while the model in memory is still dense
+        dense, _ = _find_or_execute(dense_run, context)
+    record, found = _find_or_execute(resolved, context)
+    if dense_run is not None and dense is None:
+        dense, _ = _find_or_execute(dense_run, context)
+    return Outcome(record, resolved.store.path(resolved.key), dense, found)
 
 
-def _run(settings: Settings, bench: Bench) -> Outcome:
-    store = Store(settings.config.results_dir)
-    key = key_of(settings, bench.spec, bench.bos)
-    if (outcome := _found(settings, bench, store, key)) is not None:
-        with (
-            suppress(Timeout, UserError),
-            store.lock(key, wait=False),
-            writing(settings.config.save),
-        ):  # unless somebody does it again
-            _clear(settings, bench, key)
-        return outcome
-    bench.check(settings)
-    with store.lock(key), writing(settings.config.save):
-        if (
-            outcome := _found(settings, bench, store, key)
-        ) is not None:  # another process may have done it while this one waited
-            return outcome
-        with store.noting_failure(key, described(settings, bench.spec)):
-            dense = None if bench.streams else _dense(settings, bench)
-            done = _made(settings, bench, key)
-            if done.beside is not None:  # before the record, behind which nobody would go on with the state
-                dense = _dense(settings, bench, done.beside)
-            record = compose(key, settings, bench.spec, done.made)
-            path = store.write(
-                record, {"documents.json": done.made.zeroshot.documents} if done.made.zeroshot else {}, done.masks
-            )
-        _clear(settings, bench, key)
-    if bench.streams and dense is None:
-        dense = _dense(settings, bench)
-    settings.tracker.track(record, settings.config.results_dir)
-    return Outcome(record, path, dense, found=False)
+def _find_or_execute(run: ResolvedRun, context: RunContext) -> tuple[Record, bool]:
+    """The record of a run, and whether it was found."""
+    if (record := run.finished_record()) is not None:
+        with suppress(Timeout, UserError), run.store.lock(run.key, wait=False), locked(run.config.save):
+            _clean_up(run)  # unless somebody else is at it
+        return record, True
+    if run.placement is None:
+        run = place(run, context)
+    with run.store.lock(run.key), locked(run.config.save):
+        if (record := run.finished_record()) is not None:  # another process did it while this one waited
+            return record, True
+        with run.store.noting_failure(run.key, describe_config(run.config, run.method, run.pattern, run.spec)):
+            result = _execute_in_work_folder(run, context)
+            record = _write(run, result)
+        _clean_up(run)
+    run.tracker.track(record, run.config.results_dir)
+    return record, False
 
 
-def _made(settings: Settings, bench: Bench, key: str) -> Done:
-    for folder in (scratch := scratch_folder(settings, key), Store(settings.config.results_dir).runs / key):
+def _execute_in_work_folder(run: ResolvedRun, context: RunContext) -> RunResult:
+    for folder in (run.work_folder, run.record_folder):
         remove_strays(folder)
     try:
-        return walk(settings, bench, key) if bench.streams else make(settings, bench, key)
+        return execute(run, context)
     finally:
-        tidy(scratch)
+        discard_unless_resumable(run.work_folder)
 
 
-def _clear(settings: Settings, bench: Bench, key: str) -> None:
-    """Let go of what a finished run wrote down on its way, also where an earlier start of it saved nothing."""
-    for folder in {scratch_folder(settings, key), scratch_folder(with_config(settings, save=None), key)}:
-        if placement_of(folder, identity_of(settings, bench.spec, bench.bos)):
+def _write(run: ResolvedRun, result: RunResult) -> Record:
+    """Write the record, and before it that of the dense model where it was scored on the way."""
+    dense = run.dense()
+    if result.dense is not None and dense is not None:
+        with dense.store.lock(dense.key):
+            if dense.store.find(dense.key) is None:
+                dense.store.write(compose_record(dense, result.dense), {})
+    record = compose_record(run, result)
+    run.store.write(record, {"documents.json": result.tasks.documents} if result.tasks else {}, result.masks)
+    return record
+
+
+def _clean_up(run: ResolvedRun) -> None:
+    """Delete what a finished run kept for resuming."""
+    for folder in run.work_folders:
+        if placement_in(folder, run.identity):
             discard(folder)
-        tidy(folder)
-
-
-def _found(settings: Settings, bench: Bench, store: Store, key: str) -> Outcome | None:
-    record = finished(settings, store, key)
-    return None if record is None else Outcome(record, store.path(key), _dense(settings, bench), found=True)
-
-
-def _dense(settings: Settings, bench: Bench, beside: Made | None = None) -> Record | None:
-    """The dense record of the same model and evaluation: found, written from what was scored beside a pruned model, or made on demand."""
-    evaluation = settings.config.eval
-    if not settings.method.uses or (evaluation.perplexity is None and evaluation.zeroshot is None):
-        return None
-    settings = dataclasses.replace(with_config(settings, rerun=False, repeat=0, save=None), method=Dense())
-    config = settings.config
-    if evaluation.zeroshot is not None and bench.streams:  # tasks need the model in memory, and it fits there alone
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, placement="resident"))
-        settings = dataclasses.replace(settings, config=config)
-        return _run(settings, Bench(settings, bench.observer)).record
-    if beside is not None:
-        store, key = Store(config.results_dir), key_of(settings, bench.spec, bench.bos)
-        with store.lock(key):
-            if store.find(key) is None:
-                store.write(compose(key, settings, bench.spec, beside), {})
-    return _run(settings, bench).record
+        discard_unless_resumable(folder)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -70,3 +73,19 @@ def remove_strays(folder: Path) -> None:
     for path in folder.rglob("*") if folder.is_dir() else ():
         if path.is_file() and (path.name.startswith(".tmp") or path.suffix == ".partial"):
             path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON under a temporary name, make it durable, then rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        settle(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def now() -> str:
+    """The time, ISO 8601 in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

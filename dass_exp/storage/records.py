@@ -28,7 +28,7 @@ _PACKAGES = ("dass_exp", "torch", "transformers", "datasets", "lm_eval", "tokeni
 Record = dict[str, Any]
 
 
-class Store:
+class RecordStore:
     """The folder of records, ``<results>/runs/<key>/``.
 
     Args:

@@ -1,0 +1,144 @@
+"""What the engine's loop over blocks tells the outside, and the ordered list of callbacks that listens."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dass_exp.engine.capture import Batch
+from dass_exp.methods.base import LinearView, MaskResult
+from dass_exp.models.decoder import Decoder
+from dass_exp.statistics import Statistic
+
+
+@dataclass(frozen=True)
+class BlockSeconds:
+    """Seconds spent on one block; on a GPU those of launching, since nothing waits for it.
+
+    Args:
+        forward: passes through the block, without the statistics.
+        statistics: accumulating statistics.
+        solve: choosing masks and solving for weights.
+        write: writing the weights.
+    """
+
+    forward: float = 0.0
+    statistics: float = 0.0
+    solve: float = 0.0
+    write: float = 0.0
+
+    @classmethod
+    def split(
+        cls, passes: float, statistics: Iterable[Statistic], pruning: float, linears: Iterable[LinearView]
+    ) -> BlockSeconds:
+        """From the seconds measured around passes and pruning, and inside statistics and views."""
+        observing, write = sum(entry.seconds for entry in statistics), sum(linear.write_s for linear in linears)
+        return cls(passes - observing, observing, pruning - write, write)
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One pruned block.
+
+    Args:
+        index: of the block.
+        name: full module name.
+        module: the block itself, still in memory.
+        linears: the views that were pruned.
+        results: what the method did, by the name of the linear.
+        error: relative L2 error of the block's output, pruned against dense, on the same inputs; None without
+            calibration, and for the last block, which is not run again.
+        spent: seconds by what they were spent on.
+        starved: experts with too few tokens for statistics of their own.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    linears: list[LinearView]
+    results: dict[str, MaskResult]
+    error: float | None
+    spent: BlockSeconds
+    starved: tuple[str, ...] = ()
+
+
+@dataclass
+class Loop:
+    """The state of the engine's loop when it starts; a callback may restore that of an earlier start.
+
+    Args:
+        decoder: the model's blocks.
+        batches: calibration batches in front of the first block; empty for a method that needs none.
+        first_block: where the loop begins.
+    """
+
+    decoder: Decoder
+    batches: list[Batch]
+    first_block: int = 0
+
+
+class Callback:
+    """Listens to the loop over blocks. Callbacks are called in the order of their list."""
+
+    def on_start(self, loop: Loop) -> None:
+        """Before the first block."""
+
+    def on_block_start(self, index: int) -> None:
+        """Block ``index`` is in memory and dense."""
+
+    def on_block_end(self, report: BlockReport) -> None:
+        """A block is pruned and the calibration batches have passed it; it is still in memory."""
+
+    def on_end(self) -> None:
+        """After the last block."""
+
+
+class SeedEachBlock(Callback):
+    """Seed torch before each block, so that a run that resumes draws the same numbers."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def on_block_start(self, index: int) -> None:
+        torch.manual_seed(self._seed + 1_000_003 * index)
+
+
+class ProgressBar(Callback):
+    """Advance a progress bar by one step per block."""
+
+    def __init__(self, advance: Callable[[], None]) -> None:
+        self._advance = advance
+
+    def on_block_end(self, report: BlockReport) -> None:
+        del report
+        self._advance()
+
+
+class Stopwatch:
+    """Seconds by purpose, over all starts of a run; whatever is not measured apart counts as ``prune``."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._seconds: Counter[str] = Counter()
+
+    @contextmanager
+    def measure(self, purpose: str) -> Iterator[None]:
+        """Count the time until the block exits under ``purpose``."""
+        start = time.perf_counter()
+        yield
+        self.add({purpose: time.perf_counter() - start, "prune": start - time.perf_counter()})
+
+    def add(self, seconds: dict[str, float]) -> None:
+        """Add seconds, such as those of an earlier start."""
+        self._seconds.update(seconds)
+
+    def read(self) -> dict[str, float]:
+        """Seconds up to now: ``prune``, and scoring of the ``dense`` and the ``pruned`` model."""
+        prune = self._seconds["prune"] + time.perf_counter() - self._started
+        return {"prune": prune, "dense": self._seconds["dense"], "pruned": self._seconds["pruned"]}

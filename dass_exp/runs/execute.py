@@ -1,0 +1,228 @@
+"""Execute a run: prune, score and save its model, in memory or while its blocks are streamed."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from dass_exp.engine.activation_cache import Cache
+from dass_exp.engine.callbacks import BlockReport, Callback, ProgressBar, SeedEachBlock, Stopwatch
+from dass_exp.engine.prune import EngineOptions, prune_model
+from dass_exp.engine.verify import Verification
+from dass_exp.evaluate.perplexity import perplexity
+from dass_exp.evaluate.streamed import StreamedPerplexity
+from dass_exp.evaluate.zeroshot import Options as ZeroShotOptions
+from dass_exp.evaluate.zeroshot import ZeroShot, zero_shot
+from dass_exp.models import load
+from dass_exp.models.decoder import decoder_of
+from dass_exp.models.save import CheckpointWriter, check_room, save_checkpoint, target_of
+from dass_exp.models.streamed import BlockLoader, BlocksInMemory, StreamedBlocks
+from dass_exp.runs.context import RunContext
+from dass_exp.runs.record import RunResult, compose_manifest
+from dass_exp.runs.resolve import ResolvedRun
+from dass_exp.runs.resume import STATE, MaskFiles, ResumeState, State, load_state
+from dass_exp.storage.environment import PeakMemory
+
+log = logging.getLogger(__name__)
+
+
+def execute(run: ResolvedRun, context: RunContext) -> RunResult:
+    """Prune, score and save the model of a run.
+
+    Resident and streamed models take the same way and differ in the loader of their blocks. A streamed model is scored
+    and written while its blocks pass, a resident one afterwards.
+
+    Args:
+        run: resolved and placed.
+        context: loads model, tokenizer and tokens.
+
+    Raises:
+        UserError: a file of the model or of an interrupted start is missing or damaged, or the disk is too small.
+        NumericalError, VerificationError: the method went wrong; the message names the layer.
+    """
+    memory, save = PeakMemory(), run.config.save
+    with _opened(run, context) as (model, blocks):
+        writer = None if save is None else _checkpoint_writer(run, model)
+        result = _prune(run, context, model, blocks, writer)
+        manifest = compose_manifest(run, result.layers)
+        if writer is not None:
+            writer.finish(model, context.tokenizer(run), result.masks or {}, manifest)
+        elif save is not None and not run.streams:
+            with context.reporter.phase(f"saving {save}"):
+                save_checkpoint(save, model, context.tokenizer(run), result.masks or {}, manifest)
+        start = time.perf_counter()
+        if not run.streams:
+            result = replace(result, perplexity=_perplexity(run, context, model))
+        result = replace(result, tasks=_tasks(run, context, model))
+        result.cost["load_s"] = 0.0 if run.streams else context.load_s
+        result.cost["eval_s"] += time.perf_counter() - start
+        result.cost.update(memory.read())
+    if result.dense is not None:
+        result.dense.cost.update({**result.cost, **result.dense.cost})
+    return result if run.config.save_masks else replace(result, masks=None)
+
+
+@contextmanager
+def _opened(run: ResolvedRun, context: RunContext) -> Iterator[tuple[Any, BlockLoader]]:
+    """The model, whole or with its blocks on the meta device, and the loader of its blocks."""
+    if not run.streams:
+        with context.resident_model(run) as model:
+            yield model, BlocksInMemory()
+        return
+    model, blocks = load.load_streamed(run.spec)
+    try:
+        yield model, blocks
+    finally:
+        blocks.stop()
+
+
+def _checkpoint_writer(run: ResolvedRun, model: nn.Module) -> CheckpointWriter | None:
+    """What writes a streamed model block by block; None where it is saved as a whole, or was moved into place before.
+
+    Raises:
+        UserError: the disk is too small.
+    """
+    save, disk = str(run.config.save), run.needs.disk if run.needs else 0
+    size = int(sum(parameter.numel() for parameter in model.parameters()) * run.spec.dtype.itemsize)
+    if not run.streams:
+        check_room(save, (2 if run.resumable else 1) * size + disk)
+        return None
+    writer = CheckpointWriter(save, run.work_folder)
+    if (run.work_folder / STATE).is_file() and writer.in_place(run.key):
+        return None  # an earlier start was killed between moving its checkpoint and writing its record
+    check_room(save, size + disk - writer.written)
+    return writer
+
+
+def _prune(
+    run: ResolvedRun, context: RunContext, model: nn.Module, blocks: BlockLoader, writer: CheckpointWriter | None
+) -> RunResult:
+    """Pass the model's blocks through the engine once, with everything that listens to it."""
+    decoder, tokens, windows = decoder_of(model, run.spec.roles), context.calibration(run), context.windows(run)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    result = RunResult([], [], None, None, None, size, decoder.size, tokens, windows, {"prune_s": 0.0, "eval_s": 0.0})
+    if not run.method.prunes and not run.streams:
+        return result
+    stopwatch, verification = Stopwatch(), Verification(run.pattern)
+    earlier, cache = _earlier_state(run), _activation_cache(run)
+    scorer, done = None, earlier.blocks if earlier else 0
+    returns_tuple = earlier.returns_tuple if earlier else None
+    if run.streams and windows is not None:
+        scorer = StreamedPerplexity(
+            model,
+            windows.ids,
+            run.config.eval.batch_size,
+            stopwatch,
+            roles=run.spec.roles,
+            returns_tuple=returns_tuple,
+            cache=cache,
+            pruned=run.method.prunes,
+        )
+    masks = MaskFiles(run.work_folder, done) if run.keeps_masks else None
+    if writer is not None and isinstance(blocks, StreamedBlocks):
+        writer.begin(blocks.names.stored, len(decoder.blocks), done)
+    resume = ResumeState(run, earlier, verification, scorer, stopwatch)
+    action = "reading, pruning" if run.streams else "pruning"
+    scoring = " and scoring block by block" if run.streams else ""
+    with context.reporter.phase(f"{action} with {run.method.name}{scoring}", len(decoder.blocks)) as advance:
+        listeners = (
+            SeedEachBlock(run.config.seed),
+            scorer,
+            verification,
+            masks,
+            SaveBlocks(writer) if writer is not None else None,
+            resume,
+            ProgressBar(advance),
+            *context.callbacks,
+        )
+        options = EngineOptions(
+            scope=run.config.scope,
+            batch_size=run.config.calibration.batch_size,
+            roles=run.spec.roles,
+            experts=run.config.experts,
+            cache=cache,
+            returns_tuple=returns_tuple,
+        )
+        callbacks = [listener for listener in listeners if listener is not None]
+        ids = tokens.ids if tokens is not None else None
+        prune_model(model, ids, run.method, run.pattern, options, callbacks, blocks)
+    seconds = stopwatch.read()
+    result.cost["prune_s"] = seconds["prune"]
+    result = replace(
+        result,
+        layers=verification.layers,
+        starved=verification.starved,
+        masks=masks.read() if masks is not None else None,
+    )
+    return result if scorer is None else _with_scores(run, result, scorer, seconds)
+
+
+def _with_scores(
+    run: ResolvedRun, result: RunResult, scorer: StreamedPerplexity, seconds: dict[str, float]
+) -> RunResult:
+    """Add what was scored while the blocks passed: perplexity, and the dense result where tasks do not belong to it."""
+    if not run.method.prunes:
+        return replace(result, perplexity=scorer.dense_perplexity, cost={**result.cost, "eval_s": seconds["dense"]})
+    dense = None
+    if run.config.eval.zeroshot is None:
+        cost = {"prune_s": 0.0, "eval_s": seconds["dense"]}
+        dense = replace(result, layers=[], starved=[], masks=None, perplexity=scorer.dense_perplexity, cost=cost)
+    cost = {**result.cost, "eval_s": seconds["pruned"]}
+    return replace(result, perplexity=scorer.pruned_perplexity, cost=cost, dense=dense)
+
+
+class SaveBlocks(Callback):
+    """Write each block's weights to the growing checkpoint before they are released."""
+
+    def __init__(self, writer: CheckpointWriter) -> None:
+        self._writer = writer
+
+    def on_block_end(self, report: BlockReport) -> None:
+        weights = report.module.state_dict()
+        self._writer.add(report.index, {f"{report.name}.{name}": tensor for name, tensor in weights.items()})
+
+
+def _earlier_state(run: ResolvedRun) -> State | None:
+    """The state of an interrupted start, if this one can continue it."""
+    state = load_state(run.work_folder, run.identity, str(run.placement))
+    if state is not None and run.keeps_masks and not MaskFiles.complete(run.work_folder, state.blocks):
+        log.warning("%s: the interrupted run kept no masks, so the run begins again", run.work_folder)
+        return None
+    return state
+
+
+def _activation_cache(run: ResolvedRun) -> Cache:
+    """A cache in a folder of this start alone: a tensor of an earlier one deletes its own file only."""
+    for folder in run.work_folder.glob("activations-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+    return Cache(run.config.calibration.cache, run.work_folder / f"activations-{uuid.uuid4().hex}")
+
+
+def _perplexity(run: ResolvedRun, context: RunContext, model: nn.Module) -> Any:
+    if (windows := context.windows(run)) is None:
+        return None
+    with context.reporter.phase(f"perplexity of {run.method.name}"):
+        return perplexity(model, windows.ids, run.config.eval.batch_size)
+
+
+def _tasks(run: ResolvedRun, context: RunContext, model: nn.Module) -> ZeroShot | None:
+    """Score the tasks on the model in memory; of a streamed run, on the model that it has saved."""
+    evaluation = run.config.eval
+    if (zeroshot := evaluation.zeroshot) is None or (run.streams and run.config.save is None):
+        return None
+    if run.streams:
+        model.to("meta")
+        saved = replace(run.spec, source=str(target_of(str(run.config.save))), revision=None)
+        model = load.load_model(saved)
+    with context.reporter.phase(f"zero-shot tasks of {run.method.name}"):
+        options = ZeroShotOptions(4 * evaluation.batch_size, run.bos != "never")
+        tokenizer = context.tokenizer(run)
+        return zero_shot(model, tokenizer, zeroshot.tasks, zeroshot.limit, zeroshot.data, options)

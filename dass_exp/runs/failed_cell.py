@@ -1,0 +1,70 @@
+"""What a failed cell of a sweep was meant to be, for tables that list it as failed until it has a record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dass_exp.config.components import OURS, build, check_targets, locate
+from dass_exp.config.settings import validate
+from dass_exp.errors import UserError
+from dass_exp.masks import Pattern
+from dass_exp.methods.base import Pruner
+from dass_exp.runs.context import RunContext
+from dass_exp.runs.record import describe_config
+from dass_exp.runs.resolve import Components, identify_run
+
+
+def describe_failed(
+    composed: DictConfig, choices: Mapping[str, Any], context: RunContext, packages: frozenset[str] = OURS
+) -> dict[str, Any]:
+    """The ``key`` of the cell (None if it cannot be computed) and its ``config`` in the form of a record's.
+
+    Args:
+        composed: what Hydra composed.
+        choices: the file chosen in each config group.
+        context: that of the run, which has found the model already if it could.
+        packages: packages whose classes may be built.
+    """
+    try:
+        config = validate(composed, packages, choices)
+        components = Components.of(config)
+    except UserError:
+        return {"key": None, "config": _as_composed(composed, choices, packages)}
+    try:
+        run = identify_run(config, context)
+        return {"key": run.key, "config": describe_config(config, run.method, run.pattern, run.spec)}
+    except Exception:  # noqa: BLE001 - whatever made the cell fail may happen again here
+        return {"key": None, "config": describe_config(config, components.method, components.pattern)}
+
+
+def _as_composed(composed: DictConfig, choices: Mapping[str, Any], packages: frozenset[str]) -> dict[str, Any]:
+    """The settings of a cell one of which is wrong; method and pattern in canonical form where they are not the wrong one."""
+    config: dict[str, Any] = {}
+    for name in ("model", "method", "pattern", "scope", "seed", "calibration", "eval"):
+        try:
+            node = composed[name]
+            node = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        except OmegaConfBaseException:
+            node = None
+        if isinstance(node, dict):
+            own = {key: value for key, value in node.items() if key != "_target_" and value != "???"}
+            config[name] = {"name": str(choices.get(name)), **own}
+        else:
+            config[name] = node
+    with suppress(UserError, OmegaConfBaseException):
+        check_targets(OmegaConf.create({"method": composed.method, "pattern": composed.pattern}), packages)
+        with suppress(UserError):
+            pattern = build(OmegaConf.to_container(composed.pattern, resolve=True), Pattern, "pattern")
+            config["pattern"] = pattern.settings()
+        target = OmegaConf.to_container(composed.method, resolve=True)
+        with suppress(UserError):
+            method = build(target, Pruner, "method")
+            config["method"] = {"name": method.name, **method.settings()}
+        uses = locate("method", target["_target_"]).uses  # type: ignore[index, call-overload, attr-defined]
+        config |= {unused: None for unused in ("pattern", "scope", "seed", "calibration") if unused not in uses}
+    return config

@@ -1,0 +1,261 @@
+"""What a run keeps on disk to continue after its last finished block: results so far, masks, and hidden states."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dass_exp.engine.callbacks import BlockReport, Callback, Loop, Stopwatch
+from dass_exp.engine.capture import put
+from dass_exp.engine.verify import Layer, Verification
+from dass_exp.errors import UserError
+from dass_exp.evaluate.streamed import StreamedPerplexity
+from dass_exp.models.save import REPLACED
+from dass_exp.storage.durable import settle, write_tensors
+from dass_exp.storage.mask_file import PackedMask, mask_names, read_packed, write_masks
+from dass_exp.storage.record_schema import flattened
+
+if TYPE_CHECKING:
+    from dass_exp.runs.resolve import ResolvedRun
+
+log = logging.getLogger(__name__)
+
+STATE = "state.safetensors"
+_PLACEMENT = "model.placement"
+
+
+@dataclass
+class State:
+    """The state of a run after some blocks.
+
+    Args:
+        blocks: how many are done.
+        returns_tuple: whether blocks return a tuple.
+        hidden: hidden states [sequences, tokens, features] by whose they are, one tensor per batch; a later start may
+            use other batch sizes.
+        results: ``layers``, ``starved`` and ``seconds`` so far, as JSON values.
+    """
+
+    blocks: int
+    returns_tuple: bool
+    hidden: dict[str, list[Tensor]]
+    results: dict[str, Any] = field(default_factory=dict)
+
+
+def load_state(folder: Path, identity: Mapping[str, Any], placement: str) -> State | None:
+    """The state of an earlier start in ``folder``, its tensors memory-mapped; None if there is none.
+
+    Args:
+        folder: the work folder.
+        identity: of this run, as its record will hold it.
+        placement: of this run; a resident and a streamed model leave different files behind.
+
+    Raises:
+        UserError: it belongs to a run with other settings, which are named, or it is damaged.
+    """
+    path, expected = folder / STATE, _tagged(identity, placement)
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = json.loads(file.metadata()["dass_exp"])
+            if stored["identity"] != expected:
+                raise UserError(
+                    f"{folder}: an interrupted run lies there that had {_differences(stored['identity'], expected)}; "
+                    "set it back, or remove the folder"
+                )
+            hidden: dict[str, list[Tensor]] = {}
+            for name in sorted(file.keys()):
+                hidden.setdefault(name.rpartition("/")[0], []).append(file.get_tensor(name))
+            return State(stored["blocks"], stored["returns_tuple"], hidden, stored["results"])
+    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{path}: the state of an interrupted run cannot be read ({error}); remove the folder to begin again"
+        ) from error
+
+
+def placement_in(folder: Path, identity: Mapping[str, Any]) -> str | None:
+    """The placement of an interrupted run with this identity whose state is in ``folder``; None if there is none."""
+    try:
+        with safe_open(folder / STATE, framework="pt") as file:
+            stored = json.loads(file.metadata()["dass_exp"])["identity"]
+            placement = str(stored[_PLACEMENT])
+            return placement if stored == _tagged(identity, placement) else None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+
+
+def save_state(folder: Path, identity: Mapping[str, Any], placement: str, state: State) -> None:
+    """Replace the state in ``folder``, durably.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    scratch = folder / f"{STATE}.partial"
+    metadata = {
+        "identity": _tagged(identity, placement),
+        "blocks": state.blocks,
+        "returns_tuple": state.returns_tuple,
+        "results": state.results,
+    }
+    hidden = {
+        f"{owner}/{number:08d}": tensor
+        for owner, tensors in state.hidden.items()
+        for number, tensor in enumerate(tensors)
+    }
+    write_tensors(hidden, scratch, {"dass_exp": json.dumps(metadata)}, durable=False)
+    settle(scratch, folder / STATE)
+
+
+def discard(folder: Path) -> None:
+    """Delete a work folder; the state goes first, so that a kill in between leaves nothing to resume from."""
+    (folder / STATE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def discard_unless_resumable(folder: Path) -> None:
+    """Delete a work folder unless another start could resume from it, or it holds a replaced checkpoint."""
+    if not (folder / STATE).is_file() and not (folder / REPLACED).exists():
+        discard(folder)
+
+
+class MaskFiles(Callback):
+    """Write the masks of each block to a file of its own.
+
+    Args:
+        folder: the work folder.
+        done: blocks whose masks an earlier start has written.
+
+    Raises:
+        UserError: one of those files is damaged.
+    """
+
+    def __init__(self, folder: Path, done: int = 0) -> None:
+        self._folder, self._blocks = folder, done
+        for index in range(done):
+            with readable(_masks_file(folder, index), folder):
+                mask_names(_masks_file(folder, index))
+
+    @staticmethod
+    def complete(folder: Path, blocks: int) -> bool:
+        """Whether the masks of the first ``blocks`` blocks were written."""
+        return all(_masks_file(folder, index).is_file() for index in range(blocks))
+
+    def on_block_end(self, report: BlockReport) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        masks = {name: PackedMask.of(result.keep) for name, result in report.results.items()}
+        write_masks(masks, _masks_file(self._folder, report.index))
+        self._blocks = report.index + 1
+
+    def read(self) -> dict[str, PackedMask]:
+        """All masks by linear, memory-mapped."""
+        masks: dict[str, PackedMask] = {}
+        for index in range(self._blocks):
+            with readable(_masks_file(self._folder, index), self._folder):
+                masks |= read_packed(_masks_file(self._folder, index))
+        return masks
+
+
+class ResumeState(Callback):
+    """Write the state after each block, and continue from that of an earlier start.
+
+    Files of a block are on disk before the state that counts it as done, so it comes last of all that write.
+
+    Args:
+        run: where its work folder is, its identity, and whether it is resumable.
+        earlier: the state of an earlier start.
+        verification, scorer, stopwatch: whose results belong to the state.
+    """
+
+    def __init__(
+        self,
+        run: ResolvedRun,
+        earlier: State | None,
+        verification: Verification,
+        scorer: StreamedPerplexity | None,
+        stopwatch: Stopwatch,
+    ) -> None:
+        self._run, self._earlier, self._folder = run, earlier, run.work_folder
+        self._verification, self._scorer, self._stopwatch = verification, scorer, stopwatch
+        self._loop: Loop | None = None
+        if earlier is not None:
+            verification.layers += [Layer(**layer) for layer in earlier.results["layers"]]
+            verification.starved += earlier.results["starved"]
+            stopwatch.add(earlier.results["seconds"])
+
+    def on_start(self, loop: Loop) -> None:
+        self._loop = loop
+        if (earlier := self._earlier) is None:
+            return
+        if loop.batches:
+            put(loop.batches, earlier.hidden["calibration"])
+        if self._scorer is not None:
+            self._scorer.hidden = earlier.hidden
+        if not self._run.streams:
+            for index, block in enumerate(loop.decoder.blocks[: earlier.blocks]):
+                with readable(_weights_file(self._folder, index), self._folder):
+                    block.load_state_dict(load_file(_weights_file(self._folder, index)))
+        loop.first_block = earlier.blocks
+        earlier.hidden.clear()
+        log.info("continuing after block %d of an interrupted run", earlier.blocks - 1)
+
+    def on_block_end(self, report: BlockReport) -> None:
+        if not self._run.resumable or self._loop is None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if not self._run.streams:  # a streamed block is in the growing checkpoint, if it is saved at all
+            write_tensors(report.module.state_dict(), _weights_file(self._folder, report.index))
+        batches, scorer = self._loop.batches, self._scorer
+        hidden = {"calibration": [batch.held.at_rest() for batch in batches]} if batches else {}
+        hidden |= scorer.hidden if scorer is not None else {}
+        returns_tuple = batches[0].returns_tuple if batches else scorer.returns_tuple if scorer is not None else False
+        results = {
+            "layers": [dataclasses.asdict(layer) for layer in self._verification.layers],
+            "starved": self._verification.starved,
+            "seconds": self._stopwatch.read(),
+        }
+        state = State(report.index + 1, returns_tuple, hidden, results)
+        save_state(self._folder, self._run.identity, str(self._run.placement), state)
+
+
+@contextmanager
+def readable(path: Path, folder: Path) -> Iterator[None]:
+    """Turn what a missing or damaged file of an interrupted run raises into one line."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError, UserError) as error:
+        raise UserError(
+            f"{path} is missing or damaged, and the run that wrote it cannot go on; remove {folder} to begin again"
+        ) from error
+
+
+def _masks_file(folder: Path, index: int) -> Path:
+    return folder / f"masks-{index:05d}.safetensors"
+
+
+def _weights_file(folder: Path, index: int) -> Path:
+    return folder / f"block-{index:05d}.safetensors"
+
+
+def _tagged(identity: Mapping[str, Any], placement: str) -> dict[str, Any]:
+    """The identity with the placement, as JSON holds it."""
+    tagged: dict[str, Any] = json.loads(json.dumps({**identity, _PLACEMENT: placement}))
+    return tagged
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    old, new = flattened(before), flattened(now)
+    names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+    return ", ".join(f"{name}={old.get(name)} (now {new.get(name)})" for name in names)
+
