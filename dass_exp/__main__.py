@@ -13,7 +13,9 @@ from dass_exp.paths import project_root
 
 os.environ.setdefault("DASS_EXP_ROOT", str(project_root()))  # conf/config.yaml finds sweeps/ by it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make small products many times slower on busy cores
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # spinning threads make small products many times slower on busy cores
 os.environ.setdefault("TQDM_DISABLE", "1")  # the progress bars of libraries; ours show what a run is doing
 
 import hydra
@@ -103,9 +105,7 @@ def _expected(error: Exception) -> bool:
 
 def _line(error: Exception) -> str:
     if isinstance(error, OSError):
-        return (
-            f"a file cannot be read or written: {error}; check results_dir, DASS_EXP_CACHE and the room on the disk"
-        )
+        return f"a file cannot be read or written: {error}; check results_dir, DASS_EXP_CACHE and the room on the disk"
     kind = "" if _expected(error) else f"{type(error).__name__}: "
     return kind + " ".join(str(error).split())
 

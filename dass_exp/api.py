@@ -49,7 +49,7 @@ def load(path: str = "offline:smollm2_135m", **settings: Any) -> tuple[nn.Module
 
     Args:
         path: hub id, folder, or ``offline:smollm2_135m`` or ``offline:gemma3_270m``.
-        settings: other fields of :class:`dass_exp.config.settings.ModelConfig`: revision, dtype, device, accept_license, ...
+        settings: other fields of :class:`dass_exp.config.settings.ModelConfig`, such as revision, dtype and device.
 
     Raises:
         UserError: it cannot be loaded.
@@ -106,11 +106,11 @@ class _CollectMasks(Callback):
 
 
 def perplexity(model: nn.Module, tokens: Tensor, context: int | None = None, batch_size: int = 4) -> float:
-    """Perplexity over consecutive windows, each scored on its own; what is left over at the end is dropped.
+    """Perplexity over consecutive windows, each scored on its own; an incomplete last window is dropped.
 
     Args:
         model: a transformers causal language model.
-        tokens: int64 [tokens], a stream that is cut into windows of ``context``; or [windows, tokens], taken as they are.
+        tokens: int64 [tokens], a stream that is cut into windows of ``context``; or [windows, tokens].
         context: tokens of a window, needed for a stream.
         batch_size: windows that pass through the model together.
 
@@ -134,7 +134,7 @@ def _check_tokens(model: Any, tokens: Any) -> None:
     """Raise a UserError unless ``tokens`` holds ids of the model's vocabulary."""
     if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == bool:
         raise UserError(
-            f"tokens: expected a tensor of token ids, got {type(tokens).__name__} {getattr(tokens, 'dtype', '')}".rstrip()
+            f"tokens: expected a tensor of token ids, got {type(tokens).__name__} {getattr(tokens, 'dtype', '')}".strip()
         )
     size = model.get_input_embeddings().weight.shape[0]
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
@@ -148,7 +148,7 @@ def _check_length(model: Any, tokens: Tensor) -> None:
 
 
 def method_of(method: Pruner | str) -> Pruner:
-    """A method by the name of its file in conf/method, with the settings that stand there; an instance is handed through.
+    """A method by the name of its file in conf/method, with the settings in that file; an instance is returned as it is.
 
     Raises:
         UserError: the name is unknown.

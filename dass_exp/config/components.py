@@ -1,4 +1,4 @@
-"""Build the parts that a config names by ``_target_``. A target is code that runs, so only admitted packages may be named."""
+"""Build what a config names by ``_target_``. A target is code that runs, so its package must be admitted."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ Part = TypeVar("Part")
 
 OURS = frozenset({"dass_exp"})
 
-_MOVED = {"dass_exp.data.OfflineText": "dass_exp.data.texts.OfflineText", "dass_exp.data.HubText": "dass_exp.data.texts.HubText"}
-_MOVED |= {f"dass_exp.track.{name}": f"dass_exp.runs.track.{name}" for name in ("WandbTracker", "NullTracker")}
+_MOVED = {
+    "dass_exp.data.OfflineText": "dass_exp.data.texts.OfflineText",
+    "dass_exp.data.HubText": "dass_exp.data.texts.HubText",
+    "dass_exp.track.WandbTracker": "dass_exp.runs.track.WandbTracker",
+    "dass_exp.track.NullTracker": "dass_exp.runs.track.NullTracker",
+}
 
 
 def admitted_packages(command_line: Iterable[str]) -> frozenset[str]:
-    """Packages whose classes may be built: this one, and those that the user has named in the environment or on the command line.
+    """Packages whose classes may be built: ours, and those named in the environment or on the command line.
 
-    To be called before Hydra composes: a config file can set variables and overrides too, and must not admit anything.
+    Call it before Hydra composes: a config file can set variables and overrides too, and must not admit anything.
 
     Args:
         command_line: what was typed.
@@ -40,7 +44,7 @@ def admitted_packages(command_line: Iterable[str]) -> frozenset[str]:
 
 
 def check_targets(composed: DictConfig, packages: frozenset[str]) -> None:
-    """See that every ``_target_``, at any depth, is a class of an admitted package.
+    """Check that every ``_target_``, at any depth, is a class of an admitted package.
 
     Raises:
         UserError: names the setting and what is admitted. Nothing of a refused package was imported.
@@ -48,17 +52,17 @@ def check_targets(composed: DictConfig, packages: frozenset[str]) -> None:
     for setting, target in _targets(OmegaConf.to_container(composed, resolve=True), ""):
         if str(target).split(".")[0] not in packages:
             raise UserError(
-                f"{setting}={target}: a _target_ is code that runs, and its package is not admitted; admitted: {', '.join(sorted(packages))}. "
-                "Name another in DASS_EXP_PLUGINS or with plugins=[...] on the command line"
+                f"{setting}={target}: a _target_ is code that runs, and its package is not admitted; admitted: "
+                f"{', '.join(sorted(packages))}. Name another in DASS_EXP_PLUGINS or with plugins=[...] on the command "
+                "line"
             )
-        if (
-            locate(setting, target).__module__.split(".")[0] not in packages
-        ):  # a module of ours that merely imports it does not admit it
+        # a module of ours that merely imports a class does not admit it
+        if locate(setting, target).__module__.split(".")[0] not in packages:
             raise UserError(f"{setting}={target}: this class belongs to another package; name that package as a plugin")
 
 
 def build(node: Any, kind: type[Part], setting: str) -> Part:
-    """Make the object that a config node, already checked, describes.
+    """Build the object that a checked config node describes.
 
     Raises:
         UserError: its class is not of this kind, or refuses a value.

@@ -26,9 +26,7 @@ SAMPLINGS = ("joined", "document")
 TASK_DATA = ("offline", "hub")
 
 
-def no_effect(default: Any = MISSING, **settings: Any) -> Any:
-    """A field that changes no number: it enters no key, and does not tell one cell of a sweep from another."""
-    return field(**(settings or {"default": default}), metadata={"no_effect": True})
+NO_EFFECT = {"no_effect": True}  # of a field that changes no number: it enters no key and tells no two cells apart
 
 
 @dataclass
@@ -48,20 +46,20 @@ class ModelConfig:
         license, parameters, context: information for the user.
     """
 
-    name: str = no_effect()
+    name: str = field(default=MISSING, metadata=NO_EFFECT)
     path: str = MISSING
     revision: str | None = None
     dtype: str = "auto"
     device: str = "auto"
-    placement: str = no_effect("auto")
+    placement: str = field(default="auto", metadata=NO_EFFECT)
     bos: str = "auto"
     training_seed: int | None = None
     roles: Any = None  # a mapping; if it were typed so, Hydra could not set it from the command line
-    accept_license: bool = no_effect(False)
-    trust_remote_code: bool = no_effect(False)
-    license: str | None = no_effect(None)
-    parameters: float | None = no_effect(None)
-    context: int | None = no_effect(None)
+    accept_license: bool = field(default=False, metadata=NO_EFFECT)
+    trust_remote_code: bool = field(default=False, metadata=NO_EFFECT)
+    license: str | None = field(default=None, metadata=NO_EFFECT)
+    parameters: float | None = field(default=None, metadata=NO_EFFECT)
+    context: int | None = field(default=None, metadata=NO_EFFECT)
 
 
 @dataclass
@@ -80,14 +78,14 @@ class CalibrationConfig:
         cache: where activations wait between two blocks: ``device``, ``cpu`` or ``disk``.
     """
 
-    name: str = no_effect()
+    name: str = field(default=MISSING, metadata=NO_EFFECT)
     text: Any = MISSING
     sampling: str = "joined"
     separator: str = "\n\n"
     num_samples: int = 16
     seq_len: int = 512
-    batch_size: int = no_effect(4)
-    cache: str = no_effect("device")
+    batch_size: int = field(default=4, metadata=NO_EFFECT)
+    cache: str = field(default="device", metadata=NO_EFFECT)
 
     def __post_init__(self) -> None:
         one_of("calibration.sampling", self.sampling, SAMPLINGS)
@@ -122,7 +120,7 @@ class ExpertsConfig:
 class PerplexityConfig:
     """Perplexity over consecutive windows of ``context`` tokens of a text; ``max_windows`` null takes all of them."""
 
-    name: str = no_effect()
+    name: str = field(default=MISSING, metadata=NO_EFFECT)
     text: Any = MISSING
     context: int = 2048
     max_windows: int | None = None
@@ -151,10 +149,10 @@ class ZeroShotConfig:
 class EvalConfig:
     """What to score. ``batch_size`` changes no number beyond rounding."""
 
-    name: str = no_effect()
+    name: str = field(default=MISSING, metadata=NO_EFFECT)
     perplexity: PerplexityConfig | None = None
     zeroshot: ZeroShotConfig | None = None
-    batch_size: int = no_effect(4)
+    batch_size: int = field(default=4, metadata=NO_EFFECT)
 
     def __post_init__(self) -> None:
         whole_number("eval.batch_size", self.batch_size, least=1)
@@ -176,19 +174,19 @@ class RunConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    protocol: Any = no_effect()
-    tracker: Any = no_effect()
-    sweep: Any = no_effect(None)
-    threads: int | None = no_effect(None)
-    rerun: bool = no_effect(False)
-    plan: bool = no_effect(False)
+    protocol: Any = field(default=MISSING, metadata=NO_EFFECT)
+    tracker: Any = field(default=MISSING, metadata=NO_EFFECT)
+    sweep: Any = field(default=None, metadata=NO_EFFECT)
+    threads: int | None = field(default=None, metadata=NO_EFFECT)
+    rerun: bool = field(default=False, metadata=NO_EFFECT)
+    plan: bool = field(default=False, metadata=NO_EFFECT)
     repeat: int = 0
-    save_masks: bool = no_effect(False)
-    save: str | None = no_effect(None)
-    resume: bool | None = no_effect(None)
-    checkpoint: bool | None = no_effect(None)  # the former name of resume
-    results_dir: str = no_effect("results")
-    plugins: list[str] = no_effect(default_factory=list)
+    save_masks: bool = field(default=False, metadata=NO_EFFECT)
+    save: str | None = field(default=None, metadata=NO_EFFECT)
+    resume: bool | None = field(default=None, metadata=NO_EFFECT)
+    checkpoint: bool | None = field(default=None, metadata=NO_EFFECT)  # the former name of resume
+    results_dir: str = field(default="results", metadata=NO_EFFECT)
+    plugins: list[str] = field(default_factory=list, metadata=NO_EFFECT)
 
     def __post_init__(self) -> None:
         one_of("scope", self.scope, SCOPES)
@@ -202,7 +200,7 @@ class RunConfig:
 
 
 def settings_without_effect(schema: type = RunConfig, path: str = "") -> frozenset[str]:
-    """Dotted names of all settings that change no number, as their fields say (:func:`no_effect`)."""
+    """Dotted names of all settings that change no number, as their fields say (:data:`NO_EFFECT`)."""
     found: set[str] = set()
     for entry in fields(schema):
         if entry.metadata.get("no_effect"):
@@ -248,7 +246,11 @@ def _named(composed: DictConfig, choices: Mapping[str, str | None]) -> DictConfi
     composed = composed.copy()
     for group in ("model", "calibration", "eval", "protocol"):
         node, name = composed.get(group), choices.get(group)
-        if name is not None and isinstance(node, DictConfig) and (OmegaConf.is_missing(node, "name") or "name" not in node):
+        if (
+            name is not None
+            and isinstance(node, DictConfig)
+            and (OmegaConf.is_missing(node, "name") or "name" not in node)
+        ):
             OmegaConf.update(composed, f"{group}.name", name, force_add=True)
     return composed
 
@@ -266,7 +268,7 @@ def rename_model(model: ModelConfig) -> ModelConfig:
 
 
 def _check_keys(node: Any, schema: type, path: str) -> None:
-    """Refuse settings that do not exist: Hydra adds whatever follows a ``+``, so a misspelt one would change nothing."""
+    """Refuse unknown settings: Hydra adds whatever follows a ``+``, so a misspelt one would change nothing."""
     for key in node:
         if key not in (known := get_type_hints(schema)):
             parent = path.rstrip(".") or "a run"

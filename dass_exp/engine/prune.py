@@ -1,4 +1,4 @@
-"""The engine: pass calibration tokens through a model block by block; observe, prune, pass on. It knows no method by name.
+"""The engine: pass calibration tokens through a model block by block; observe, prune, pass on. It names no method.
 
 Each block runs twice: once dense with observers on, once pruned with observers off for the inputs of the next block.
 The second pass leaves out what pruning has not changed: attention where only the MLP is pruned, and the last block.
@@ -144,14 +144,10 @@ def _calibration_batches(
         raise UserError(
             f"calibration tokens of shape {list(tokens.shape)}: expected [sequences, tokens] with at least one of each"
         )
-    return capture(
-        model, list(decoder.blocks), tokens, options.batch_size, options.returns_tuple, options.cache
-    )
+    return capture(model, list(decoder.blocks), tokens, options.batch_size, options.returns_tuple, options.cache)
 
 
-def _prune_block(
-    loop: Loop, index: int, method: Pruner, pattern: Pattern, options: EngineOptions
-) -> BlockReport:
+def _prune_block(loop: Loop, index: int, method: Pruner, pattern: Pattern, options: EngineOptions) -> BlockReport:
     """Observe a dense block, prune it, and pass the batches on through the pruned one."""
     start = time.perf_counter()
     decoder, batches = loop.decoder, loop.batches
@@ -190,7 +186,7 @@ def _dense_pass(module: nn.Module, index: int, batch: Batch, attention: Attentio
 
 
 def _pass_on(module: nn.Module, index: int, batches: list[Batch], dense: deque[CachedTensor], changed: bool) -> float:
-    """Make the pruned block's outputs the inputs of the next one; return their relative L2 error (NaN if not finite)."""
+    """Make the pruned outputs the inputs of the next block; return their relative L2 error (NaN if not finite)."""
     off = total = 0.0
     for batch in batches:
         cached = dense.popleft()  # a dense output is released as soon as it is compared

@@ -1,4 +1,4 @@
-"""Check what a method did: the mask exactly, the weights as at least as sparse, N:M legality along the axis that was pruned."""
+"""Check what a method did: masks exactly as sparse as asked, weights at least, no over-full N:M group."""
 
 from __future__ import annotations
 
@@ -85,7 +85,9 @@ class Verification(Callback):
 def _verify_linear(linear: LinearView, result: MaskResult, pattern: Pattern, error: float | None) -> Layer:
     name, weight, keep = linear.name, linear.weight, result.keep
     if keep.shape != weight.shape or keep.dtype != torch.bool:
-        raise VerificationError(f"{name}: its mask is {keep.dtype} {list(keep.shape)}, the weight is {list(weight.shape)}")
+        raise VerificationError(
+            f"{name}: its mask is {keep.dtype} {list(keep.shape)}, the weight is {list(weight.shape)}"
+        )
     if not bool(torch.isfinite(weight).all()):
         raise NumericalError(f"{name}: its pruned weights hold numbers that are not finite")
     slabs = keep.split(result.columns, dim=1) if result.columns else (keep,)

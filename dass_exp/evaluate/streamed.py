@@ -1,16 +1,15 @@
-"""Perplexity of the dense and of the pruned model from one read of the blocks: windows pass each beside the calibration tokens."""
+"""Perplexity of the dense and of the pruned model while blocks are streamed: windows pass each before and after pruning."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dass_exp.engine.activation_cache import ON_DEVICE, Cache
 from dass_exp.engine.callbacks import BlockReport, Callback, Loop, Stopwatch
 from dass_exp.engine.capture import Batch, behind, capture, evaluating, put
+from dass_exp.engine.prune import EngineOptions
 from dass_exp.evaluate.head import compare_head, losses
 from dass_exp.evaluate.perplexity import Perplexity, checked
 from dass_exp.models.decoder import decoder_of
@@ -23,11 +22,9 @@ class StreamedPerplexity(Callback):
         model: a transformers causal language model; its blocks need not be in memory.
         windows: int64 [windows, tokens].
         batch_size: windows that pass through a block together.
+        options: of the engine, whose activation cache is used.
         stopwatch: measures the scoring of both models apart from pruning.
-        roles: path of each role's linear, for a family that the table does not know.
-        returns_tuple: as in :func:`dass_exp.engine.capture.capture`.
-        cache: where hidden states wait between two blocks.
-        pruned: whether the blocks are pruned at all; without, only the dense model is scored.
+        scores_pruned: whether there is a pruned model to score.
 
     Attributes:
         dense_perplexity, pruned_perplexity: once all blocks have passed; None before, or where not scored.
@@ -38,16 +35,13 @@ class StreamedPerplexity(Callback):
         model: Any,
         windows: Tensor,
         batch_size: int,
+        options: EngineOptions,
         stopwatch: Stopwatch,
-        *,
-        roles: Mapping[str, str] | None = None,
-        returns_tuple: bool | None = None,
-        cache: Cache = ON_DEVICE,
-        pruned: bool = True,
+        scores_pruned: bool = True,
     ) -> None:
-        self._model, self._windows, self._batch_size, self._stopwatch = model, windows, batch_size, stopwatch
-        self._blocks = list(decoder_of(model, roles).blocks)
-        self._returns_tuple, self._cache, self._scores_pruned = returns_tuple, cache, pruned
+        self._model, self._windows, self._batch_size = model, windows, batch_size
+        self._options, self._stopwatch, self._scores_pruned = options, stopwatch, scores_pruned
+        self._blocks = list(decoder_of(model, options.roles).blocks)
         self._dense: list[Batch] = []
         self._pruned: list[Batch] = []
         self.dense_perplexity: Perplexity | None = None
@@ -73,7 +67,12 @@ class StreamedPerplexity(Callback):
         del loop
         with self._stopwatch.measure("dense"), evaluating(self._model):
             self._dense = capture(
-                self._model, self._blocks, self._windows, self._batch_size, self._returns_tuple, self._cache
+                self._model,
+                self._blocks,
+                self._windows,
+                self._batch_size,
+                self._options.returns_tuple,
+                self._options.cache,
             )
             self._pruned = [batch.again() for batch in self._dense]
             # an unsupported head is reported now, not after hours

@@ -1,4 +1,4 @@
-"""Save a pruned model as ``from_pretrained`` loads it: dense safetensors with zeros, tokenizer, packed masks, manifest."""
+"""Save a pruned model as ``from_pretrained`` loads it: safetensors with zeros, tokenizer, packed masks, manifest."""
 
 from __future__ import annotations
 
@@ -169,9 +169,7 @@ class CheckpointWriter:
         """
         self._write(index + 2, weights)
 
-    def finish(
-        self, model: Any, tokenizer: Any, masks: Mapping[str, PackedMask], manifest: Mapping[str, Any]
-    ) -> Path:
+    def finish(self, model: Any, tokenizer: Any, masks: Mapping[str, PackedMask], manifest: Mapping[str, Any]) -> Path:
         """Write everything outside the blocks, and rename the folder into place.
 
         Raises:
@@ -213,9 +211,7 @@ def partial_folder_of(folder: str | Path) -> Path:
     return target.with_name(f".{target.name}.partial")
 
 
-def _move_into_place(
-    growing: Path, target: Path, masks: Mapping[str, PackedMask], manifest: Mapping[str, Any]
-) -> Path:
+def _move_into_place(growing: Path, target: Path, masks: Mapping[str, PackedMask], manifest: Mapping[str, Any]) -> Path:
     """Add masks and manifest, sync, rename; an earlier checkpoint of the run is removed."""
     write_masks(masks, growing / MASKS)
     for path in (path for path in growing.rglob("*") if path.is_file()):

@@ -144,9 +144,7 @@ class RunContext:
         text, config, seed = run.calibration_text, run.config.calibration, run.config.seed
         cut = config.sampling, config.separator, config.num_samples, config.seq_len
         key = ("calibration", run.spec.identity, run.bos, json.dumps(text.identity, sort_keys=True), cut, seed)
-        return self.cache.once(
-            key, lambda: tokens.calibration_tokens(text, config, self.tokenizer(run), run.bos, seed)
-        )
+        return self.cache.once(key, lambda: tokens.calibration_tokens(text, config, self.tokenizer(run), run.bos, seed))
 
     def windows(self, run: ResolvedRun) -> tokens.Tokens | None:
         """The windows to score, None where no perplexity is requested.
@@ -163,7 +161,7 @@ class RunContext:
 
     @contextmanager
     def resident_model(self, run: ResolvedRun) -> Iterator[nn.Module]:
-        """The model in memory, dense, to be pruned by ``run``; a shared model is restored afterwards, whatever happens."""
+        """The dense model in memory, to be pruned by ``run``; a shared one is restored afterwards, whatever happens."""
         model = self.cache.model(run.spec)
         if model is None:
             self.cache.clear()

@@ -111,47 +111,31 @@ def _prune(
     result = RunResult([], [], None, None, None, size, decoder.size, tokens, windows, {"prune_s": 0.0, "eval_s": 0.0})
     if not run.method.prunes and not run.streams:
         return result
-    stopwatch, verification = Stopwatch(), Verification(run.pattern)
-    earlier, cache = _earlier_state(run), _activation_cache(run)
-    scorer, done = None, earlier.blocks if earlier else 0
-    returns_tuple = earlier.returns_tuple if earlier else None
+    stopwatch, verification, earlier = Stopwatch(), Verification(run.pattern), _earlier_state(run)
+    done = earlier.blocks if earlier else 0
+    options = EngineOptions(
+        scope=run.config.scope,
+        batch_size=run.config.calibration.batch_size,
+        roles=run.spec.roles,
+        experts=run.config.experts,
+        cache=_activation_cache(run),
+        returns_tuple=earlier.returns_tuple if earlier else None,
+    )
+    scorer, saver = None, None
     if run.streams and windows is not None:
-        scorer = StreamedPerplexity(
-            model,
-            windows.ids,
-            run.config.eval.batch_size,
-            stopwatch,
-            roles=run.spec.roles,
-            returns_tuple=returns_tuple,
-            cache=cache,
-            pruned=run.method.prunes,
-        )
+        batch_size = run.config.eval.batch_size
+        scorer = StreamedPerplexity(model, windows.ids, batch_size, options, stopwatch, run.method.prunes)
     masks = MaskFiles(run.work_folder, done) if run.keeps_masks else None
     if writer is not None and isinstance(blocks, StreamedBlocks):
         writer.begin(blocks.names.stored, len(decoder.blocks), done)
+        saver = SaveBlocks(writer)
     resume = ResumeState(run, earlier, verification, scorer, stopwatch)
-    action = "reading, pruning" if run.streams else "pruning"
-    scoring = " and scoring block by block" if run.streams else ""
-    with context.reporter.phase(f"{action} with {run.method.name}{scoring}", len(decoder.blocks)) as advance:
-        listeners = (
-            SeedEachBlock(run.config.seed),
-            scorer,
-            verification,
-            masks,
-            SaveBlocks(writer) if writer is not None else None,
-            resume,
-            ProgressBar(advance),
-            *context.callbacks,
-        )
-        options = EngineOptions(
-            scope=run.config.scope,
-            batch_size=run.config.calibration.batch_size,
-            roles=run.spec.roles,
-            experts=run.config.experts,
-            cache=cache,
-            returns_tuple=returns_tuple,
-        )
-        callbacks = [listener for listener in listeners if listener is not None]
+    phase = f"pruning with {run.method.name}"
+    phase = f"reading, {phase} and scoring block by block" if run.streams else phase
+    with context.reporter.phase(phase, len(decoder.blocks)) as advance:
+        # the state counts a block as done, so it comes after everything that writes files of the block
+        own = (SeedEachBlock(run.config.seed), scorer, verification, masks, saver, resume, ProgressBar(advance))
+        callbacks = [callback for callback in (*own, *context.callbacks) if callback is not None]
         ids = tokens.ids if tokens is not None else None
         prune_model(model, ids, run.method, run.pattern, options, callbacks, blocks)
     seconds = stopwatch.read()

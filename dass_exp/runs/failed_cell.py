@@ -43,7 +43,7 @@ def describe_failed(
 
 
 def _as_composed(composed: DictConfig, choices: Mapping[str, Any], packages: frozenset[str]) -> dict[str, Any]:
-    """The settings of a cell one of which is wrong; method and pattern in canonical form where they are not the wrong one."""
+    """The settings of a cell one of which is wrong; method and pattern in canonical form where they can be built."""
     config: dict[str, Any] = {}
     for name in ("model", "method", "pattern", "scope", "seed", "calibration", "eval"):
         try:

@@ -28,7 +28,7 @@ def key_of(identity: Mapping[str, Any]) -> str:
 def identity_of(run: ResolvedRun) -> dict[str, Any]:
     """Everything that can change a number of the run, in canonical form, without what its method ignores.
 
-    Settings marked :func:`dass_exp.config.settings.no_effect` do not enter; a test compares the two.
+    Settings marked :data:`dass_exp.config.settings.NO_EFFECT` do not enter; a test compares the two.
     """
     config, method, spec = run.config, run.method, run.spec
     identity: dict[str, Any] = {

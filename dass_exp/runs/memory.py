@@ -70,7 +70,9 @@ class MemoryNeeds:
 
     def summary(self) -> str:
         """Both totals, in GB."""
-        return f"{self.resident / 1e9:.1f} GB with the whole model in memory, {self.streamed / 1e9:.1f} GB block by block"
+        return (
+            f"{self.resident / 1e9:.1f} GB with the whole model in memory, {self.streamed / 1e9:.1f} GB block by block"
+        )
 
     def parts(self) -> str:
         """All parts in one line, in GB."""
@@ -141,7 +143,7 @@ def memory_needs(
 
 
 def _solver_bytes(sites: list[LinearSite], workload: Workload) -> int:
-    """Pruning one block: scores, comparison and mask of a matrix; Gram matrices, two more while the largest is factorised."""
+    """Pruning one block: scores, comparison and mask of a matrix; Gram matrices, and two more to factorise the largest."""
     inputs = {site.source: site.matrix.in_features for site in sites}
     total = 10 * max((site.matrix.out_features * site.matrix.in_features for site in sites), default=0)
     if workload.stat is not None and issubclass(workload.stat, Gram):

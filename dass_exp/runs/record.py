@@ -103,7 +103,8 @@ def describe_config(
 
     Args:
         config: the typed settings.
-        method, pattern: built from them.
+        method: built from them.
+        pattern: built from them.
         spec: the model, which resolves revision, dtype and device; None if it was not found.
     """
     model = dataclasses.asdict(config.model)

@@ -189,16 +189,17 @@ def resolve(config: RunConfig, context: RunContext) -> ResolvedRun:
             requested = config.model.placement
             return place(candidate, context, earlier if requested == "auto" else requested)
     run = place(run, context)
-    if without_tasks is not None and run.streams and (config.rerun or run.store.find(run.key) is None):
-        if reason := _tasks_do_not_fit(run, context):
-            if config.eval.perplexity is None and not run.method.prunes:
-                raise UserError(
-                    "the model is read block by block, so its zero-shot tasks, which are all that is asked for, "
-                    f"cannot be scored: {reason}"
-                )
-            log.warning("the model is read block by block, so zero-shot tasks are left out: %s", reason)
-            return dataclasses.replace(without_tasks, placement=run.placement, needs=run.needs)
-    return run
+    if without_tasks is None or not run.streams or not (reason := _tasks_do_not_fit(run, context)):
+        return run
+    if not config.rerun and run.store.find(run.key) is not None:
+        return run  # its tasks were scored before
+    if config.eval.perplexity is None and not run.method.prunes:
+        raise UserError(
+            "the model is read block by block, so its zero-shot tasks, which are all that is asked for, cannot be "
+            f"scored: {reason}"
+        )
+    log.warning("the model is read block by block, so zero-shot tasks are left out: %s", reason)
+    return dataclasses.replace(without_tasks, placement=run.placement, needs=run.needs)
 
 
 def place(run: ResolvedRun, context: RunContext, requested: str | None = None) -> ResolvedRun:

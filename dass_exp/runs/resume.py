@@ -258,4 +258,3 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     old, new = flattened(before), flattened(now)
     names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
     return ", ".join(f"{name}={old.get(name)} (now {new.get(name)})" for name in names)
-
