@@ -13,9 +13,7 @@ from dass_exp.paths import project_root
 
 os.environ.setdefault("DASS_EXP_ROOT", str(project_root()))  # conf/config.yaml finds sweeps/ by it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # spinning threads make small products many times slower on busy cores
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow small products down
 os.environ.setdefault("TQDM_DISABLE", "1")  # the progress bars of libraries; ours show what a run is doing
 
 import hydra
@@ -62,8 +60,8 @@ def _cell(composed: DictConfig) -> None:
             workers.join(job.launcher, Path(job.sweep.dir))
         elif launchers := [text for text in job.overrides.hydra if text.startswith("hydra/launcher=")]:
             raise UserError(
-                f"{launchers[0]}: a launcher runs the cells of a sweep, and this is one run; leave it out, or add -m or "
-                "sweeps=NAME"
+                f"{launchers[0]}: a launcher runs the cells of a sweep, and this is one run; leave it out, or add -m "
+                "or sweeps=NAME"
             )
         config = validate(composed, _ADMITTED, job.runtime.choices)
         if config.plan:

@@ -133,9 +133,8 @@ def perplexity(model: nn.Module, tokens: Tensor, context: int | None = None, bat
 def _check_tokens(model: Any, tokens: Any) -> None:
     """Raise a UserError unless ``tokens`` holds ids of the model's vocabulary."""
     if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == bool:
-        raise UserError(
-            f"tokens: expected a tensor of token ids, got {type(tokens).__name__} {getattr(tokens, 'dtype', '')}".strip()
-        )
+        kind = f"{type(tokens).__name__} {getattr(tokens, 'dtype', '')}".strip()
+        raise UserError(f"tokens: expected a tensor of token ids, got {kind}")
     size = model.get_input_embeddings().weight.shape[0]
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
         raise UserError(f"tokens: ids from {int(tokens.min())} to {int(tokens.max())}; this model has {size} words")
@@ -148,7 +147,7 @@ def _check_length(model: Any, tokens: Tensor) -> None:
 
 
 def method_of(method: Pruner | str) -> Pruner:
-    """A method by the name of its file in conf/method, with the settings in that file; an instance is returned as it is.
+    """A method by the name of its file in conf/method, with its settings; an instance is returned as it is.
 
     Raises:
         UserError: the name is unknown.

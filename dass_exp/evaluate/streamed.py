@@ -1,4 +1,4 @@
-"""Perplexity of the dense and of the pruned model while blocks are streamed: windows pass each before and after pruning."""
+"""Perplexity of the dense and of the pruned model while blocks are streamed: windows pass each twice."""
 
 from __future__ import annotations
 

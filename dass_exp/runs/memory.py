@@ -143,7 +143,7 @@ def memory_needs(
 
 
 def _solver_bytes(sites: list[LinearSite], workload: Workload) -> int:
-    """Pruning one block: scores, comparison and mask of a matrix; Gram matrices, and two more to factorise the largest."""
+    """Pruning one block: scores, comparison and mask of a matrix; Gram matrices, and two more to factorise one."""
     inputs = {site.source: site.matrix.in_features for site in sites}
     total = 10 * max((site.matrix.out_features * site.matrix.in_features for site in sites), default=0)
     if workload.stat is not None and issubclass(workload.stat, Gram):
