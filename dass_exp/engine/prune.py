@@ -105,7 +105,7 @@ def prune_model(
             blocks.load(index)
             for callback in callbacks:
                 callback.on_block_start(index)
-            report = _prune_block(loop, index, method, pattern, options)
+            report = _process_block(loop, index, method, pattern, options)
             for callback in callbacks:
                 callback.on_block_end(report)
             blocks.release(index)
@@ -147,7 +147,7 @@ def _calibration_batches(
     return capture(model, list(decoder.blocks), tokens, options.batch_size, options.returns_tuple, options.cache)
 
 
-def _prune_block(loop: Loop, index: int, method: Pruner, pattern: Pattern, options: EngineOptions) -> BlockReport:
+def _process_block(loop: Loop, index: int, method: Pruner, pattern: Pattern, options: EngineOptions) -> BlockReport:
     """Observe a dense block, prune it, and pass the batches on through the pruned one."""
     start = time.perf_counter()
     decoder, batches = loop.decoder, loop.batches

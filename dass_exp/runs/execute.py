@@ -51,7 +51,7 @@ def execute(run: ResolvedRun, context: RunContext) -> RunResult:
     memory, save = PeakMemory(), run.config.save
     with _opened(run, context) as (model, blocks):
         writer = None if save is None else _checkpoint_writer(run, model)
-        result = _prune(run, context, model, blocks, writer)
+        result = _run_blocks(run, context, model, blocks, writer)
         manifest = compose_manifest(run, result.layers)
         if writer is not None:
             writer.finish(model, context.tokenizer(run), result.masks or {}, manifest)
@@ -102,7 +102,7 @@ def _checkpoint_writer(run: ResolvedRun, model: nn.Module) -> CheckpointWriter |
     return writer
 
 
-def _prune(
+def _run_blocks(
     run: ResolvedRun, context: RunContext, model: nn.Module, blocks: BlockLoader, writer: CheckpointWriter | None
 ) -> RunResult:
     """Pass the model's blocks through the engine once, with everything that listens to it."""
