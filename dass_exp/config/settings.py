@@ -31,19 +31,10 @@ NO_EFFECT = {"no_effect": True}  # of a field that changes no number: it enters 
 
 @dataclass
 class ModelConfig:
-    """Which model to prune.
+    """Which model to prune: ``path`` is a hub id, a folder, ``offline:NAME`` or ``tiny:NAME``.
 
-    Args:
-        name: for tables; by default the name of the config file.
-        path: hub id, folder, ``offline:NAME`` or ``tiny:NAME``.
-        revision: commit, tag or branch of a hub model.
-        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        placement: ``resident`` (whole model in memory), ``stream`` (block by block from disk), or ``auto``.
-        bos: where the beginning-of-sequence token is put: ``auto``, ``never``, ``stream`` or ``window``.
-        training_seed: which training of a tiny model; null for the first. Tables average over them.
-        roles: path of each role's linear inside a block, for a family that the table does not know.
-        license, parameters, context: information for the user.
+    ``placement`` is ``resident`` (in memory), ``stream`` (block by block from disk) or ``auto``. ``training_seed`` picks
+    one of several trainings of a tiny model; tables average over them. docs/settings.md describes every field.
     """
 
     name: str = field(default=MISSING, metadata=NO_EFFECT)
@@ -66,16 +57,9 @@ class ModelConfig:
 class CalibrationConfig:
     """Which token sequences a method calibrates on.
 
-    Args:
-        name: for tables; by default the name of the config file.
-        text: where they come from, a :class:`dass_exp.data.texts.Text` by ``_target_``.
-        sampling: ``joined``, random windows of all documents joined; ``document``, a random window of a random document
-            that is longer than the window. Both draw as the Wanda code does.
-        separator: between joined documents.
-        num_samples: number of sequences.
-        seq_len: tokens of a sequence, beginning-of-sequence token included.
-        batch_size: sequences that pass through a block together.
-        cache: where activations wait between two blocks: ``device``, ``cpu`` or ``disk``.
+    ``sampling`` is ``joined``, random windows of all documents joined by ``separator``, or ``document``, a random window
+    of a random document that is longer than it; both draw as the Wanda code does. ``seq_len`` includes a
+    beginning-of-sequence token. ``cache`` is where activations wait between two blocks: ``device``, ``cpu``, ``disk``.
     """
 
     name: str = field(default=MISSING, metadata=NO_EFFECT)
@@ -97,11 +81,9 @@ class CalibrationConfig:
 
 @dataclass
 class ExpertsConfig:
-    """Mixture-of-experts models: what to do with an expert to which few calibration tokens were routed.
+    """What to do with an expert to which fewer than ``min_tokens`` calibration tokens were routed.
 
-    Args:
-        min_tokens: an expert with fewer tokens is starved.
-        starved: ``uniform``, reset its input statistics so that all inputs count alike; ``raise``, stop the run.
+    ``starved`` is ``uniform``, reset its input statistics so that all inputs count alike, or ``raise``, stop the run.
     """
 
     min_tokens: int = 32

@@ -62,11 +62,8 @@ def plan(config: RunConfig, context: RunContext | None = None) -> Plan:
 def _needs(run: ResolvedRun) -> str:
     if run.needs is None:
         return ""
-    sizes = (
-        f"{run.needs.resident / 1e9:.1f} GB with the model in memory, "
-        f"{run.needs.streamed / 1e9:.1f} GB block by block ({run.needs.parts()})"
-    )
-    return f"this run: {sizes}; {'it is read block by block' if run.streams else 'it is loaded whole'}"
+    placement = "it is read block by block" if run.streams else "it is loaded whole"
+    return f"this run: {run.needs.summary()} ({run.needs.parts()}); {placement}"
 
 
 def _stated_size(config: RunConfig) -> str:
