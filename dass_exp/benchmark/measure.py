@@ -73,7 +73,7 @@ class _TimedVerification(Callback):
     def on_block_end(self, report: BlockReport) -> None:
         start = time.perf_counter()
         verify(report, self._pattern)
-        self.seconds.update({"verify": time.perf_counter() - start, **vars(report.spent)})  # type: ignore[arg-type]
+        self.seconds.update({"verify": time.perf_counter() - start, **vars(report.spent)})
 
 
 def time_floor(job: PruningJob) -> float:

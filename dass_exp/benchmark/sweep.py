@@ -10,13 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, open_dict
+from omegaconf import open_dict
 
 from dass_exp.config.settings import register, validate
 from dass_exp.paths import project_root
-from dass_exp.runs.context import ModelCache
+from dass_exp.runs.context import ModelCache, RunContext
 from dass_exp.runs.run import run
-from dass_exp.storage.records import Record
 
 METHODS = ("dense", "magnitude", "wanda", "sparsegpt", "dass")
 PATTERNS = ("unstructured", "4of8", "2of4")
@@ -32,15 +31,17 @@ def sweep_ratio(
     """
     os.environ.setdefault("DASS_EXP_ROOT", str(project_root()))
     register()
-    cache, keys = ModelCache(), set[str]()
+    context, keys = RunContext(shared=ModelCache()), set[str]()
     seconds = floors = 0.0
     config_dir = initialize_config_dir(str(project_root() / "conf"), version_base="1.3")
     with tempfile.TemporaryDirectory() as results, config_dir:
         common = [*overrides, f"results_dir={results}", "tracker=none"]
         for method, pattern in itertools.product(METHODS, PATTERNS):
             composed = compose("config", [*common, f"method={method}", f"pattern={pattern}"], return_hydra_config=True)
-            start = time.perf_counter()
-            record = _run_cell(composed, cache)
+            with open_dict(composed):
+                choices = composed.pop("hydra").runtime.choices
+            config, start = validate(composed, choices=choices), time.perf_counter()
+            record = run(config, context).record
             seconds += (elapsed := time.perf_counter() - start)
             if record["key"] not in keys:  # dense is one record, whatever the pattern
                 floors += plain_s + (floor_s if record["calibration"] else 0.0)
@@ -48,9 +49,3 @@ def sweep_ratio(
             progress(f"sweep: {method} {pattern} {elapsed:.2f} s")
     cells = len(METHODS) * len(PATTERNS)
     return {"cells": cells, "records": len(keys), "seconds": seconds, "floors_s": floors, "ratio": seconds / floors}
-
-
-def _run_cell(composed: DictConfig, cache: ModelCache) -> Record:
-    with open_dict(composed):
-        choices = composed.pop("hydra").runtime.choices
-    return run(validate(composed, choices=choices), cache=cache).record
