@@ -1,33 +1,32 @@
-"""The README's Python example runs as printed, and its demo table is the committed one."""
+"""The docs show what the code does: examples run, tables match, commands compose, every setting is described."""
 
+import dataclasses
 import itertools
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from typing import get_args, get_type_hints
 
 import pytest
-from support import settings_of
+import yaml
+from support import CONF, ROOT, settings_of
 
+from dass_exp.config.settings import RunConfig
 from dass_exp.models.families import table
 
-ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, SETTINGS, MODELS = (
+    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/settings.md", "docs/models.md")
+)
+COMMANDS = re.findall(r"^dass-exp *(.*?) *(?:#.*)?$", README + SETTINGS, re.MULTILINE)
 
 
 def test_the_python_example_runs() -> None:
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        [sys.executable, "-c", example],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    call = [sys.executable, "-c", example]
+    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     dense, pruned, rest = done.stdout.splitlines()
     assert 1 < float(dense.split()[1]) < float(pruned.split()[1])
@@ -43,22 +42,16 @@ def test_the_demo_table_is_the_committed_one() -> None:
 
 
 def test_the_family_table_is_that_of_the_code() -> None:
-    (shown,) = re.findall(r"<!-- families -->\n(.*?)<!-- /families -->", README, re.DOTALL)
+    (shown,) = re.findall(r"<!-- families -->\n(.*?)<!-- /families -->", MODELS, re.DOTALL)
     assert shown == table()
-
-
-COMMANDS = re.findall(r"^dass-exp *(.*?) *(?:#.*)?$", README, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_composes_and_validates(command: str) -> None:
-    overrides = [override for override in command.split() if override != "-m" and not override.startswith("sweeps=")]
-    axes = [
-        [f"{key}={value}" for value in values.split(",")]
-        for key, _, values in (override.partition("=") for override in overrides)
-    ]
-    for cell in itertools.product(*axes):
-        settings_of(*(override for override in cell if not override.startswith("model.device=")))
+    overrides = [part for part in command.split() if not part.startswith(("-m", "sweeps=", "model.device="))]
+    axes = [(key, values.split(",")) for key, _, values in (override.partition("=") for override in overrides)]
+    for cell in itertools.product(*([f"{key}={value}" for value in values] for key, values in axes)):
+        settings_of(*cell)
 
 
 def test_there_are_commands_to_try() -> None:
@@ -66,5 +59,27 @@ def test_there_are_commands_to_try() -> None:
 
 
 def test_every_choice_of_every_group_is_named() -> None:
-    missing = [path.stem for path in (ROOT / "conf").glob("*/*.yaml") if not re.search(rf"\b{path.stem}\b", README)]
-    assert not missing
+    choices = [path.stem for path in CONF.glob("*/*.yaml")]
+    assert [name for name in choices if not re.search(rf"\b{name}\b", SETTINGS + MODELS)] == []
+
+
+def settings_in(schema: type, path: str = "") -> Iterator[str]:
+    types = get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        kinds = (types[field.name], *get_args(types[field.name]))
+        nested = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+        yield from settings_in(nested[0], f"{path}{field.name}.") if nested else [path + field.name]
+
+
+def test_every_setting_is_described() -> None:
+    assert [name for name in settings_in(RunConfig) if not re.search(rf"`{re.escape(name)}[`=]", SETTINGS)] == []
+
+
+def test_the_config_file_states_the_defaults_of_the_schema() -> None:
+    stated, defaults = (
+        yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8")),
+        dataclasses.asdict(RunConfig()),
+    )
+    plain = {name: value for name, value in stated.items() if name in defaults and name != "protocol"}
+    assert len(plain) > 10
+    assert plain == {name: defaults[name] for name in plain}

@@ -1,1 +1,4 @@
-"""``make bench``: each method against the forward passes that it cannot avoid, peak memory, and what large models need."""
+"""Measure what pruning costs: ``make bench``.
+
+In: an offline model. Out: seconds against unavoidable forward passes, peak memory, and the needs of large models.
+"""

@@ -1,4 +1,4 @@
-"""The floor: the forward passes that no calibrated one-shot method can do without, and nothing else."""
+"""The floor: the forward passes that no calibrated one-shot method can avoid, and nothing else."""
 
 from __future__ import annotations
 
@@ -11,28 +11,22 @@ from dass_exp.models.decoder import decoder_of
 
 
 @torch.no_grad()
-def passes(model: nn.Module, tokens: Tensor, scope: str, batch_size: int) -> None:
-    """Every block once, and once more each block whose output feeds another, through what pruning in ``scope`` would have changed.
+def run_floor(model: nn.Module, tokens: Tensor, scope: str, batch_size: int) -> None:
+    """Run every block once, and each but the last once more, on int64 [sequences, tokens].
 
-    With scope ``mlp`` the second pass takes attention as it came from the first. Nothing is observed, pruned or compared.
-
-    Args:
-        model: a transformers causal language model.
-        tokens: int64 [sequences, tokens].
-        scope: ``mlp``, ``attention`` or ``all``.
-        batch_size: sequences that pass through a block together.
+    With scope ``mlp`` the second pass replays attention, which pruning does not change.
     """
     decoder = decoder_of(model)
     with evaluating(model):
         batches = capture(model, list(decoder.blocks), tokens, batch_size)
         for index, block in enumerate(decoder.blocks):
-            again = index + 1 < len(decoder.blocks)
-            attention = Attention(decoder.attention(index) if again and scope == "mlp" else None, {})
+            runs_again = index + 1 < len(decoder.blocks)
+            attention = Attention(decoder.attention(index) if runs_again and scope == "mlp" else None, {})
             with attention.noting():
                 for batch in batches:
                     batch.through(block, index)
                     attention.batch_done()
-            if again:
+            if runs_again:
                 with attention.replaying():
                     for batch in batches:
                         batch.hidden = batch.through(block, index)

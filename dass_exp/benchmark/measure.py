@@ -13,27 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dass_exp.benchmark.floor import passes
-from dass_exp.engine.block_report import BlockReport
-from dass_exp.engine.prune import Options, prune_model
+from dass_exp.benchmark.floor import run_floor
+from dass_exp.engine.callbacks import BlockReport, Callback
+from dass_exp.engine.prune import EngineOptions, prune_model
 from dass_exp.engine.verify import verify
 from dass_exp.masks import NM, Pattern
 from dass_exp.methods.base import Pruner
 from dass_exp.models.decoder import decoder_of
-from dass_exp.storage.records import PeakMemory
+from dass_exp.storage.environment import PeakMemory
+
+PARTS = ("forward", "statistics", "solve", "write", "verify", "rest")
 
 
 @dataclass(frozen=True)
-class Workload:
-    """What is timed.
-
-    Args:
-        model: a transformers causal language model, on its device.
-        tokens: int64 [sequences, tokens], calibration.
-        pattern: the sparsity pattern.
-        scope: ``mlp``, ``attention`` or ``all``.
-        batch_size: sequences that pass through a block together.
-    """
+class PruningJob:
+    """What is timed: a causal language model on its device, calibrated on int64 [sequences, tokens]."""
 
     model: nn.Module
     tokens: Tensor
@@ -42,101 +36,101 @@ class Workload:
     batch_size: int = 4
 
 
-def seconds(task: Callable[[], Any]) -> float:
-    """How long a task takes; on a GPU, with what it launched."""
-    _wait()
+def time_call(function: Callable[[], Any]) -> float:
+    """Seconds that a call takes, including the work it launches on a GPU."""
+    _synchronize()
     start = time.perf_counter()
-    task()
-    _wait()
+    function()
+    _synchronize()
     return time.perf_counter() - start
 
 
-def _wait() -> None:
+def _synchronize() -> None:
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 
 
 @contextmanager
-def dense_afterwards(model: nn.Module, scope: str) -> Iterator[None]:
-    """Give the model its weights back at the end."""
+def restoring_weights(model: nn.Module, scope: str) -> Iterator[None]:
+    """Restore the weights in ``scope`` on exit."""
     decoder = decoder_of(model)
     matrices = [site.matrix for index in range(len(decoder.blocks)) for site in decoder.sites(index, scope)]
-    saved = [matrix.weight.clone() for matrix in matrices]
+    weights = [matrix.weight.clone() for matrix in matrices]
     try:
         yield
     finally:
-        for matrix, weight in zip(matrices, saved, strict=True):
+        for matrix, weight in zip(matrices, weights, strict=True):
             matrix.write(weight)
 
 
-def floor_seconds(work: Workload) -> float:
-    """The passes that cannot be avoided (:func:`dass_exp.benchmark.floor.passes`)."""
-    return seconds(lambda: passes(work.model, work.tokens, work.scope, work.batch_size))
+class _TimedVerification(Callback):
+    """Verify each block; add up the seconds of that, and those that the engine reports."""
 
+    def __init__(self, pattern: Pattern) -> None:
+        self._pattern = pattern
+        self.seconds: Counter[str] = Counter()
 
-def prune_seconds(work: Workload, method: Pruner) -> dict[str, float]:
-    """Prune, verify, and put the weights back: ``total``, what the engine spent it on, ``verify``, ``rest``, and ``peak_rss_bytes``."""
-    spent: Counter[str] = Counter()
-
-    def on_block(report: BlockReport) -> None:
+    def on_block_end(self, report: BlockReport) -> None:
         start = time.perf_counter()
-        verify(report, work.pattern)
-        spent["verify"] += time.perf_counter() - start  # type: ignore[assignment]  # a counter adds floats as well
-        spent.update(vars(report.spent))
+        verify(report, self._pattern)
+        self.seconds.update({"verify": time.perf_counter() - start, **vars(report.spent)})
 
-    options = Options(work.scope, work.batch_size, on_block=on_block)
-    with dense_afterwards(work.model, work.scope):
+
+def time_floor(job: PruningJob) -> float:
+    """Seconds of the passes that cannot be avoided (:func:`dass_exp.benchmark.floor.run_floor`)."""
+    return time_call(lambda: run_floor(job.model, job.tokens, job.scope, job.batch_size))
+
+
+def time_pruning(job: PruningJob, method: Pruner) -> dict[str, float]:
+    """Prune and verify a model, then restore it. Returns seconds, ``total`` and by part, and ``peak_rss_bytes``."""
+    tokens, options = job.tokens if method.stat else None, EngineOptions(scope=job.scope, batch_size=job.batch_size)
+    verification = _TimedVerification(job.pattern)
+    with restoring_weights(job.model, job.scope):
         memory = PeakMemory()
-        total = seconds(
-            lambda: prune_model(work.model, work.tokens if method.stat else None, method, work.pattern, options)
+        total = time_call(
+            lambda: prune_model(job.model, tokens, method, job.pattern, options, callbacks=[verification])
         )
         peak = memory.read()["peak_rss_bytes"] or 0
-    return {**spent, "total": total, "rest": total - sum(spent.values()), "peak_rss_bytes": float(peak)}
+    rest = total - sum(verification.seconds.values())
+    return {**verification.seconds, "total": total, "rest": rest, "peak_rss_bytes": float(peak)}
 
 
-def rounds(work: Workload, methods: Sequence[Pruner], repeats: int, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Floor and methods in turn, ``repeats`` times; medians, and the ratio of each method to the floor of its own round.
-
-    Args:
-        work: what is timed.
-        methods: timed one after the other behind the floor of their round.
-        repeats: rounds.
-        tell: told each figure as it comes.
-    """
+def compare_methods(
+    job: PruningJob, methods: Sequence[Pruner], repeats: int, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Time the floor and each method in turn: medians, and ratios of each method to the floor of its own round."""
     floors: list[float] = []
-    found: dict[str, list[dict[str, float]]] = {method.name: [] for method in methods}
-    for number in range(repeats):
-        floors.append(floor_seconds(work))
-        tell(f"round {number + 1}: floor {floors[-1]:.2f} s")
+    runs: dict[str, list[dict[str, float]]] = {method.name: [] for method in methods}
+    for number in range(1, repeats + 1):
+        floors.append(time_floor(job))
+        progress(f"round {number}: floor {floors[-1]:.2f} s")
         for method in methods:
-            once = prune_seconds(work, method)
-            once["ratio"] = once["total"] / floors[-1]
-            found[method.name].append(once)
-            tell(f"round {number + 1}: {method.name} {once['total']:.2f} s, {once['ratio']:.3f} of the floor")
+            run = time_pruning(job, method)
+            run["ratio"] = run["total"] / floors[-1]
+            runs[method.name].append(run)
+            progress(f"round {number}: {method.name} {run['total']:.2f} s, {run['ratio']:.3f} of the floor")
     return {
         "floor_s": {"median": statistics.median(floors), "runs": floors},
-        "methods": {name: _medians(runs) for name, runs in found.items()},
-        "ratios_to_floor": {name: statistics.median(once["ratio"] for once in runs) for name, runs in found.items()},
+        "methods": {name: _medians(timed) for name, timed in runs.items()},
+        "ratios_to_floor": {name: statistics.median(run["ratio"] for run in timed) for name, timed in runs.items()},
     }
 
 
 def _medians(runs: list[dict[str, float]]) -> dict[str, Any]:
-    names = ("total", "forward", "statistics", "solve", "write", "verify", "rest", "peak_rss_bytes")
-    return {
-        **{name: statistics.median(once.get(name, 0.0) for once in runs) for name in names},
-        "runs": [once["total"] for once in runs],
-    }
+    names = ("total", *PARTS, "peak_rss_bytes")
+    medians = {name: statistics.median(run.get(name, 0.0) for run in runs) for name in names}
+    return {**medians, "runs": [run["total"] for run in runs]}
 
 
-def masks_alone(pattern: Pattern, repeats: int) -> dict[str, float]:
-    """A DaSS mask of a 4096 x 11008 matrix (the size of LLaMA-2-7B's), and two passes of 16 x 512 tokens through that matrix, in seconds."""
+def time_mask(pattern: Pattern, repeats: int) -> dict[str, float]:
+    """Seconds of a DaSS mask of LLaMA-2-7B's 4096 x 11008 matrix, and of two passes of 16 x 512 tokens through it."""
     generator = torch.Generator().manual_seed(0)
     weight, norm = torch.randn(11008, 4096, generator=generator), torch.rand(11008, generator=generator)
     inputs = torch.randn(8192, 4096, generator=generator)
-    made = [seconds(lambda: pattern.keep(weight.abs() * norm.sqrt()[:, None], 0)) for _ in range(repeats)]
-    passed = [seconds(lambda: [nn.functional.linear(part, weight) for part in inputs.split(2048)]) for _ in range(2)]
-    return {
-        "mask_s": statistics.median(made),
-        "passes_s": sum(passed),
-        "share": statistics.median(made) / (statistics.median(made) + sum(passed)),
-    }
+    mask = statistics.median(
+        time_call(lambda: pattern.keep(weight.abs() * norm.sqrt()[:, None], 0)) for _ in range(repeats)
+    )
+    passes = sum(
+        time_call(lambda: [nn.functional.linear(part, weight) for part in inputs.split(2048)]) for _ in range(2)
+    )
+    return {"mask_s": mask, "passes_s": passes, "share": mask / (mask + passes)}
