@@ -20,16 +20,10 @@ _BAND = 256  # rows of the Gram matrix that are accumulated by one product
 
 
 class Statistic(ABC):
-    """A sum over the tokens that reach a linear. Linears with the same input share one.
-
-    Args:
-        features: in_features of the linear.
-        device: of the activations and of the sum.
-    """
+    """A sum over the tokens that reach a linear with ``features`` inputs. Linears with the same input share one."""
 
     def __init__(self, features: int, device: torch.device) -> None:
         self.features = features
-        self.device = device
         self.sequences = 0
         self.tokens = 0
         self.seconds = 0.0

@@ -14,14 +14,13 @@ from dass_exp.config.components import build, choice
 from dass_exp.engine.block_report import BlockReport
 from dass_exp.engine.prune import Options, prune_model
 from dass_exp.masks import NM, Pattern
-from dass_exp.methods.base import Pruner, ScorePruner
+from dass_exp.methods.base import Pruner
 from dass_exp.models.decoder import LinearSite, decoder_of
 from dass_exp.models.families import PLAIN, Role
 
 NAMES = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 METHODS = [build(choice("method", name), Pruner, "method") for name in NAMES]
 PRUNING = [method for method in METHODS if method.prunes]
-SCORING = [method for method in PRUNING if isinstance(method, ScorePruner)]
 CALIBRATED = [method for method in PRUNING if method.stat is not None]
 
 FLAT_ROLES = {**{role.value: role.value for role in Role if role not in PLAIN}, "blocks": "blocks"}

@@ -36,16 +36,7 @@ class CachedTensor:
 
 
 class ActivationCache:
-    """Stores tensors in one place.
-
-    Args:
-        kind: ``device``, ``cpu`` or ``disk``.
-        folder: for the files; created with the first.
-
-    Raises:
-        UserError: the kind is unknown.
-        ValueError: ``disk`` without a folder.
-    """
+    """Stores tensors on their ``device``, in ``cpu`` memory, or on ``disk`` in a folder that is created on demand."""
 
     def __init__(self, kind: str = "device", folder: Path | None = None) -> None:
         one_of("calibration.cache", kind, CACHES)

@@ -27,10 +27,9 @@ class Batch:
     """A batch of sequences on its way through the decoder blocks.
 
     Args:
-        hidden: [sequences, tokens, features], the input of the next block.
+        hidden: [sequences, tokens, features], the input of the next block; stored in ``cache``.
         calls: the other arguments, one entry per block: masks and rotary tables can differ between blocks.
         returns_tuple: whether blocks return a tuple, as in older models.
-        cache: where the hidden states are stored.
     """
 
     def __init__(

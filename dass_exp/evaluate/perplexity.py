@@ -43,12 +43,7 @@ class Perplexity:
 
 @torch.no_grad()
 def perplexity(model: Any, tokens: Tensor, batch_size: int = 4) -> Perplexity:
-    """Score windows of equal length, independently of each other.
-
-    Args:
-        model: a transformers causal language model.
-        tokens: int64 [windows, tokens].
-        batch_size: windows that pass through the model together.
+    """Score windows of equal length independently; ``tokens`` is int64 [windows, tokens].
 
     Raises:
         UserError: a window has fewer than two tokens, or the model's logits are not those of its head.

@@ -78,11 +78,12 @@ def check_tasks(tasks: Sequence[str], data: str) -> None:
     """Raise a UserError that names the first unknown task; called before a model is loaded."""
     if not tasks or len(set(tasks)) != len(tasks):
         raise UserError(f"eval.zeroshot.tasks={list(tasks)}: name at least one task, and none twice")
-    known: Collection[str] = list(_INSTALLED) if data == "offline" else _all_tasks()
+    known: Collection[str] = _INSTALLED if data == "offline" else _all_tasks()
+    allowed = f"one of {', '.join(_INSTALLED)}"
+    if data != "offline":
+        allowed = "a task of lm-eval (`lm-eval ls tasks` lists them)"
     for task in tasks:
         if task not in known:
-            offline = f"one of {', '.join(known)}"
-            allowed = offline if data == "offline" else "a task of lm-eval (`lm-eval ls tasks` lists them)"
             raise UserError(f"eval.zeroshot.tasks: unknown task {task!r}; expected {allowed}")
 
 
@@ -104,11 +105,12 @@ def zero_shot(
             manager = TaskManager(include_path=folder, include_defaults=False)
         else:
             manager = TaskManager()
+        adapter = _adapter(model, tokenizer, options)
         try:
             loaded = manager.load(list(tasks))
             for task in loaded["tasks"].values():
                 task.set_config(key="num_fewshot", value=0)
-            output = evaluate(_adapter(model, tokenizer, options), loaded, limit=limit, bootstrap_iters=1000)
+            output = evaluate(adapter, loaded, limit=limit, bootstrap_iters=1000)
         except (OSError, RuntimeError, ValueError) as error:
             if data != "hub" or isinstance(error, UserError):
                 raise
@@ -151,12 +153,11 @@ def _write_task(task: str, folder: Path) -> None:
     import lm_eval
 
     installed = Path(lm_eval.__file__).parent / "tasks" / _INSTALLED[task]
-    data_file = str(assets.fetch(assets.TASKS[task]))
     config = {
         "include": str(installed),
         "task": task,
         "dataset_path": "arrow",
-        "dataset_kwargs": {"data_files": {"validation": data_file}},
+        "dataset_kwargs": {"data_files": {"validation": str(assets.fetch(assets.TASKS[task]))}},
         "validation_split": "validation",
         **dict.fromkeys(("dataset_name", "training_split", "test_split", "fewshot_split")),  # none of these
         **_OVERRIDES.get(task, {}),

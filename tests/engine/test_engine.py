@@ -232,14 +232,6 @@ def test_a_shared_input_is_observed_once_per_batch_and_on_dense_weights_only(
     assert sum(updates) == blocks * len(tokens) * inputs
 
 
-def test_linears_with_one_input_share_one_statistic(tiny_model, tokens):
-    report = prune_blocks(tiny_model("llama"), tokens, Wanda(), scope="all").reports[0]
-    stats = {linear.role.value: linear.stat for linear in report.linears}
-    assert stats["gate"] is stats["up"]
-    assert stats["q"] is stats["k"] is stats["v"]
-    assert len({id(stat) for stat in stats.values()}) == 4
-
-
 @pytest.mark.parametrize("family", ["opt", "llama"])
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_every_sequence_counts_as_one_whatever_the_batch(family, batch_size, tiny_model, tokens):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dass_exp.errors import NumericalError, UserError
 from dass_exp.evaluate import head
-from dass_exp.evaluate.perplexity import Perplexity, perplexity
+from dass_exp.evaluate.perplexity import perplexity
 from dass_exp.models.families import FAMILIES
 
 
@@ -43,15 +43,6 @@ def test_known_probabilities():
     assert scored.predicted == 2
     assert [math.exp(nll) for nll in scored.window_nll] == pytest.approx([32**0.5, 6**0.5], rel=1e-6)
     assert scored.value == pytest.approx((4 * 8 * 3 * 2) ** (1 / 4), rel=1e-6)
-
-
-def test_each_window_is_scored_on_its_own():
-    alone = perplexity(Table(HALVES), torch.tensor([[0, 1, 2]])).window_nll
-    assert perplexity(Table(HALVES), torch.tensor([[2, 2, 2], [0, 1, 2]])).window_nll[1:] == alone
-
-
-def test_the_value_is_exp_of_the_mean():
-    assert Perplexity([1.0, 2.0, 6.0], 7).value == pytest.approx(math.exp(3.0))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
