@@ -1,6 +1,6 @@
-"""Sparsity patterns: which weights stay, given their scores. The only place where masks are made.
+"""Sparsity patterns: which weights stay, given their scores. Masks are made here and nowhere else.
 
-Of equal scores the lower index is kept, so that the sparsity is exact: weights that come from 4-bit checkpoints tie often.
+Ties are broken in favour of the lower index, so the sparsity is exact: weights of 4-bit checkpoints often tie.
 """
 
 from __future__ import annotations
@@ -14,56 +14,49 @@ from torch import Tensor
 
 from dass_exp.errors import UserError, finite_number, whole_number
 
-_SMALL = (
-    1 << 13
-)  # numbers: up to this many, one comparison of all pairs is 2 to 3 times faster than a comparison per pair
-_PAIRWISE_LIMIT = (
-    16  # up to this group size, comparing all pairs is 3 to 8 times faster than a stable sort (CPU, float32)
-)
+# Up to this many scores, one comparison of all pairs is 2 to 3 times faster than one operation per pair.
+_FEW_SCORES = 1 << 13
+# Up to this group size, comparing all pairs is 3 to 8 times faster than a stable sort (CPU, float32).
+_PAIRWISE_LIMIT = 16
 
 
 class Pattern(ABC):
-    """Data that says how many weights of a group stay. Groups lie along ``dim``, the axis along which weights compete."""
+    """How many weights of a group stay. Groups lie along ``dim``, the axis along which weights compete.
+
+    Everywhere below ``dim`` is 0 (weights of one input column compete), 1 (weights of one output row) or None (all
+    weights of the matrix; N:M patterns take None as 1).
+    """
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """The field's short name of the pattern, as tables print it: ``2:4``, ``50%``."""
+        """The field's short name of the pattern: ``2:4``, ``50%``."""
 
     def settings(self) -> dict[str, Any]:
-        """What defines the pattern, in canonical form: ``2of4`` and ``nm`` with n=2, m=4 are one."""
+        """The pattern in canonical form: ``2of4`` and ``nm`` with n=2, m=4 are the same."""
         return {"name": self.name, **vars(self)}
 
     @abstractmethod
     def keep(self, scores: Tensor, dim: int | None) -> Tensor:
-        """The mask of the weights that stay.
+        """Return the mask, bool [out_features, in_features], True where the weight stays.
 
         Args:
-            scores: float [out_features, in_features]; higher is more important. No NaN.
-            dim: 0, weights of one input column compete; 1, weights of one output row compete; None, all of the matrix
-                (N:M patterns always compete inside their groups and take None as 1).
-
-        Returns:
-            bool, shaped as ``scores``; True means that the weight stays.
-
-        Raises:
-            UserError: the pattern does not divide the axis.
+            scores: float [out_features, in_features] without NaN; higher is more important.
+            dim: the comparison axis; a UserError is raised if the pattern does not divide it.
         """
 
-    @abstractmethod
     def check(self, shape: tuple[int, int], dim: int | None) -> None:
-        """Raise a UserError if a matrix of ``shape`` cannot hold this pattern along ``dim``."""
+        """Raise a UserError if a matrix of ``shape`` cannot have this pattern along ``dim``."""
+        del shape, dim
 
     @abstractmethod
     def violations(self, mask: Tensor, dim: int | None) -> int:
-        """How many groups of ``mask`` (bool, True stays) do not hold exactly the number of weights that the pattern asks."""
+        """Count the groups of ``mask`` (bool, True stays) that do not keep exactly the required number of weights."""
 
 
 @dataclass(frozen=True)
 class Unstructured(Pattern):
-    """A fraction of the weights of each group goes, wherever in the group they lie.
-
-    Zeroes ``int(sparsity * group size)`` weights of each group: a row, a column, or the matrix.
+    """Remove ``int(sparsity * group size)`` weights of each group, at any position; a group is a row, column or matrix.
 
     Args:
         sparsity: fraction of zeros, in [0, 1).
@@ -86,16 +79,13 @@ class Unstructured(Pattern):
         if dim is None:
             return self.keep(scores.reshape(1, -1), 1).view(scores.shape)
         size = scores.shape[dim]
-        cut = int(self.sparsity * size)
-        if cut == 0:
+        zeros = int(self.sparsity * size)
+        if zeros == 0:
             return torch.ones_like(scores, dtype=torch.bool)
-        threshold = scores.kthvalue(cut, dim=dim, keepdim=True).values  # the highest score that goes
-        above, equal = scores > threshold, scores == threshold
-        room = size - cut - above.sum(dim, keepdim=True)
-        return above | (equal & (equal.cumsum(dim, dtype=torch.int32) <= room))
-
-    def check(self, shape: tuple[int, int], dim: int | None) -> None:
-        del shape, dim  # any shape will do
+        threshold = scores.kthvalue(zeros, dim=dim, keepdim=True).values  # the highest score that is removed
+        above, ties = scores > threshold, scores == threshold
+        ties_kept = size - zeros - above.sum(dim, keepdim=True)
+        return above | (ties & (ties.cumsum(dim, dtype=torch.int32) <= ties_kept))
 
     def violations(self, mask: Tensor, dim: int | None) -> int:
         groups = mask.reshape(1, -1) if dim is None else mask.movedim(dim, -1)
@@ -105,11 +95,11 @@ class Unstructured(Pattern):
 
 @dataclass(frozen=True)
 class NM(Pattern):
-    """``n`` weights stay of every ``m`` consecutive ones along the comparison axis.
+    """Keep ``n`` of every ``m`` consecutive weights along the comparison axis.
 
     Args:
         n: weights *kept* in a group, at least 1.
-        m: weights in a group; it must divide the axis.
+        m: weights in a group; must divide the axis.
     """
 
     n: int = 2
@@ -128,57 +118,56 @@ class NM(Pattern):
     def keep(self, scores: Tensor, dim: int | None) -> Tensor:
         axis = 1 if dim is None else dim
         self.check((scores.shape[0], scores.shape[1]), axis)
-        tiles = scores.unflatten(axis, (-1, self.m)).movedim(axis + 1, 0)
-        kept = (
-            self._at_once(tiles)
-            if tiles.numel() <= _SMALL
-            else self._by_pairs(tiles)
-            if self.m <= _PAIRWISE_LIMIT
-            else self._by_sort(tiles)
-        )
-        return kept.movedim(0, axis + 1).flatten(axis, axis + 1)
+        groups = scores.unflatten(axis, (-1, self.m)).movedim(axis + 1, 0)  # the members of a group along axis 0
+        if groups.numel() <= _FEW_SCORES:
+            mask = self._compare_at_once(groups)
+        elif self.m <= _PAIRWISE_LIMIT:
+            mask = self._compare_pairs(groups)
+        else:
+            mask = self._sort(groups)
+        return mask.movedim(0, axis + 1).flatten(axis, axis + 1)
 
-    def _at_once(self, tiles: Tensor) -> Tensor:
-        """Rank by comparing all pairs in one operation: for the few groups of a tile of SparseGPT, where each operation costs more than its numbers."""
-        first = torch.ones(self.m, self.m, dtype=torch.bool, device=tiles.device).triu_()[
-            ..., *(None,) * (tiles.ndim - 1)
-        ]
-        beats = torch.where(first, tiles[:, None] >= tiles, tiles[:, None] > tiles)
-        return beats.sum(0) <= self.n  # a weight is counted against itself too
+    def _compare_at_once(self, groups: Tensor) -> Tensor:
+        """Rank by one comparison of all pairs: for SparseGPT's tiles, where launching an operation costs the most."""
+        lower_index = torch.ones(self.m, self.m, dtype=torch.bool, device=groups.device).triu_()
+        lower_index = lower_index[..., *(None,) * (groups.ndim - 1)]
+        beats = torch.where(lower_index, groups[:, None] >= groups, groups[:, None] > groups)
+        return beats.sum(0) <= self.n  # a weight beats itself too
 
-    def _by_pairs(self, tiles: Tensor) -> Tensor:
-        """Rank by comparing all pairs: exact on ties, and it reads the scores in place."""
-        beaten = [torch.zeros(tiles.shape[1:], dtype=torch.uint8, device=tiles.device) for _ in range(self.m)]
+    def _compare_pairs(self, groups: Tensor) -> Tensor:
+        """Rank by comparing pair after pair, without a copy of the scores."""
+        losses = [torch.zeros(groups.shape[1:], dtype=torch.uint8, device=groups.device) for _ in range(self.m)]
         for i in range(self.m):
             for j in range(i + 1, self.m):
-                first_wins = tiles[i] >= tiles[j]
-                beaten[j] += first_wins
-                beaten[i] += ~first_wins
-        return torch.stack([times < self.n for times in beaten])
+                first_wins = groups[i] >= groups[j]
+                losses[j] += first_wins
+                losses[i] += ~first_wins
+        return torch.stack([count < self.n for count in losses])
 
-    def _by_sort(self, tiles: Tensor) -> Tensor:
-        best = tiles.argsort(dim=0, descending=True, stable=True)[: self.n]
-        return torch.zeros_like(tiles, dtype=torch.bool).scatter_(0, best, True)
+    def _sort(self, groups: Tensor) -> Tensor:
+        best = groups.argsort(dim=0, descending=True, stable=True)[: self.n]
+        return torch.zeros_like(groups, dtype=torch.bool).scatter_(0, best, True)
 
     def check(self, shape: tuple[int, int], dim: int | None) -> None:
         axis = 1 if dim is None else dim
         if shape[axis] % self.m:
             side = ("output", "input")[axis]
             raise UserError(
-                f"pattern {self.name}: m={self.m} does not divide the {side} axis of a [{shape[0]}, {shape[1]}] matrix; choose an m that divides {shape[axis]}"
+                f"pattern {self.name}: m={self.m} does not divide the {side} axis of a [{shape[0]}, {shape[1]}] matrix;"
+                f" choose an m that divides {shape[axis]}"
             )
 
     def violations(self, mask: Tensor, dim: int | None) -> int:
-        return int((self._counts(mask, dim) != self.n).sum())
+        return int((self._group_sums(mask, dim) != self.n).sum())
 
     def overfull(self, weight: Tensor, dim: int | None) -> int:
-        """How many groups of ``weight`` [out, in] hold more than ``n`` non-zeros; 0 for a legal N:M matrix."""
-        return int((self._counts(weight != 0, dim) > self.n).sum())
+        """Count the groups of ``weight`` [out, in] with more than ``n`` non-zeros; 0 for a valid N:M matrix."""
+        return int((self._group_sums(weight != 0, dim) > self.n).sum())
 
     def underfull(self, weight: Tensor, dim: int | None) -> int:
-        """How many groups of ``weight`` [out, in] hold fewer than ``n`` non-zeros; legal, but sparser than asked."""
-        return int((self._counts(weight != 0, dim) < self.n).sum())
+        """Count the groups of ``weight`` [out, in] with fewer than ``n`` non-zeros: valid, but too sparse."""
+        return int((self._group_sums(weight != 0, dim) < self.n).sum())
 
-    def _counts(self, present: Tensor, dim: int | None) -> Tensor:
+    def _group_sums(self, present: Tensor, dim: int | None) -> Tensor:
         axis = 1 if dim is None else dim
         return present.unflatten(axis, (-1, self.m)).sum(axis + 1)

@@ -1,6 +1,6 @@
-"""What may be collected at the input of a linear while calibration tokens pass through a block.
+"""Statistics of a linear's inputs, collected while calibration tokens pass through its block.
 
-Every statistic accumulates in float32, one sequence after the other in a fixed order: the batch size adds no difference of its own.
+Every statistic accumulates in float32, one sequence after the other, so the batch size does not change it.
 """
 
 from __future__ import annotations
@@ -16,26 +16,20 @@ from torch import Tensor
 
 from dass_exp.errors import NumericalError
 
-_BAND = 256  # columns of a Gram matrix that are added up at once
+_BAND = 256  # rows of the Gram matrix that are accumulated by one product
 
 
 class Statistic(ABC):
-    """A sum over the tokens that a linear sees; linears with one and the same input share one.
-
-    Args:
-        features: in_features of the linear.
-        device: where the activations, and so the sum, live.
-    """
+    """A sum over the tokens that reach a linear with ``features`` inputs. Linears with the same input share one."""
 
     def __init__(self, features: int, device: torch.device) -> None:
         self.features = features
-        self.device = device
         self.sequences = 0
         self.tokens = 0
         self.seconds = 0.0
 
     def update(self, inputs: Tensor) -> None:
-        """Add a batch: ``inputs`` [sequences, tokens, in_features] (or [tokens, in_features], of which there may be none), any float dtype."""
+        """Add a batch: [sequences, tokens, in_features] or [tokens, in_features], of any float dtype, maybe empty."""
         start = time.perf_counter()
         batch = inputs.detach()[None] if inputs.ndim == 2 else inputs.detach().flatten(0, -3)
         for sequence in batch:
@@ -50,14 +44,14 @@ class Statistic(ABC):
 
     @abstractmethod
     def reset_to_uniform(self) -> None:
-        """Forget what was seen, and take every input feature for equally important and independent of the others."""
+        """Discard the sum: all input features become equally important and independent of each other."""
 
-    def release(self) -> None:
-        """Let go of what was made from the sum; it is made again when it is asked for."""
+    def release(self) -> None:  # noqa: B027
+        """Free whatever was derived from the sum; it is computed again on demand."""
 
     @abstractmethod
     def check(self, name: str) -> None:
-        """Raise a NumericalError that names the linear ``name`` if the sum is not finite."""
+        """Raise a NumericalError that names the linear ``name`` unless the sum is finite."""
 
 
 class InputNorm(Statistic):
@@ -83,16 +77,17 @@ class InputNorm(Statistic):
 
 
 @dataclass(frozen=True)
-class Factor:
-    """What makes the columns to the right of a tile (columns that are pruned together) make up for what was lost in it.
+class HessianFactor:
+    """The factor R of the damped Hessian H = R R^T (R upper triangular), in the form in which SparseGPT uses it.
 
-    With the damped Hessian H = R R^T, R upper triangular, SparseGPT's U, the Cholesky factor of the inverse Hessian, is the inverse of R. Before tile T is
-    pruned its weights are w_T + lost @ feedback[:, T], lost = w - pruned of all columns before it: the numbers of algorithm 1 of the paper (arXiv
-    2301.00774), which spreads each error by a row of U, with one factorisation instead of two and an inverse.
+    SparseGPT's U, the Cholesky factor of the inverse Hessian, is the inverse of R. A tile is a range of columns pruned
+    together. Before tile T is pruned, its weights are w_T + lost @ feedback[:, T], where lost = w - pruned for all
+    columns before T. These are the numbers of algorithm 1 of the paper (arXiv 2301.00774), which spreads each error by
+    a row of U, with one factorisation instead of two and an inverse.
 
     Args:
-        feedback: float32 [in_features, in_features]. Above the tiles of the diagonal R[:, T] R[T, T]^-1; in them R_jk / R_kk, for the same sum inside a tile
-            once its mask is known.
+        feedback: float32 [in_features, in_features]: R[:, T] R[T, T]^-1 above the diagonal tiles, and R_jk / R_kk
+            inside them, for the same sum within a tile once its mask is known.
         diagonal: float32 [in_features], R_jj = 1 / U_jj.
         retries: how often the damping was raised.
     """
@@ -103,13 +98,13 @@ class Factor:
 
 
 class Gram(Statistic):
-    """The Gram matrix X^T X of the inputs: the Hessian of the layer-wise squared error up to a factor (SparseGPT, arXiv 2301.00774)."""
+    """The Gram matrix X^T X of the inputs: up to a factor the Hessian of the layer-wise squared error (SparseGPT)."""
 
     def __init__(self, features: int, device: torch.device) -> None:
         super().__init__(features, device)
-        # The matrix is symmetric: what lies below the diagonal, but for a band, is not added up (two fifths of the time).
+        # The matrix is symmetric: only bands right of the diagonal are accumulated, which saves two fifths of the time.
         self.upper = torch.zeros(features, features, dtype=torch.float32, device=device)
-        self._factors: dict[tuple[float, int], Factor] = {}
+        self._factors: dict[tuple[float, int], HessianFactor] = {}
 
     def _add(self, sequence: Tensor) -> None:
         for start in range(0, self.features, _BAND):
@@ -127,13 +122,13 @@ class Gram(Statistic):
         """Bool [in_features]: features that were zero at every token."""
         return self.upper.diagonal() == 0
 
-    def factor(self, damping: float, tile: int, tries: int = 6) -> Factor:
-        """The damped Hessian's factor. Made once for all linears that share the input.
+    def factor(self, damping: float, tile: int, tries: int = 6) -> HessianFactor:
+        """Factorise the damped Hessian, once for all linears that share the input.
 
         Args:
             damping: multiple of the mean diagonal that is added to the diagonal.
             tile: columns of a tile; the last tile may have fewer.
-            tries: how often the damping may be raised tenfold before giving up.
+            tries: how often the damping may be raised tenfold.
 
         Raises:
             NumericalError: no damping made the matrix positive definite.
@@ -141,27 +136,26 @@ class Gram(Statistic):
         if (damping, tile) not in self._factors:
             with _one_thread(self.upper.device):
                 upper, retries = self._factorise(damping, tries)
-                self._factors[damping, tile] = Factor(upper, _feed_back(upper, tile), retries)
+                self._factors[damping, tile] = HessianFactor(upper, _to_feedback(upper, tile), retries)
         return self._factors[damping, tile]
 
     def _factorise(self, damping: float, tries: int) -> tuple[Tensor, int]:
-        """R of the damped Hessian R R^T, and how often the damping was raised."""
-        hessian = self.upper.flip(0, 1)  # Cholesky reads the lower triangle: backwards, the upper one
-        hessian *= 2.0 / max(self.sequences, 1)  # the scale of the SparseGPT code: it matters beside dead features
+        """Return R of the damped Hessian R R^T, and how often the damping was raised."""
+        hessian = self.upper.flip(0, 1)  # Cholesky reads the lower triangle: the upper one, flipped
+        hessian *= 2.0 / max(self.sequences, 1)  # the scale of the SparseGPT code: it matters next to dead features
         diagonal = hessian.diagonal()
         diagonal[self.dead.flip(0)] = 1.0
         mean = diagonal.mean().item()
         added = 0.0
         for retry in range(tries + 1):
-            # an undamped start (damping=0) has nothing to multiply: its first retry begins at one part in a million
-            wanted = damping * mean * 10.0**retry if damping else (mean * 10.0 ** (retry - 7) if retry else 0.0)
-            diagonal += wanted - added
-            added = wanted
-            lower, failed = torch.linalg.cholesky_ex(hessian)
-            if not failed.item() and bool(
-                torch.isfinite(lower.diagonal()).all()
-            ):  # each number of a row enters its diagonal
-                del hessian, diagonal  # no more than three such matrices at once
+            # damping=0 leaves nothing to multiply: its first retry starts at one part in a million
+            target = damping * mean * 10.0**retry if damping else (mean * 10.0 ** (retry - 7) if retry else 0.0)
+            diagonal += target - added
+            added = target
+            lower, info = torch.linalg.cholesky_ex(hessian)
+            # a non-finite number anywhere in a row makes its diagonal entry non-finite
+            if not info.item() and bool(torch.isfinite(lower.diagonal()).all()):
+                del hessian, diagonal  # at most three such matrices exist at once
                 return lower.flip(0, 1), retry
         raise NumericalError(f"the Hessian stayed singular after its damping was raised {tries} times to {added:.3g}")
 
@@ -176,32 +170,29 @@ class Gram(Statistic):
         _check_finite(self.upper, name)
 
 
-def _feed_back(upper: Tensor, tile: int) -> Tensor:
-    """Turn R into the ``feedback`` of a :class:`Factor`, in place and some tiles at a time; returns R's diagonal."""
+def _to_feedback(upper: Tensor, tile: int) -> Tensor:
+    """Turn R into the ``feedback`` of a :class:`HessianFactor`, in place, and return R's diagonal."""
     diagonal = upper.diagonal().clone()
-    features, some = len(upper), max(1, 4 * _BAND // tile) * tile
+    features = len(upper)
     whole = features // tile * tile
-    for first, last, width in (
-        *((start, min(start + some, whole), tile) for start in range(0, whole, some)),
-        (whole, features, features - whole),
-    ):
-        if first < last:
-            tiles = upper[:last, first:last].unflatten(1, (-1, width))  # [in, tiles, width]; below them R is zero
-            corners = (
-                tiles[first:].unflatten(0, (-1, width)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-            )  # [tiles, width, width]
-            units = corners / diagonal[first:last].view(-1, 1, width)
-            inverse = torch.linalg.solve_triangular(
-                corners, torch.eye(width, device=upper.device).expand_as(corners), upper=True
-            )
-            tiles.copy_((tiles.transpose(0, 1) @ inverse).transpose(0, 1))
-            corners.copy_(units)
+    step = max(1, 4 * _BAND // tile) * tile  # columns per iteration: several tiles, to bound the memory
+    spans = [(start, min(start + step, whole), tile) for start in range(0, whole, step)]
+    if whole < features:
+        spans.append((whole, features, features - whole))
+    for first, last, width in spans:
+        tiles = upper[:last, first:last].unflatten(1, (-1, width))  # [in, tiles, width]; R is zero below them
+        corners = tiles[first:].unflatten(0, (-1, width)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        units = corners / diagonal[first:last].view(-1, 1, width)  # [tiles, width, width], as the corners
+        identity = torch.eye(width, device=upper.device).expand_as(corners)
+        inverse = torch.linalg.solve_triangular(corners, identity, upper=True)
+        tiles.copy_((tiles.transpose(0, 1) @ inverse).transpose(0, 1))
+        corners.copy_(units)
     return diagonal
 
 
 @contextmanager
 def _one_thread(device: torch.device) -> Iterator[None]:
-    """LAPACK's factorisations differ in their last digits between numbers of threads, and what is made from them with them; products do not."""
+    """Use one CPU thread: the last digits of LAPACK's factorisations depend on the number of threads."""
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -212,5 +203,5 @@ def _one_thread(device: torch.device) -> Iterator[None]:
 
 
 def _check_finite(values: Tensor, name: str) -> None:
-    if not bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):  # isfinite itself would copy them
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):  # isfinite alone would allocate a copy
         raise NumericalError(f"{name}: its inputs hold numbers that are not finite; nothing was pruned there")

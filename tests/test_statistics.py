@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dass_exp.errors import NumericalError
-from dass_exp.statistics import Factor, Gram, InputNorm, Statistic
+from dass_exp.statistics import Gram, HessianFactor, InputNorm, Statistic
 
 CPU = torch.device("cpu")
 
@@ -37,11 +37,20 @@ def test_the_norm_runs_over_all_tokens_of_all_sequences():
     assert stat.sequences == 2
 
 
-def test_an_input_without_a_batch_axis_is_one_sequence():
-    flat = torch.tensor([[3.0, 1.0], [4.0, 1.0]])
-    stat = observed(InputNorm, flat)
-    assert torch.equal(stat.norm, observed(InputNorm, flat[None]).norm)
-    assert stat.sequences == 1
+def test_an_input_without_a_batch_axis_is_one_sequence(inputs):
+    stat = observed(InputNorm, inputs[0])
+    assert torch.equal(stat.norm, observed(InputNorm, inputs[:1]).norm)
+    assert (stat.sequences, stat.tokens) == (1, 7)
+
+
+def test_a_reset_leaves_features_that_are_alike_and_independent(inputs):
+    norm, gram = observed(InputNorm, inputs), observed(Gram, inputs)
+    gram.factor(0.01, 4)
+    for stat in (norm, gram):
+        stat.reset_to_uniform()
+    assert norm.norm.tolist() == [1.0] * 6
+    assert torch.equal(gram.matrix, torch.eye(6))
+    assert torch.equal(gram.factor(0.01, 4).feedback, torch.eye(6))
 
 
 @pytest.mark.parametrize(("dtype", "value"), [(torch.float16, 300.0), (torch.bfloat16, 1.0)])
@@ -88,8 +97,8 @@ def hessian(inputs: Tensor, damping: float) -> Tensor:
     return matrix + damping * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=torch.float64)
 
 
-def root(factor: Factor, tile: int) -> Tensor:
-    """R, put together again from the feedback, float64: a tile on the diagonal is R there over its diagonal, those above were divided by it."""
+def root(factor: HessianFactor, tile: int) -> Tensor:
+    """R in float64, put together again from the feedback: diagonal tiles hold R_jk / R_kk, those above R R[T, T]^-1."""
     feedback, whole = factor.feedback.double(), torch.zeros_like(factor.feedback, dtype=torch.float64)
     for start in range(0, len(whole), tile):
         now = slice(start, start + tile)
@@ -111,24 +120,29 @@ def test_the_factor_is_that_of_the_hessian(damping, tile, inputs):
     torch.testing.assert_close(upper @ upper.T, hessian(inputs, damping), rtol=1e-5, atol=1e-4)
 
 
-def test_the_feedback_by_hand():
-    """R = [[2, 3, 4], [0, 5, 6], [0, 0, 7]] and H = R R^T: without damping, tiles of two and one columns."""
-    stat, upper = Gram(3, torch.device("cpu")), torch.tensor([[2.0, 3.0, 4.0], [0.0, 5.0, 6.0], [0.0, 0.0, 7.0]])
-    stat.upper, stat.sequences = upper @ upper.T, 2
-    factor = stat.factor(0.0, 2)
+@pytest.mark.parametrize("tile", [1, 2])
+def test_the_feedback_by_hand(tile):
+    """R = [[2, 3, 4], [0, 5, 6], [0, 0, 7]] and H = R R^T, undamped: both tile widths give R_jk / R_kk."""
+    factor = factor_of([[2.0, 3.0, 4.0], [0.0, 5.0, 6.0], [0.0, 0.0, 7.0]], tile)
     torch.testing.assert_close(factor.diagonal, torch.tensor([2.0, 5.0, 7.0]))
     torch.testing.assert_close(factor.feedback, torch.tensor([[1.0, 3 / 5, 4 / 7], [0.0, 1.0, 6 / 7], [0.0, 0.0, 1.0]]))
-    torch.testing.assert_close(
-        stat.factor(0.0, 1).feedback, torch.tensor([[1.0, 3 / 5, 4 / 7], [0.0, 1.0, 6 / 7], [0.0, 0.0, 1.0]])
-    )
-    wide = Gram(4, torch.device("cpu"))
-    upper = torch.tensor([[2.0, 3.0, 4.0, 1.0], [0.0, 5.0, 6.0, 2.0], [0.0, 0.0, 7.0, 14.0], [0.0, 0.0, 0.0, 2.0]])
-    wide.upper, wide.sequences = upper @ upper.T, 2
-    corner = torch.tensor([[1 / 7, -1.0], [0.0, 0.5]])  # the inverse of [[7, 14], [0, 2]]
-    torch.testing.assert_close(wide.factor(0.0, 2).feedback[:2, 2:], upper[:2, 2:] @ corner, rtol=1e-5, atol=1e-5)
 
 
-def test_the_factor_is_made_once_for_each_damping_and_tile_and_anew_after_more_inputs(inputs):
+def test_above_the_diagonal_tiles_the_feedback_is_divided_by_the_whole_tile():
+    rows = [[2.0, 3.0, 4.0, 1.0], [0.0, 5.0, 6.0, 2.0], [0.0, 0.0, 7.0, 14.0], [0.0, 0.0, 0.0, 2.0]]
+    inverse = torch.tensor([[1 / 7, -1.0], [0.0, 0.5]])  # of [[7, 14], [0, 2]]
+    expected = torch.tensor([[4.0, 1.0], [6.0, 2.0]]) @ inverse
+    torch.testing.assert_close(factor_of(rows, 2).feedback[:2, 2:], expected, rtol=1e-5, atol=1e-5)
+
+
+def factor_of(upper: list[list[float]], tile: int) -> HessianFactor:
+    """The undamped factor of a Hessian R R^T with R = ``upper``."""
+    stat, rows = Gram(len(upper), CPU), torch.tensor(upper)
+    stat.upper, stat.sequences = rows @ rows.T, 2
+    return stat.factor(0.0, tile)
+
+
+def test_the_factor_is_computed_once_for_each_damping_and_tile_and_again_after_more_inputs(inputs):
     stat = observed(Gram, inputs)
     before = stat.matrix
     first = stat.factor(0.01, 4)
@@ -143,9 +157,9 @@ def test_the_factor_is_made_once_for_each_damping_and_tile_and_anew_after_more_i
 @pytest.mark.parametrize("features", [6, 256, 300, 600])
 def test_a_gram_matrix_that_is_added_up_in_bands_is_whole(features):
     inputs = torch.randn(3, 7, features, generator=torch.Generator().manual_seed(0))
-    found, rows = observed(Gram, inputs).matrix, inputs.double().flatten(0, 1)
-    assert torch.equal(found, found.T)
-    torch.testing.assert_close(found.double(), rows.T @ rows, rtol=1e-4, atol=1e-4)
+    matrix, rows = observed(Gram, inputs).matrix, inputs.double().flatten(0, 1)
+    assert torch.equal(matrix, matrix.T)
+    torch.testing.assert_close(matrix.double(), rows.T @ rows, rtol=1e-4, atol=1e-4)
 
 
 def twins() -> Tensor:
@@ -162,9 +176,8 @@ def test_damping_starts_at_a_millionth_when_an_undamped_matrix_is_singular():
 
 def test_damping_rises_tenfold_until_the_matrix_is_positive_definite():
     stat = observed(Gram, twins())
-    stat.upper = torch.tensor(
-        [[4.0, 4.3], [4.3, 4.0]]
-    )  # the lowest eigenvalue is -0.3: more than 0.075 of the mean is needed
+    # the lowest eigenvalue is -0.3: more than 0.075 of the mean is needed
+    stat.upper = torch.tensor([[4.0, 4.3], [4.3, 4.0]])
     factor = stat.factor(0.01, 1)
     assert factor.retries == 1
     upper = root(factor, 1)
@@ -186,9 +199,7 @@ def test_the_factor_does_not_depend_on_the_number_of_threads(features):
     factors = []
     for threads in (1, 2, 4):
         torch.set_num_threads(threads)
-        gram = Gram(features, torch.device("cpu"))
-        gram.update(inputs)
-        factors.append(gram.factor(0.01, 4).feedback)
+        factors.append(observed(Gram, inputs).factor(0.01, 4).feedback)
         assert torch.get_num_threads() == threads
     assert torch.equal(factors[0], factors[1])
     assert torch.equal(factors[0], factors[2])

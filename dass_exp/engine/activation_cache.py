@@ -1,4 +1,4 @@
-"""Where activations wait between one block and the next: on their device, in the memory of the processor, or on the disk."""
+"""Store activations between two blocks: on their device, in CPU memory or on disk."""
 
 from __future__ import annotations
 
@@ -20,63 +20,54 @@ CACHES = ("device", "cpu", "disk")
 
 @dataclass(frozen=True)
 class CachedTensor:
-    """A tensor that waits.
+    """A stored tensor.
 
     Args:
-        at_rest: gives it where it waits: a tensor of a file is mapped, not read.
-        device: where it is wanted.
+        stored: returns the tensor where it is stored; one on disk is memory-mapped.
+        device: where it is needed.
     """
 
-    at_rest: Callable[[], Tensor]
+    stored: Callable[[], Tensor]
     device: torch.device
 
-    def get(self) -> Tensor:
-        """The tensor on its device."""
-        return self.at_rest().to(self.device)
+    def load(self) -> Tensor:
+        """Return the tensor on its device."""
+        return self.stored().to(self.device)
 
 
-class Cache:
-    """Where tensors wait.
-
-    Args:
-        kind: ``device``, ``cpu`` or ``disk``.
-        folder: of the files; it is made when the first is written.
-
-    Raises:
-        UserError: the kind is none of these.
-        ValueError: files are to have no folder.
-    """
+class ActivationCache:
+    """Stores tensors on their ``device``, in ``cpu`` memory, or on ``disk`` in a folder that is created on demand."""
 
     def __init__(self, kind: str = "device", folder: Path | None = None) -> None:
         one_of("calibration.cache", kind, CACHES)
         if kind == "disk" and folder is None:
-            raise ValueError("tensors that wait on the disk need a folder")
+            raise ValueError("an activation cache on disk needs a folder")
         self._kind, self._folder, self._numbers = kind, folder, count()
 
-    def hold(self, tensor: Tensor) -> CachedTensor:
-        """Put a tensor away; it goes with the last reference to what this returns.
+    def store(self, tensor: Tensor) -> CachedTensor:
+        """Store a tensor until the last reference to the returned object is gone.
 
         Raises:
             OSError: the disk is full.
         """
         if self._kind == "disk" and self._folder is not None:
-            return self._filed(tensor, self._folder)
-        here = tensor.cpu() if self._kind == "cpu" else tensor
-        return CachedTensor(lambda: here, tensor.device)
+            return self._write(tensor, self._folder)
+        stored = tensor.cpu() if self._kind == "cpu" else tensor
+        return CachedTensor(lambda: stored, tensor.device)
 
-    def _filed(self, tensor: Tensor, folder: Path) -> CachedTensor:
+    def _write(self, tensor: Tensor, folder: Path) -> CachedTensor:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{next(self._numbers):08d}.safetensors"
-        write_tensors({"waiting": tensor}, path, durable=False)
+        write_tensors({"activation": tensor}, path, durable=False)
 
         def mapped() -> Tensor:
             with safe_open(path, framework="pt") as file:
-                found: Tensor = file.get_tensor("waiting")
-                return found
+                stored: Tensor = file.get_tensor("activation")
+                return stored
 
-        held = CachedTensor(mapped, tensor.device)
-        weakref.finalize(held, path.unlink, missing_ok=True)
-        return held
+        cached = CachedTensor(mapped, tensor.device)
+        weakref.finalize(cached, path.unlink, missing_ok=True)
+        return cached
 
 
-ON_DEVICE = Cache()
+ON_DEVICE = ActivationCache()

@@ -1,60 +1,101 @@
-"""Gather statistics at the inputs of a block's linears while tokens pass through it."""
+"""Collect statistics at the inputs of a block's linears while tokens pass through it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from dass_exp.engine.experts import observing_experts
+from dass_exp.engine.capture import replaced_forward
+from dass_exp.errors import UserError
 from dass_exp.models.decoder import Decoder
-from dass_exp.models.families import DOWN
+from dass_exp.models.families import DOWN, Experts
 from dass_exp.statistics import Statistic
+
+# The attributes by which transformers describes an experts module, with the only values that are supported here.
+_EXPERTS_LAYOUT = {
+    "has_bias": False,
+    "has_gate": True,
+    "is_transposed": False,
+    "is_concatenated": True,
+    "has_post_expert_norm": False,
+}
+ExpertStatistics = Mapping[
+    int, Mapping[bool, Statistic]
+]  # by expert: at the input of down (True), of gate and up (False)
 
 
 @contextmanager
-def observing(
+def observe_inputs(
     decoder: Decoder, index: int, scope: str, kind: type[Statistic] | None, tokens: int
 ) -> Iterator[dict[str, Statistic]]:
-    """While it is open, statistics of ``kind`` gather at the inputs of the linears in the scope, one per distinct input.
+    """Collect statistics of ``kind`` (or none) in block ``index``, one for each distinct input of the scope's linears.
 
-    Args:
-        decoder: of the model.
-        index: of the block.
-        scope: which of its linears.
-        kind: of the statistics; None for none.
-        tokens: length of the sequences.
-
-    Yields:
-        the statistics by the source of the linears (:class:`dass_exp.models.decoder.Site`).
+    Sequences have ``tokens`` tokens each. Yields the statistics by :attr:`dass_exp.models.decoder.LinearSite.source`.
     """
     stats: dict[str, Statistic] = {}
-    experts: dict[int, dict[bool, Statistic]] = {}
+    of_experts: dict[int, dict[bool, Statistic]] = {}
     with ExitStack() as stack:
         for site in decoder.sites(index, scope):
             if kind is None or site.source in stats:
                 continue
-            stat = stats[site.source] = kind(site.matrix.in_features, site.matrix.parameter.device)
-            if site.matrix.expert is None:
-                stack.callback(
-                    site.matrix.module.register_forward_pre_hook(_observer(stat, tokens), with_kwargs=True).remove
-                )
+            matrix = site.matrix
+            stat = stats[site.source] = kind(matrix.in_features, matrix.parameter.device)
+            if matrix.expert is None:
+                hook = _update_hook(stat, tokens)
+                stack.enter_context(matrix.module.register_forward_pre_hook(hook, with_kwargs=True))
             else:
-                experts.setdefault(site.matrix.expert, {})[site.role == DOWN] = stat
-        if experts:
-            pairs = {expert: (of[False], of[True]) for expert, of in experts.items()}
-            stack.enter_context(observing_experts(decoder.experts(index), decoder.family.experts, pairs, tokens))  # type: ignore[arg-type]
+                of_experts.setdefault(matrix.expert, {})[site.role == DOWN] = stat
+        experts, table = decoder.experts(index), decoder.family.experts
+        if of_experts and experts is not None and table is not None:
+            stack.enter_context(observe_experts(experts, table, of_experts, tokens))
         yield stats
 
 
-def _observer(stat: Statistic, tokens: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-    def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _update_hook(stat: Statistic, tokens: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def update(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del module
         inputs = args[0] if args else kwargs["input"]
-        stat.update(
-            inputs.unflatten(0, (-1, tokens)) if inputs.ndim == 2 else inputs
-        )  # OPT joins its sequences before the MLP
+        # OPT flattens its sequences before the MLP
+        stat.update(inputs.unflatten(0, (-1, tokens)) if inputs.ndim == 2 else inputs)
 
-    return observe
+    return update
+
+
+@contextmanager
+def observe_experts(module: nn.Module, table: Experts, stats: ExpertStatistics, tokens: int) -> Iterator[None]:
+    """Run the experts one by one and collect each one's statistics over the tokens routed to it.
+
+    transformers stores the experts in one tensor behind a fused kernel, out of reach of module hooks. Sequences, of
+    ``tokens`` each, reach the experts flattened. A UserError is raised for an unsupported layout of the tensors.
+    """
+    unknown = [name for name, usual in _EXPERTS_LAYOUT.items() if getattr(module, name, usual) is not usual]
+    if unknown or getattr(module, table.gate_up).ndim != 3:
+        layout = ", ".join(unknown) or "not [expert, out, in]"
+        raise UserError(f"{type(module).__name__}: experts of this layout ({layout}) are not supported")
+    with replaced_forward(module, _observed_experts(module, table, stats, tokens)):
+        yield
+
+
+def _observed_experts(module: nn.Module, table: Experts, stats: ExpertStatistics, tokens: int) -> Callable[..., Tensor]:
+    apply_gate: Callable[[Tensor], Tensor] = module._apply_gate  # type: ignore[assignment]
+
+    def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        output = torch.zeros_like(hidden_states)
+        for expert, of_expert in stats.items():
+            token, choice = torch.where(top_k_index == expert)
+            lengths = torch.bincount(token // tokens, minlength=len(hidden_states) // tokens).tolist()
+            inputs = hidden_states[token]
+            neurons = apply_gate(linear(inputs, getattr(module, table.gate_up)[expert]))
+            for stat, observed in ((of_expert[False], inputs), (of_expert[True], neurons)):
+                for sequence in observed.split(lengths):
+                    stat.update(sequence)
+            weighted = linear(neurons, getattr(module, table.down)[expert]) * top_k_weights[token, choice, None]
+            output.index_add_(0, token, weighted.to(output.dtype))
+        return output
+
+    return forward

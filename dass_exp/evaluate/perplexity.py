@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dass_exp.engine.capture import evaluating
+from dass_exp.engine.capture import eval_mode
 from dass_exp.errors import NumericalError, UserError
-from dass_exp.evaluate.head import check_head, last_hidden, losses
+from dass_exp.evaluate.head import check_head, last_hidden, token_losses
 
-_HIGHEST = 700.0  # nats per token: exp of more is no float
+_MAX_NLL = 700.0  # nats per token; exp of more overflows a float
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,17 @@ class Perplexity:
     Args:
         window_nll: mean negative log-likelihood per predicted token of each window, in nats.
         predicted: tokens predicted in each window: all but the first.
+
+    Raises:
+        NumericalError: the mean over the windows is not finite, or too large for its exp.
     """
 
     window_nll: list[float]
     predicted: int
+
+    def __post_init__(self) -> None:
+        if not sum(self.window_nll) / len(self.window_nll) < _MAX_NLL:
+            raise NumericalError("perplexity: the model's logits hold numbers that are not finite")
 
     @property
     def value(self) -> float:
@@ -36,14 +43,7 @@ class Perplexity:
 
 @torch.no_grad()
 def perplexity(model: Any, tokens: Tensor, batch_size: int = 4) -> Perplexity:
-    """Score windows of equal length, each on its own.
-
-    The head runs on a few positions at a time, with the log-softmax in float32: the logits of a batch are never held together.
-
-    Args:
-        model: a transformers causal language model.
-        tokens: int64 [windows, tokens].
-        batch_size: windows that pass through the model together.
+    """Score windows of equal length independently; ``tokens`` is int64 [windows, tokens].
 
     Raises:
         UserError: a window has fewer than two tokens, or the model's logits are not those of its head.
@@ -54,23 +54,21 @@ def perplexity(model: Any, tokens: Tensor, batch_size: int = 4) -> Perplexity:
             f"tokens of shape {list(tokens.shape)}: expected [windows, tokens], each window with at least two tokens"
         )
     device = next(model.parameters()).device
-    window_nll: list[float] = []
-    with evaluating(model):
+    nll: list[float] = []
+    with eval_mode(model):
         check_head(model, tokens)
         for part in tokens.split(batch_size):
             ids = part.to(device)
-            hidden = last_hidden(model, ids)[:, :-1]
-            found = losses(model, hidden.reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1))
-            window_nll += found.view(len(ids), -1).double().mean(1).tolist()
-    return checked(Perplexity(window_nll, tokens.shape[1] - 1))
+            nll += window_nll(model, last_hidden(model, ids), ids)
+    return Perplexity(nll, tokens.shape[1] - 1)
 
 
-def checked(found: Perplexity) -> Perplexity:
-    """What was found, if it is a number.
+def window_nll(model: Any, hidden: Tensor, ids: Tensor) -> list[float]:
+    """Return the mean negative log-likelihood of each window's tokens after the first, in nats.
 
-    Raises:
-        NumericalError: a likelihood, or the perplexity, is not finite.
+    ``hidden`` is [windows, tokens, features], the input of the head; ``ids`` is int64 [windows, tokens].
     """
-    if not sum(found.window_nll) / len(found.window_nll) < _HIGHEST:
-        raise NumericalError("perplexity: the model's logits hold numbers that are not finite")
-    return found
+    hidden = hidden[:, :-1]
+    losses = token_losses(model, hidden.reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1))
+    nll: list[float] = losses.view(len(ids), -1).double().mean(1).tolist()
+    return nll

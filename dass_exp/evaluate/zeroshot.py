@@ -1,6 +1,6 @@
 """Zero-shot tasks through lm-eval, on the model in memory. The only import of ``lm_eval``.
 
-Offline, each task is lm-eval's own, with nothing but the place of its data replaced: a generated YAML includes the installed one.
+Offline tasks are lm-eval's own, read from local files: a generated YAML includes the installed one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dass_exp.data import assets
 from dass_exp.errors import UserError
 from dass_exp.evaluate.loglikelihood import loglikelihoods
 
-# lm-eval's file of each offline task, and what its data need beside another place
+# lm-eval's file of each offline task
 _INSTALLED = {
     "hellaswag": "hellaswag/hellaswag.yaml",
     "piqa": "piqa/piqa.yaml",
@@ -32,18 +32,27 @@ _INSTALLED = {
     "boolq": "super_glue/boolq/default.yaml",
     "openbookqa": "openbookqa/openbookqa.yaml",
 }
-_ADAPTED: dict[str, dict[str, Any]] = {
-    "boolq": {"doc_to_target": "{{answer|int}}"}
-}  # its labels are booleans in this copy
+# what else must change for the local data: BoolQ's labels are booleans in this copy
+_OVERRIDES = {"boolq": {"doc_to_target": "{{answer|int}}"}}
+_METRICS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
 
 
 @dataclass(frozen=True)
-class ZeroShot:
-    """Scores of the tasks.
+class ZeroShotOptions:
+    """Requests per batch; whether each request starts with the beginning-of-sequence token."""
+
+    batch_size: int = 16
+    bos: bool = False
+
+
+@dataclass(frozen=True)
+class ZeroShotResult:
+    """Scores by task.
 
     Args:
-        tasks: by task: acc, acc_stderr, acc_norm and acc_norm_stderr where the task has them, version, split, limit, documents.
-        documents: by task: for each document the outcomes (0 or 1) of acc and acc_norm, for paired tests.
+        tasks: acc, acc_stderr, acc_norm and acc_norm_stderr (the last two where the task has them), version, split,
+            limit, number of documents.
+        documents: the outcome (0 or 1) of acc and acc_norm for each document, for paired tests.
     """
 
     tasks: dict[str, dict[str, Any]]
@@ -61,52 +70,65 @@ class ZeroShot:
 
 
 def lm_eval_version() -> str:
-    """The installed version; scores of different versions can differ."""
+    """Return the installed version; scores of different versions can differ."""
     return version("lm_eval")
 
 
 def check_tasks(tasks: Sequence[str], data: str) -> None:
-    """See that the tasks exist, before a model is loaded.
-
-    Raises:
-        UserError: names the unknown task and what is allowed.
-    """
+    """Raise a UserError that names the first unknown task; called before a model is loaded."""
     if not tasks or len(set(tasks)) != len(tasks):
         raise UserError(f"eval.zeroshot.tasks={list(tasks)}: name at least one task, and none twice")
-    known: Collection[str] = list(_INSTALLED) if data == "offline" else _all_tasks()
+    known: Collection[str] = _INSTALLED if data == "offline" else _all_tasks()
+    allowed = f"one of {', '.join(_INSTALLED)}"
+    if data != "offline":
+        allowed = "a task of lm-eval (`lm-eval ls tasks` lists them)"
     for task in tasks:
         if task not in known:
-            choice = (
-                f"one of {', '.join(known)}"
-                if data == "offline"
-                else "a task of lm-eval (`lm-eval ls tasks` lists them)"
-            )
-            raise UserError(f"eval.zeroshot.tasks: unknown task {task!r}; expected {choice}")
+            raise UserError(f"eval.zeroshot.tasks: unknown task {task!r}; expected {allowed}")
 
 
 def zero_shot(
-    model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int | None, data: str, options: Options
-) -> ZeroShot:
-    """Score a model on multiple-choice tasks without examples.
+    model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int | None, data: str, options: ZeroShotOptions
+) -> ZeroShotResult:
+    """Score a model on multiple-choice tasks of lm-eval, without examples in the prompt.
 
-    Args:
-        model: a transformers causal language model, on its device.
-        tokenizer: of the model.
-        tasks: names of lm-eval.
-        limit: the first so many documents of each task, None for all.
-        data: ``offline`` (assets) or ``hub``.
-        options: batch size and beginning-of-sequence token.
-
-    Raises:
-        UserError: the data cannot be had.
+    Uses the first ``limit`` documents of each task (None: all) from ``data``, ``offline`` (assets) or ``hub``; raises a
+    UserError where they are not available.
     """
     from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    class Quiet(HFLM):
-        """HFLM without its progress bar, with the beginning-of-sequence token where it is asked for, whatever the tokenizer adds by itself, and without
-        the logits of a whole batch, of which it reads a few (Gemma's words alone made them 6 GB).
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        if data == "offline":
+            for task in tasks:
+                _write_task(task, Path(folder))
+            manager = TaskManager(include_path=folder, include_defaults=False)
+        else:
+            manager = TaskManager()
+        adapter = _adapter(model, tokenizer, options)
+        try:
+            loaded = manager.load(list(tasks))
+            for task in loaded["tasks"].values():
+                task.set_config(key="num_fewshot", value=0)
+            output = evaluate(adapter, loaded, limit=limit, bootstrap_iters=1000)
+        except (OSError, RuntimeError, ValueError) as error:
+            if data != "hub" or isinstance(error, UserError):
+                raise
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"the zero-shot tasks cannot be scored: check the network, or set eval=zeroshot_mini ({reason})"
+            ) from error
+    return _collect(output, tasks, limit)
+
+
+def _adapter(model: nn.Module, tokenizer: Any, options: ZeroShotOptions) -> Any:
+    """Wrap the model for lm-eval."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Adapter(HFLM):
+        """HFLM without progress bar, with the BOS policy of ``options``, and scored by :func:`loglikelihoods`.
+
+        HFLM itself would materialise the logits of a whole batch, 6 GB with Gemma's vocabulary, and read a few of them.
         """
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **settings: Any) -> list[int]:
@@ -118,96 +140,51 @@ def zero_shot(
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
         def _loglikelihood_tokens(self, requests: Any, **settings: Any) -> list[tuple[float, bool]]:
-            return loglikelihoods(
-                model, [(context, answer) for _, context, answer in requests], options.batch_size, self.max_length
-            )
+            pairs = [(context, continuation) for _, context, continuation in requests]
+            return loglikelihoods(model, pairs, options.batch_size, self.max_length)
 
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        if data == "offline":
-            for task in tasks:
-                _write_task(task, Path(folder))
-            manager = TaskManager(include_path=folder, include_defaults=False)
-        else:
-            manager = TaskManager()
-        wrapped = Quiet(
-            pretrained=model,
-            tokenizer=tokenizer,
-            backend="causal",
-            batch_size=options.batch_size,
-            softmax_dtype="float32",
-        )
-        try:
-            loaded = manager.load(list(tasks))
-            for task in loaded["tasks"].values():
-                task.set_config(key="num_fewshot", value=0)
-            found = evaluate(wrapped, loaded, limit=limit, bootstrap_iters=1000)
-        except UserError:
-            raise
-        except (OSError, RuntimeError, ValueError) as error:
-            if data == "hub":
-                reason = " ".join(str(error).split())[:300]
-                raise UserError(
-                    f"the zero-shot tasks cannot be scored: check the network, or set eval=zeroshot_mini ({reason})"
-                ) from error
-            raise
-    return _collect(found, tasks, limit)
-
-
-@dataclass(frozen=True)
-class Options:
-    """``batch_size`` requests pass through the model together; ``bos`` starts each with the beginning-of-sequence token."""
-
-    batch_size: int = 16
-    bos: bool = False
+    return Adapter(
+        pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=options.batch_size, softmax_dtype="float32"
+    )
 
 
 def _write_task(task: str, folder: Path) -> None:
-    """A YAML beside the installed task's: the same prompt, target and metrics, other data."""
+    """Write a YAML that includes the installed task's (prompt, target, metrics) and replaces its data."""
     import lm_eval
 
     installed = Path(lm_eval.__file__).parent / "tasks" / _INSTALLED[task]
-    data_file = str(assets.fetch(assets.TASKS[task]))
     config = {
         "include": str(installed),
         "task": task,
         "dataset_path": "arrow",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": {"validation": data_file}},
-        "training_split": None,
-        "test_split": None,
+        "dataset_kwargs": {"data_files": {"validation": str(assets.fetch(assets.TASKS[task]))}},
         "validation_split": "validation",
-        "fewshot_split": None,
-        **_ADAPTED.get(task, {}),
+        **dict.fromkeys(("dataset_name", "training_split", "test_split", "fewshot_split")),  # none of these
+        **_OVERRIDES.get(task, {}),
     }
     (folder / f"{task}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
 
 
-def _collect(found: Any, tasks: Sequence[str], limit: int | None) -> ZeroShot:
+def _collect(output: Any, tasks: Sequence[str], limit: int | None) -> ZeroShotResult:
     scores: dict[str, dict[str, Any]] = {}
     documents: dict[str, dict[str, list[float]]] = {}
     for task in tasks:
-        row = {key.removesuffix(",none"): value for key, value in found["results"][task].items()}
-        kept = {
-            key: row[key]
-            for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
-            if isinstance(row.get(key), float)
-        }
-        if "acc" not in kept:
+        row = {key.removesuffix(",none"): value for key, value in output["results"][task].items()}
+        metrics = {key: row[key] for key in _METRICS if isinstance(row.get(key), float)}
+        if "acc" not in metrics:
             raise UserError(f"eval.zeroshot.tasks: {task} has no accuracy; only multiple-choice tasks can be scored")
-        config = found["configs"][task]
-        split = config.get("test_split") or config.get("validation_split")
-        samples = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
+        config = output["configs"][task]
+        samples = sorted(output["samples"][task], key=lambda sample: sample["doc_id"])
         scores[task] = {
-            **kept,
-            "version": found["versions"].get(task),
-            "split": split,
+            **metrics,
+            "version": output["versions"].get(task),
+            "split": config.get("test_split") or config.get("validation_split"),
             "limit": limit,
             "documents": len(samples),
         }
-        documents[task] = {
-            metric: [float(sample[metric]) for sample in samples] for metric in ("acc", "acc_norm") if metric in kept
-        }
-    return ZeroShot(scores, documents)
+        outcomes = [metric for metric in ("acc", "acc_norm") if metric in metrics]
+        documents[task] = {metric: [float(sample[metric]) for sample in samples] for metric in outcomes}
+    return ZeroShotResult(scores, documents)
 
 
 @functools.cache
@@ -219,13 +196,13 @@ def _all_tasks() -> frozenset[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Only lm-eval's errors reach the screen while it is open."""
-    logs = [logging.getLogger(name) for name in ("lm_eval", "evaluate", "datasets")]
-    levels = [log.level for log in logs]
-    for log in logs:
-        log.setLevel(logging.ERROR)
+    """Silence everything below errors in the logs of lm-eval and its libraries."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "evaluate", "datasets")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -17,18 +17,21 @@ from dass_exp.statistics import InputNorm
 
 @dataclass
 class Dass(ScorePruner):
-    """Gate and up by |W| * norm(y)**alpha among the weights of one input column, y the intermediate activation; the rest as Wanda.
+    """Score gate and up by |W| * norm(y)**alpha within each input column, y the intermediate activation; rest as Wanda.
 
-    The norm of an intermediate activation says how important the whole neuron is: its row of gate and up, its column of down
-    (Guo et al., arXiv 2405.01943). N:M groups of gate and up lie along the output axis, so stock 2:4 kernels speed up down only.
-    An MLP without a GLU is beyond the paper; here its first matrix is scored and grouped as gate and up are, y being the input of the second: an
-    extension of this project, which tables and records call so.
-    Attention linears, which the paper leaves dense, are scored as Wanda does: with scope=attention DaSS is Wanda.
+    The norm of an intermediate activation measures the importance of a whole neuron: its row of gate and up, its column
+    of down (Guo et al., arXiv 2405.01943). N:M groups of gate and up lie along the output axis, so stock 2:4 kernels
+    speed up down only.
+
+    Beyond the paper: in an MLP without a GLU the first matrix is scored and grouped like gate and up, with y the input
+    of the second; tables and records call this an extension. Attention linears, which the paper leaves dense, are
+    scored as in Wanda: with scope=attention DaSS is Wanda.
 
     Args:
-        alpha: weight of the activation norm, at least 0; the paper takes 0.5 and tries 0.25, 0.5, 0.75, 1. Zero is magnitude per column.
-        granularity: ``input``, the weights of one input column compete (the paper); ``output``, those of one output row, where norm(y)
-            is constant: row-wise magnitude for every alpha (the paper's ablation).
+        alpha: exponent of the activation norm, at least 0. The paper uses 0.5 and tries 0.25, 0.5, 0.75, 1; zero is
+            magnitude per column.
+        granularity: ``input``, weights of one input column compete (the paper); ``output``, weights of one output row
+            compete. There norm(y) is constant: row-wise magnitude for every alpha (the paper's ablation).
     """
 
     alpha: float = 0.5
@@ -47,20 +50,18 @@ class Dass(ScorePruner):
         return {"granularity": self.granularity} if self.granularity == "output" else super().settings()
 
     def remark(self, roles: Collection[Role]) -> str:
-        return (
-            "DaSS on an MLP without a GLU is an extension of dass_exp: the paper defines it for GLU MLPs only"
-            if FC1 in roles
-            else ""
-        )
+        if FC1 not in roles:
+            return ""
+        return "DaSS on an MLP without a GLU is an extension of dass_exp: the paper defines it for GLU MLPs only"
 
     def score(self, linear: LinearView, block: Block) -> Tensor:
         if linear.role not in READER_OF:
             return linear.weight.abs() * linear.stat.norm
         if self.granularity == "output":
-            # norm(y) is one number per row: multiplying by it could only blur the ranking by rounding
+            # norm(y) is one number per row: multiplying by it could change the ranking only by rounding
             return linear.weight.abs()
         return linear.weight.abs() * block.stat(READER_OF[linear.role]).norm.pow(self.alpha)[:, None]
 
-    def group(self, role: Role, pattern: Pattern) -> int | None:
+    def comparison_dim(self, role: Role, pattern: Pattern) -> int | None:
         del pattern
         return 0 if role in READER_OF and self.granularity == "input" else 1

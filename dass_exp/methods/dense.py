@@ -11,13 +11,9 @@ from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner
 
 @dataclass
 class Dense(Pruner):
-    """The unpruned model, the row that every table starts from. It uses none of the pruning settings."""
+    """The unpruned baseline of every table. It uses none of the pruning settings."""
 
     uses: ClassVar[frozenset[str]] = frozenset()
-
-    def prune_block(self, block: Block, pattern: Pattern) -> dict[str, MaskResult]:
-        del block, pattern
-        return {}
 
     def prune_linear(self, linear: LinearView, block: Block, pattern: Pattern) -> MaskResult:
         raise NotImplementedError("dense prunes nothing")

@@ -16,7 +16,7 @@ from dass_exp.models.families import Role
 class Magnitude(ScorePruner):
     """Keep the largest weights: score |W|, no calibration (Han et al., arXiv 1506.02626).
 
-    Ranks over one weight matrix (unstructured) or inside each N:M group along the input axis, as the Wanda code does.
+    Ranks over the whole matrix (unstructured) or inside each N:M group along the input axis, as in the Wanda code.
     """
 
     uses: ClassVar[frozenset[str]] = frozenset({"pattern", "scope"})
@@ -25,6 +25,6 @@ class Magnitude(ScorePruner):
         del block
         return linear.weight.abs()
 
-    def group(self, role: Role, pattern: Pattern) -> int | None:
+    def comparison_dim(self, role: Role, pattern: Pattern) -> int | None:
         del role
         return 1 if isinstance(pattern, NM) else None

@@ -13,15 +13,16 @@ from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner, finite_
 from dass_exp.models.families import Role
 from dass_exp.statistics import Gram
 
-_STRIP = 16
+_STRIP = 16  # columns within a tile that receive each error at once
 
 
 @dataclass
 class SparseGPT(Pruner):
-    """Prune column by column and let the columns to the right make up for the error (Frantar & Alistarh, arXiv 2301.00774, algorithm 1).
+    """Prune column by column; columns further right compensate (Frantar & Alistarh, arXiv 2301.00774, algorithm 1).
 
-    A weight's score is w^2 / U_jj^2, U the upper Cholesky factor of the inverse Hessian. Unstructured masks are chosen for a slab of
-    ``blocksize`` columns at a time, all of its weights competing; N:M masks tile by tile, on weights as the columns before left them.
+    A weight's score is w^2 / U_jj^2, U the upper Cholesky factor of the inverse Hessian. Unstructured masks are chosen
+    for a slab of ``blocksize`` columns at a time, where all weights compete; N:M masks are chosen tile by tile, on
+    weights already updated by the columns before.
 
     Args:
         blocksize: columns of a slab; rounded down to a multiple of m for N:M (at least m).
@@ -31,7 +32,7 @@ class SparseGPT(Pruner):
     blocksize: int = 128
     damping: float = 0.01
     stat = Gram
-    version = 3  # 2: the factorisation does not depend on the number of threads; 3: the Hessian itself is factorised, not its inverse
+    version = 3  # 2: results independent of the number of threads; 3: factorises the Hessian instead of its inverse
 
     def __post_init__(self) -> None:
         whole_number("method.blocksize", self.blocksize, least=1)
@@ -41,62 +42,58 @@ class SparseGPT(Pruner):
             raise UserError(f"method.damping={self.damping!r}: expected {allowed}")
         self.damping = value
 
-    def group(self, role: Role, pattern: Pattern) -> int | None:
+    def comparison_dim(self, role: Role, pattern: Pattern) -> int | None:
         del role
         return 1 if isinstance(pattern, NM) else None
 
-    def columns(self, pattern: Pattern) -> int:
-        """Columns of a slab under this pattern."""
+    def slab_width(self, pattern: Pattern) -> int:
+        """Return the number of columns of a slab under this pattern."""
         return max(pattern.m, self.blocksize // pattern.m * pattern.m) if isinstance(pattern, NM) else self.blocksize
 
     def prune_linear(self, linear: LinearView, block: Block, pattern: Pattern) -> MaskResult:
         del block
         gram: Gram = linear.stat
-        columns = self.columns(pattern)
-        tile = pattern.m if isinstance(pattern, NM) else columns
-        factor = gram.factor(self.damping, tile)
-        # Transposed, a column of W is a contiguous row, and the loops below read and write memory in order.
+        width = self.slab_width(pattern)
+        tile_width = pattern.m if isinstance(pattern, NM) else width
+        factor = gram.factor(self.damping, tile_width)
+        # Transposed, a column of W is a contiguous row, so the loops below access memory in order.
         dense = linear.weight.T.float().contiguous()
         dense[gram.dead] = 0
         pruned, lost = torch.empty_like(dense), torch.empty_like(dense)
         keep = torch.empty_like(dense, dtype=torch.bool)
         ranges: list[Tensor] = []
-        for start in range(0, len(dense), columns):
-            slab = slice(start, min(start + columns, len(dense)))
+        for start in range(0, len(dense), width):
+            slab = slice(start, min(start + width, len(dense)))
             torch.addmm(dense[slab], factor.feedback[:start, slab].T, lost[:start], out=pruned[slab])
-            for first in range(slab.start, slab.stop, tile):
-                last = min(first + tile, slab.stop)
-                now = slice(first, last)
-                scores = (pruned[now] * factor.diagonal[now, None]).square_()  # w^2 / U_jj^2
+            for first in range(slab.start, slab.stop, tile_width):
+                last = min(first + tile_width, slab.stop)
+                tile = slice(first, last)
+                scores = (pruned[tile] * factor.diagonal[tile, None]).square_()  # w^2 / U_jj^2
                 ranges += torch.aminmax(scores)
-                keep[now] = pattern.keep(scores, 0 if isinstance(pattern, NM) else None)
-                _cut(pruned[now], keep[now], factor.feedback[now, now])
-                torch.sub(dense[now], pruned[now], out=lost[now])
-                pruned[last : slab.stop].addmm_(factor.feedback[now, last : slab.stop].T, lost[now])
+                keep[tile] = pattern.keep(scores, 0 if isinstance(pattern, NM) else None)
+                _prune_tile(pruned[tile], keep[tile], factor.feedback[tile, tile])
+                torch.sub(dense[tile], pruned[tile], out=lost[tile])
+                pruned[last : slab.stop].addmm_(factor.feedback[tile, last : slab.stop].T, lost[tile])
         low, high = finite_range(torch.stack(ranges), linear.name)
         linear.write(pruned.T)
-        dim = self.group(linear.role, pattern)
-        return MaskResult(keep.T.contiguous(), dim, low, high, None if dim == 1 else columns, factor.retries)
+        dim = self.comparison_dim(linear.role, pattern)
+        return MaskResult(keep.T.contiguous(), dim, low, high, None if dim == 1 else width, factor.retries)
 
 
-def _cut(weight: Tensor, kept: Tensor, feedback: Tensor) -> None:
-    """Zero the weights of a tile that do not stay, column by column, and let the columns to the right of each make up for it.
+def _prune_tile(weight: Tensor, keep: Tensor, feedback: Tensor) -> None:
+    """Zero the removed weights of a tile column by column, and let the columns further right compensate.
 
-    Columns of one strip see each loss at once; those to the right of the strip see that of the whole strip in one product.
-
-    Args:
-        weight: float32 [columns, out], changed in place.
-        kept: bool [columns, out].
-        feedback: float32 [columns, columns], that of the tile.
+    Columns in the same strip receive each error at once, those after the strip its sum in one product. ``weight`` and
+    ``keep`` are [columns, out], ``feedback`` is [columns, columns]; ``weight`` is changed in place.
     """
     lost = torch.empty_like(weight)
-    rows, stays, losses, before = weight.unbind(), kept.unbind(), lost.unbind(), weight.clone().unbind()
-    for first in range(0, len(rows), _STRIP):
-        last = min(first + _STRIP, len(rows))
+    columns, masks, losses, dense = weight.unbind(), keep.unbind(), lost.unbind(), weight.clone().unbind()
+    for first in range(0, len(columns), _STRIP):
+        last = min(first + _STRIP, len(columns))
         for column in range(first, last):
-            rows[column].mul_(stays[column])
-            if column + 1 < len(rows):
-                torch.sub(before[column], rows[column], out=losses[column])
+            columns[column].mul_(masks[column])
+            if column + 1 < len(columns):
+                torch.sub(dense[column], columns[column], out=losses[column])
                 weight[column + 1 : last].addr_(feedback[column, column + 1 : last], losses[column])
-        if last < len(rows):
+        if last < len(columns):
             weight[last:].addmm_(feedback[first:last, last:].T, lost[first:last])

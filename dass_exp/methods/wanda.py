@@ -12,7 +12,7 @@ from dass_exp.statistics import InputNorm
 
 @dataclass
 class Wanda(ScorePruner):
-    """Score |W| * norm(x) per output row, x the input feature over all calibration tokens (Sun et al., arXiv 2306.11695, equation 1)."""
+    """Score |W| * norm(x) within each output row, x the input over all calibration tokens (Sun et al., equation 1)."""
 
     stat = InputNorm
 

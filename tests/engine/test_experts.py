@@ -1,19 +1,16 @@
-"""Mixtures of experts: each expert's statistics are those of its own tokens, the starved ones are told, the router stays."""
-
-import copy
+"""Mixtures of experts: each expert is pruned by its own tokens, starved ones are reported, the router stays."""
 
 import pytest
 import torch
+from engine_support import CALIBRATED, prune_blocks, sites_of
 from torch import Tensor, nn
 
-from dass_exp.engine.block_report import BlockReport
 from dass_exp.engine.capture import capture
-from dass_exp.engine.experts import observing_experts
-from dass_exp.engine.observers import observing
-from dass_exp.engine.prune import Options, prune_model
+from dass_exp.engine.observers import observe_experts, observe_inputs
 from dass_exp.engine.verify import verify
 from dass_exp.errors import NumericalError, UserError
 from dass_exp.masks import NM
+from dass_exp.methods.base import Block, LinearView
 from dass_exp.methods.dass import Dass
 from dass_exp.methods.sparsegpt import SparseGPT
 from dass_exp.methods.wanda import Wanda
@@ -31,72 +28,64 @@ def many() -> Tensor:
 
 
 @torch.no_grad()
-def slowly(model: nn.Module, tokens: Tensor) -> dict[int, tuple[list[Tensor], list[Tensor]]]:
-    """By expert of the first block: each token that is routed to it, and the neurons that it makes there, one token at a time."""
-    block, seen = model.model.layers[0], []
-    handle = block.mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+def routed(model: nn.Module, tokens: Tensor) -> dict[int, tuple[list[Tensor], list[Tensor]]]:
+    """By expert of the first block: the tokens routed to it and their neurons there, one token at a time."""
+    mlp, inputs = model.model.layers[0].mlp, []
+    handle = mlp.register_forward_pre_hook(lambda module, args: inputs.append(args[0][0]))
     for sequence in tokens:
         model(sequence[None])
     handle.remove()
-    experts, top_k = block.mlp.experts, block.mlp.gate.top_k
-    found: dict[int, tuple[list[Tensor], list[Tensor]]] = {number: ([], []) for number in range(len(experts.down_proj))}
-    for token in torch.cat([part[0] for part in seen]):
-        chosen = sorted(range(len(found)), key=lambda number: -float(block.mlp.gate.weight[number] @ token))[:top_k]
-        for number in chosen:
-            fused = experts.gate_up_proj[number]
-            gate, up = fused[: len(fused) // 2] @ token, fused[len(fused) // 2 :] @ token
-            found[number][0].append(token)
-            found[number][1].append(torch.nn.functional.silu(gate) * up)
-    return found
+    fused = mlp.experts.gate_up_proj
+    by_expert = {number: ([], []) for number in range(len(fused))}
+    for token in torch.cat(inputs):
+        ranked = sorted(by_expert, key=lambda number: -float(mlp.gate.weight[number] @ token))
+        for number in ranked[: mlp.gate.top_k]:
+            gate, up = (half @ token for half in fused[number].chunk(2))
+            by_expert[number][0].append(token)
+            by_expert[number][1].append(torch.nn.functional.silu(gate) * up)
+    return by_expert
 
 
 @each_mixture
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_routed_statistics_are_those_of_a_slow_reference(family, batch_size, tiny_model, many):
+@pytest.mark.parametrize("kind", [InputNorm, Gram])
+@torch.no_grad()
+def test_routed_statistics_are_those_of_a_slow_reference(family, batch_size, kind, tiny_model, many):
     model = tiny_model(family)
-    decoder, expected = decoder_of(model), slowly(model, many)
-    with torch.no_grad():
-        batches = capture(model, list(decoder.blocks), many, batch_size)
-        for kind in (InputNorm, Gram):
-            with observing(decoder, 0, "mlp", kind, many.shape[1]) as stats:
-                for batch in batches:
-                    batch.through(decoder.blocks[0], 0)
-            for site in decoder.sites(0, "mlp"):
-                rows = expected[site.matrix.expert][site.role == DOWN]
-                stat = stats[site.source]
-                assert stat.tokens == len(rows)
-                assert stat.sequences == len(many)
-                inputs = (
-                    torch.stack(rows).double() if rows else torch.zeros(0, site.matrix.in_features, dtype=torch.float64)
-                )
-                found, wanted = (
-                    (stat.norm, inputs.norm(dim=0)) if kind is InputNorm else (stat.matrix, inputs.T @ inputs)
-                )
-                torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+    decoder, expected = decoder_of(model), routed(model, many)
+    batches = capture(model, list(decoder.blocks), many, batch_size)
+    with observe_inputs(decoder, 0, "mlp", kind, many.shape[1]) as stats:
+        for batch in batches:
+            batch.run_block(decoder.blocks[0], 0)
+    for site in decoder.sites(0, "mlp"):
+        rows = expected[site.matrix.expert][site.role == DOWN]
+        stat = stats[site.source]
+        assert (stat.tokens, stat.sequences) == (len(rows), len(many))
+        inputs = torch.stack(rows).double() if rows else torch.zeros(0, site.matrix.in_features, dtype=torch.float64)
+        observed, wanted = (stat.norm, inputs.norm(dim=0)) if kind is InputNorm else (stat.matrix, inputs.T @ inputs)
+        torch.testing.assert_close(observed.double(), wanted, rtol=1e-4, atol=1e-5)
     assert sum(len(rows) for rows, _ in expected.values()) == many.numel() * decoder.blocks[0].mlp.gate.top_k
 
 
 @each_mixture
+@torch.no_grad()
 def test_the_observed_experts_give_what_the_model_gives(family, tiny_model, many):
     model = tiny_model(family)
     decoder = decoder_of(model)
-    with torch.no_grad():
-        (batch,) = capture(model, list(decoder.blocks), many, len(many))
-        plain = batch.through(decoder.blocks[0], 0)
-        with observing(decoder, 0, "mlp", InputNorm, many.shape[1]):
-            observed = batch.through(decoder.blocks[0], 0)
-        torch.testing.assert_close(observed, plain, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(batch.through(decoder.blocks[0], 0), plain, rtol=0, atol=0)
+    (batch,) = capture(model, list(decoder.blocks), many, len(many))
+    plain = batch.run_block(decoder.blocks[0], 0)
+    with observe_inputs(decoder, 0, "mlp", InputNorm, many.shape[1]):
+        observed = batch.run_block(decoder.blocks[0], 0)
+    torch.testing.assert_close(observed, plain, rtol=1e-5, atol=1e-6)
+    assert torch.equal(batch.run_block(decoder.blocks[0], 0), plain)
 
 
 @each_mixture
 def test_each_expert_is_pruned_by_its_own_tokens(family, tiny_model, many):
     """DaSS by hand in every expert of the first block."""
-    model = tiny_model(family)
-    reference, expected = copy.deepcopy(model), slowly(model, many)
-    reports: list[BlockReport] = []
-    prune_model(model, many, Dass(), NM(2, 4), Options(on_block=reports.append, min_tokens=1))
-    experts = reference.model.layers[0].mlp.experts
+    model, experts = tiny_model(family), tiny_model(family).model.layers[0].mlp.experts
+    expected = routed(model, many)
+    masks = prune_blocks(model, many, Dass(), min_tokens=1).masks
     for number, (inputs, neurons) in expected.items():
         gate, up = experts.gate_up_proj.detach()[number].chunk(2)
         importance = torch.stack(neurons).norm(dim=0)
@@ -104,28 +93,11 @@ def test_each_expert_is_pruned_by_its_own_tokens(family, tiny_model, many):
         by_hand[DOWN] = experts.down_proj.detach()[number].abs() * importance
         assert inputs
         for role, scores in by_hand.items():
-            dim = 1 if role == DOWN else 0
-            keep = reports[0].cuts[f"model.layers.0.mlp.experts.{number}.{role.value}"].keep
-            assert torch.equal(keep, NM(2, 4).keep(scores, dim)), (number, role)
+            keep = masks[f"model.layers.0.mlp.experts.{number}.{role.value}"]
+            assert torch.equal(keep, NM(2, 4).keep(scores, 1 if role == DOWN else 0)), (number, role)
 
 
-@pytest.mark.parametrize("method", [Wanda(), Dass(), SparseGPT()], ids=repr)
-def test_a_starved_expert_is_told_and_ranked_by_its_weights(method, tiny_model, many):
-    model = tiny_model("mixtral")
-    lost = starve(model)
-    weights = {site.name: site.matrix.weight.clone() for site in decoder_of(model).sites(0, "mlp")}
-    reports: list[BlockReport] = []
-    prune_model(model, many, method, NM(2, 4), Options(on_block=reports.append, min_tokens=1))
-    name = f"model.layers.0.mlp.experts.{lost}"
-    assert reports[0].starved == (name,)
-    layers = {layer.name: layer for layer in verify(reports[0], NM(2, 4))}
-    for role in (GATE, UP, DOWN):
-        site = f"{name}.{role.value}"
-        assert layers[site].tokens == 0
-        if not isinstance(method, SparseGPT):
-            assert torch.equal(
-                reports[0].cuts[site].keep, NM(2, 4).keep(weights[site].abs(), method.group(role, NM(2, 4)))
-            )
+# --- starved experts
 
 
 def starve(model: nn.Module) -> int:
@@ -133,37 +105,60 @@ def starve(model: nn.Module) -> int:
     gate = model.model.layers[0].mlp.gate
     lost, forward = 2, gate.forward
 
-    def routed(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def route(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits, scores, indices = forward(hidden)
         free = torch.tensor([[next(number for number in (0, 1, 3) if number not in row)] for row in indices.tolist()])
         return logits, scores, torch.where(indices == lost, free, indices)
 
-    gate.forward = routed
+    gate.forward = route
     return lost
+
+
+@pytest.mark.parametrize("method", CALIBRATED, ids=repr)
+def test_a_starved_expert_is_reported_and_ranked_as_if_its_inputs_were_alike(method, tiny_model, many):
+    model = tiny_model("mixtral")
+    name = f"model.layers.0.mlp.experts.{starve(model)}"
+    report = prune_blocks(model, many, method, min_tokens=1).reports[0]
+    assert report.starved == (name,)
+    assert {layer.tokens for layer in verify(report, NM(2, 4)) if layer.name.startswith(name)} == {0}
+    views = []
+    for site in sites_of(tiny_model("mixtral"), "mlp"):
+        if site.unit == name:
+            stat = method.stat(site.matrix.in_features, torch.device("cpu"))
+            stat.reset_to_uniform()
+            views.append(LinearView(site.name, site.role, site.matrix, stat))
+    expected = method.prune_block(Block(name, views), NM(2, 4))
+    assert len(expected) == 3
+    assert all(torch.equal(report.cuts[linear].keep, result.keep) for linear, result in expected.items())
 
 
 def test_a_starved_expert_may_be_refused(tiny_model, many):
     model = tiny_model("mixtral")
     starve(model)
-    with pytest.raises(
-        NumericalError,
-        match=r"experts\.2: 0 calibration tokens were routed to this expert, fewer than experts\.min_tokens=1",
-    ):
-        prune_model(model, many, Wanda(), NM(2, 4), Options(min_tokens=1, starved="refuse"))
+    message = r"experts\.2: 0 calibration tokens were routed to this expert, fewer than experts\.min_tokens=1"
+    with pytest.raises(NumericalError, match=message):
+        prune_blocks(model, many, Wanda(), min_tokens=1, starved="refuse")
 
 
 def test_too_few_is_what_the_setting_says(tiny_model, many):
-    reports: list[BlockReport] = []
-    prune_model(tiny_model("olmoe"), many, Wanda(), NM(2, 4), Options(on_block=reports.append, min_tokens=10**6))
+    reports = prune_blocks(tiny_model("olmoe"), many, Wanda(), min_tokens=10**6).reports
     assert all(len(report.starved) == 4 for report in reports)
-    with pytest.raises(UserError, match=r"experts\.starved='ignore'"):
-        Options(starved="ignore")
+
+
+def test_an_expert_without_a_token_is_starved_even_if_none_is_asked_for(tiny_model, tokens):
+    model = tiny_model("mixtral")
+    reports = prune_blocks(model, tokens[:1, :1], SparseGPT(), min_tokens=0).reports
+    assert any(report.starved for report in reports)
+    assert all((half != 0).any() for half in model.model.layers[0].mlp.experts.gate_up_proj)
+
+
+# --- the module that holds the experts
 
 
 def test_experts_of_another_layout_are_refused(tiny_model):
     experts = tiny_model("mixtral").model.layers[0].mlp.experts
     experts.is_transposed = True
-    observed = observing_experts(experts, FAMILIES["mixtral"].experts, {}, 1)
+    observed = observe_experts(experts, FAMILIES["mixtral"].experts, {}, 1)
     with pytest.raises(UserError, match=r"MixtralExperts: experts of this layout \(is_transposed\)"), observed:
         pass
 
@@ -171,14 +166,6 @@ def test_experts_of_another_layout_are_refused(tiny_model):
 def test_a_forward_of_ones_own_is_given_back(tiny_model):
     experts = tiny_model("mixtral").model.layers[0].mlp.experts
     experts.forward = own = lambda *arguments: None
-    with observing_experts(experts, FAMILIES["mixtral"].experts, {}, 1):
+    with observe_experts(experts, FAMILIES["mixtral"].experts, {}, 1):
         assert experts.forward is not own
     assert experts.forward is own
-
-
-def test_an_expert_without_a_token_is_starved_even_if_none_is_asked_for(tiny_model, tokens):
-    model, reports = tiny_model("mixtral"), []
-    prune_model(model, tokens[:1, :1], SparseGPT(), NM(2, 4), Options(on_block=reports.append, min_tokens=0))
-    assert any(report.starved for report in reports)
-    experts = model.model.layers[0].mlp.experts
-    assert all((half != 0).any() for half in experts.gate_up_proj)

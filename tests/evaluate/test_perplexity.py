@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from dass_exp.errors import NumericalError, UserError
 from dass_exp.evaluate import head
-from dass_exp.evaluate import perplexity as module
-from dass_exp.evaluate.perplexity import Perplexity, perplexity
+from dass_exp.evaluate.perplexity import perplexity
 from dass_exp.models.families import FAMILIES
 
 
@@ -46,15 +45,6 @@ def test_known_probabilities():
     assert scored.value == pytest.approx((4 * 8 * 3 * 2) ** (1 / 4), rel=1e-6)
 
 
-def test_each_window_is_scored_on_its_own():
-    alone = perplexity(Table(HALVES), torch.tensor([[0, 1, 2]])).window_nll
-    assert perplexity(Table(HALVES), torch.tensor([[2, 2, 2], [0, 1, 2]])).window_nll[1:] == alone
-
-
-def test_the_value_is_exp_of_the_mean():
-    assert Perplexity([1.0, 2.0, 6.0], 7).value == pytest.approx(math.exp(3.0))
-
-
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_equals_the_loss_of_transformers(family, tiny_model, tokens):
     model = tiny_model(family)
@@ -75,15 +65,14 @@ def test_the_soft_cap_of_the_tiny_model_matters(tiny_model, tokens):
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("rows", [0.5, 1, 3, 7, 22])
 def test_a_head_in_pieces_gives_the_same(family, rows, tiny_model, tokens, monkeypatch):
-    model = tiny_model(family)
+    model, heads = tiny_model(family), []
     whole = perplexity(model, tokens, batch_size=2).window_nll
-    heads = []
-    model.lm_head.register_forward_hook(lambda module, args, output: heads.append(len(output)))
-    monkeypatch.setattr(module, "check_head", lambda model, tokens: None)
-    monkeypatch.setattr(head, "LOGITS", int(rows * model.config.vocab_size))
+    model.lm_head.register_forward_hook(lambda module, args, output: heads.append(output.shape[:-1]))
+    monkeypatch.setattr(head, "MAX_LOGITS", int(rows * model.config.vocab_size))
     assert perplexity(model, tokens, batch_size=2).window_nll == pytest.approx(whole, rel=1e-6)
-    assert max(heads) == max(1, int(rows))
-    assert sum(heads) == 5 * 11
+    assert heads.pop(0) == (1, 8)  # the model's own, compared with the head's on the first eight tokens
+    assert max(heads) == (max(1, int(rows)),)
+    assert sum(count for (count,) in heads) == 8 + 5 * 11
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
@@ -98,27 +87,17 @@ def test_logits_in_bfloat16_are_scored_in_float32(tiny_model, tokens):
     model = tiny_model("llama").bfloat16()
     with torch.no_grad():
         logits = model(tokens).logits[:, :-1].float()
-    expected = (
-        nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(5, -1).mean(1)
-    )
-    assert perplexity(model, tokens, batch_size=5).window_nll == pytest.approx(expected.tolist(), rel=1e-6)
+    expected = [float(nn.functional.cross_entropy(*window)) for window in zip(logits, tokens[:, 1:], strict=True)]
+    assert perplexity(model, tokens, batch_size=5).window_nll == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_dropout_is_off_meanwhile_and_the_mode_is_restored(training, tiny_model, tokens):
+def test_dropout_is_off_meanwhile_and_the_mode_of_each_module_is_restored(tiny_model, tokens):
+    """A user may hold part of a model in evaluation mode."""
     model = tiny_model("llama", attention_dropout=0.5)
     expected = perplexity(model, tokens).value
-    model.train(training)
-    assert perplexity(model, tokens).value == expected
-    assert model.training == training
-
-
-def test_the_mode_of_each_module_is_restored(tiny_model, tokens):
-    """A user may hold part of a model in evaluation mode."""
-    model = tiny_model("llama").train()
-    model.model.layers[0].eval()
+    model.train().model.layers[0].eval()
     before = [part.training for part in model.modules()]
-    perplexity(model, tokens)
+    assert perplexity(model, tokens).value == expected
     assert [part.training for part in model.modules()] == before
 
 

@@ -1,0 +1,89 @@
+"""What the tests of methods and engine share: every method of conf/method, and pruning that returns the reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from support import CONF
+from torch import Tensor, nn
+
+from dass_exp.config.components import build, choice
+from dass_exp.engine.block_report import BlockReport
+from dass_exp.engine.prune import Options, prune_model
+from dass_exp.masks import NM, Pattern
+from dass_exp.methods.base import Pruner
+from dass_exp.models.decoder import LinearSite, decoder_of
+from dass_exp.models.families import PLAIN, Role
+
+NAMES = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+METHODS = [build(choice("method", name), Pruner, "method") for name in NAMES]
+PRUNING = [method for method in METHODS if method.prunes]
+CALIBRATED = [method for method in PRUNING if method.stat is not None]
+
+FLAT_ROLES = {**{role.value: role.value for role in Role if role not in PLAIN}, "blocks": "blocks"}
+
+engine_options = Options
+
+
+@dataclass
+class Pruning:
+    """The hidden states that :func:`prune_model` returns, and the report of each block."""
+
+    hidden: list[Tensor] = field(default_factory=list)
+    reports: list[BlockReport] = field(default_factory=list)
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        return {name: result.keep for report in self.reports for name, result in report.cuts.items()}
+
+
+def prune_blocks(
+    model: nn.Module,
+    tokens: Tensor | None,
+    method: Pruner,
+    pattern: Pattern | None = None,
+    on_report: Callable[[BlockReport], None] = lambda report: None,
+    **options: Any,
+) -> Pruning:
+    """Prune a model, 2:4 by default, with these engine options; ``on_report`` is called after each block."""
+    pruning = Pruning()
+
+    def note(report: BlockReport) -> None:
+        pruning.reports.append(report)
+        on_report(report)
+
+    chosen = engine_options(on_block=note, **options)
+    pruning.hidden = prune_model(model, tokens, method, pattern or NM(2, 4), chosen)
+    return pruning
+
+
+@torch.no_grad()
+def block_outputs(model: nn.Module, tokens: Tensor, roles: Mapping[str, str] | None = None) -> list[Tensor]:
+    """The output of every block in the model's own forward pass."""
+    outputs: list[Tensor] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [block.register_forward_hook(note) for block in decoder_of(model, roles).blocks]
+    getattr(model, "base_model", model)(input_ids=tokens, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return outputs
+
+
+def sites_of(model: nn.Module, scope: str) -> Iterator[LinearSite]:
+    """Every matrix of the model in the scope."""
+    decoder = decoder_of(model)
+    for index in range(len(decoder.blocks)):
+        yield from decoder.sites(index, scope)
+
+
+def assert_same_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """The model's tensors are those of ``state``, bit for bit but for NaN."""
+    assert model.state_dict().keys() == state.keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value.nan_to_num(), state[name].nan_to_num()), name
