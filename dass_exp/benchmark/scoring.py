@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dass_exp.benchmark.measure import time_call
-from dass_exp.engine.capture import evaluating
+from dass_exp.engine.capture import eval_mode
 from dass_exp.evaluate.perplexity import perplexity
-from dass_exp.evaluate.zeroshot import Options, zero_shot
+from dass_exp.evaluate.zeroshot import ZeroShotOptions, zero_shot
 
 
 def perplexity_ratio(model: Any, windows: Tensor, batch_size: int, repeats: int) -> dict[str, float]:
@@ -26,7 +26,7 @@ def zero_shot_ratio(model: Any, tokenizer: Any, tasks: Sequence[str], limit: int
     batches: list[Tensor] = []
 
     def score() -> None:
-        zero_shot(model, tokenizer, tasks, limit, "offline", Options())
+        zero_shot(model, tokenizer, tasks, limit, "offline", ZeroShotOptions())
 
     def record_input(module: Any, args: Any, kwargs: dict[str, Tensor]) -> None:
         batches.append(kwargs["input_ids"])
@@ -38,7 +38,7 @@ def zero_shot_ratio(model: Any, tokenizer: Any, tasks: Sequence[str], limit: int
 
 @torch.no_grad()
 def _forward(model: Any, batches: Sequence[Tensor]) -> None:
-    with evaluating(model):
+    with eval_mode(model):
         for ids in batches:
             model(input_ids=ids, use_cache=False)
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from dass_exp.config.settings import SCOPES, CalibrationConfig, ExpertsConfig
-from dass_exp.engine.activation_cache import ON_DEVICE, Cache, CachedTensor
-from dass_exp.engine.attention_replay import Attention
+from dass_exp.engine.activation_cache import ON_DEVICE, ActivationCache, CachedTensor
+from dass_exp.engine.attention_replay import AttentionReplay
 from dass_exp.engine.callbacks import BlockReport, BlockSeconds, Callback, Loop
-from dass_exp.engine.capture import Batch, capture, evaluating
-from dass_exp.engine.observers import observing
+from dass_exp.engine.capture import Batch, capture, eval_mode
+from dass_exp.engine.observers import observe_inputs
 from dass_exp.errors import NumericalError, UserError, one_of
 from dass_exp.masks import Pattern
 from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner
@@ -49,7 +49,7 @@ class EngineOptions:
     batch_size: int = 4
     roles: Mapping[str, str] | None = None
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
-    cache: Cache = ON_DEVICE
+    cache: ActivationCache = ON_DEVICE
     return_hidden: bool = False
     returns_tuple: bool | None = None
 
@@ -95,7 +95,7 @@ def prune_model(
             "the model's weights are not all in memory (accelerate has offloaded some); load it whole, or prune it "
             "with model.placement=stream"
         )
-    with evaluating(model):
+    with eval_mode(model):
         if options.returns_tuple is None:
             blocks.load(0)  # one real call of it tells what blocks return
         loop = Loop(decoder, _calibration_batches(model, decoder, tokens, method, options))
@@ -126,7 +126,7 @@ def check_shapes(decoder: Decoder, method: Pruner, pattern: Pattern, scope: str)
     for site in sites:
         shape = site.matrix.out_features, site.matrix.in_features
         try:
-            pattern.check(shape, method.group(site.role, pattern))
+            pattern.check(shape, method.comparison_dim(site.role, pattern))
         except UserError as error:
             raise UserError(f"{site.name}: {error}") from error
     if not sites:
@@ -155,10 +155,10 @@ def _process_block(loop: Loop, index: int, method: Pruner, pattern: Pattern, opt
     runs_again = bool(batches) and (options.return_hidden or index + 1 < len(decoder.blocks))
     replayed = decoder.attention(index) if runs_again and options.scope == "mlp" else None
     tokens = batches[0].tokens if batches else 0
-    with observing(decoder, index, options.scope, method.stat, tokens) as statistics:
-        attention = Attention(replayed, statistics, options.cache)
-        with attention.noting():
-            dense = deque(options.cache.hold(_dense_pass(module, index, batch, attention)) for batch in batches)
+    with observe_inputs(decoder, index, options.scope, method.stat, tokens) as statistics:
+        attention = AttentionReplay(replayed, statistics, options.cache)
+        with attention.recording():
+            dense = deque(options.cache.store(_dense_pass(module, index, batch, attention)) for batch in batches)
     observed = time.perf_counter()
     units = _pruning_units(decoder, index, options.scope, statistics) if method.prunes else []
     starved = _handle_starved([unit for unit in units if unit.name != name], options.experts) if batches else ()
@@ -179,8 +179,8 @@ def _process_block(loop: Loop, index: int, method: Pruner, pattern: Pattern, opt
     return BlockReport(index, name, module, linears, results, error, spent, starved)
 
 
-def _dense_pass(module: nn.Module, index: int, batch: Batch, attention: Attention) -> Tensor:
-    output = batch.through(module, index)
+def _dense_pass(module: nn.Module, index: int, batch: Batch, attention: AttentionReplay) -> Tensor:
+    output = batch.run_block(module, index)
     attention.batch_done()
     return output
 
@@ -191,8 +191,8 @@ def _pass_on(module: nn.Module, index: int, batches: list[Batch], dense: deque[C
     for batch in batches:
         cached = dense.popleft()  # a dense output is released as soon as it is compared
         reference = cached.get()
-        output = batch.through(module, index) if changed else reference
-        batch.held = batch.cache.hold(output) if changed else cached
+        output = batch.run_block(module, index) if changed else reference
+        batch.cached = batch.cache.store(output) if changed else cached
         off += (output - reference).float().square_().sum().item()
         total += reference.float().square().sum().item()
     if not (off < float("inf") and total < float("inf")):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from dass_exp.engine.callbacks import BlockReport, Callback, Loop, Stopwatch
-from dass_exp.engine.capture import Batch, behind, capture, evaluating, put
+from dass_exp.engine.capture import Batch, finish_forward, capture, eval_mode, restore_hidden
 from dass_exp.engine.prune import EngineOptions
-from dass_exp.evaluate.head import compare_head, losses
-from dass_exp.evaluate.perplexity import Perplexity, checked
+from dass_exp.evaluate.head import compare_head, token_losses
+from dass_exp.evaluate.perplexity import Perplexity
 from dass_exp.models.decoder import decoder_of
 
 
@@ -55,17 +55,17 @@ class StreamedPerplexity(Callback):
     @property
     def hidden(self) -> dict[str, list[Tensor]]:
         """Hidden states after the last block that passed, one tensor per batch; needed to resume."""
-        return {name: [batch.held.at_rest() for batch in batches] for name, batches in self._batches().items()}
+        return {name: [batch.cached.stored() for batch in batches] for name, batches in self._batches().items()}
 
     @hidden.setter
     def hidden(self, stored: dict[str, list[Tensor]]) -> None:
         for name, batches in self._batches().items():
-            put(batches, stored[name])
+            restore_hidden(batches, stored[name])
 
     @torch.no_grad()
     def on_start(self, loop: Loop) -> None:
         del loop
-        with self._stopwatch.measure("dense"), evaluating(self._model):
+        with self._stopwatch.measure("dense"), eval_mode(self._model):
             self._dense = capture(
                 self._model,
                 self._blocks,
@@ -74,11 +74,11 @@ class StreamedPerplexity(Callback):
                 self._options.returns_tuple,
                 self._options.cache,
             )
-            self._pruned = [batch.again() for batch in self._dense]
+            self._pruned = [batch.copy() for batch in self._dense]
             # an unsupported head is reported now, not after hours
             few, ids = Batch(self._dense[0].hidden[:1, :8], [], self._dense[0].returns_tuple), self._windows[:1, :8]
-            logits = behind(self._model, self._blocks, few, ids, whole=True)
-            compare_head(self._model, logits, behind(self._model, self._blocks, few, ids))
+            logits = finish_forward(self._model, self._blocks, few, ids, logits=True)
+            compare_head(self._model, logits, finish_forward(self._model, self._blocks, few, ids))
 
     @torch.no_grad()
     def on_block_start(self, index: int) -> None:
@@ -103,16 +103,16 @@ class StreamedPerplexity(Callback):
         return {"windows, dense": self._dense, "windows, pruned": self._pruned}
 
     def _pass(self, batches: list[Batch], index: int) -> None:
-        with evaluating(self._model):
+        with eval_mode(self._model):
             for batch in batches:
-                batch.hidden = batch.through(self._blocks[index], index)
+                batch.hidden = batch.run_block(self._blocks[index], index)
 
     def _perplexity(self, batches: list[Batch]) -> Perplexity:
         window_nll: list[float] = []
-        with evaluating(self._model):
+        with eval_mode(self._model):
             for batch, part in zip(batches, self._windows.split(self._batch_size), strict=True):
-                ids = part.to(batch.held.device)
-                hidden = behind(self._model, self._blocks, batch, ids)[:, :-1]
-                nll = losses(self._model, hidden.reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1))
+                ids = part.to(batch.cached.device)
+                hidden = finish_forward(self._model, self._blocks, batch, ids)[:, :-1]
+                nll = token_losses(self._model, hidden.reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1))
                 window_nll += nll.view(len(ids), -1).double().mean(1).tolist()
-        return checked(Perplexity(window_nll, self._windows.shape[1] - 1))
+        return Perplexity(window_nll, self._windows.shape[1] - 1)

@@ -13,14 +13,14 @@ from typing import Any
 
 from torch import nn
 
-from dass_exp.engine.activation_cache import Cache
+from dass_exp.engine.activation_cache import ActivationCache
 from dass_exp.engine.callbacks import BlockReport, Callback, ProgressBar, SeedEachBlock, Stopwatch
 from dass_exp.engine.prune import EngineOptions, prune_model
 from dass_exp.engine.verify import Verification
 from dass_exp.evaluate.perplexity import perplexity
 from dass_exp.evaluate.streamed import StreamedPerplexity
-from dass_exp.evaluate.zeroshot import Options as ZeroShotOptions
-from dass_exp.evaluate.zeroshot import ZeroShot, zero_shot
+from dass_exp.evaluate.zeroshot import ZeroShotOptions
+from dass_exp.evaluate.zeroshot import ZeroShotResult, zero_shot
 from dass_exp.models import load
 from dass_exp.models.decoder import decoder_of
 from dass_exp.models.save import CheckpointWriter, check_room, save_checkpoint, target_of
@@ -187,7 +187,7 @@ def _activation_cache(run: ResolvedRun) -> Cache:
     """A cache in a folder of this start alone: a tensor of an earlier one deletes its own file only."""
     for folder in run.work_folder.glob("activations-*"):
         shutil.rmtree(folder, ignore_errors=True)
-    return Cache(run.config.calibration.cache, run.work_folder / f"activations-{uuid.uuid4().hex}")
+    return ActivationCache(run.config.calibration.cache, run.work_folder / f"activations-{uuid.uuid4().hex}")
 
 
 def _perplexity(run: ResolvedRun, context: RunContext, model: nn.Module) -> Any:
@@ -197,7 +197,7 @@ def _perplexity(run: ResolvedRun, context: RunContext, model: nn.Module) -> Any:
         return perplexity(model, windows.ids, run.config.eval.batch_size)
 
 
-def _tasks(run: ResolvedRun, context: RunContext, model: nn.Module) -> ZeroShot | None:
+def _tasks(run: ResolvedRun, context: RunContext, model: nn.Module) -> ZeroShotResult | None:
     """Score the tasks on the model in memory; of a streamed run, on the model that it has saved."""
     evaluation = run.config.eval
     if (zeroshot := evaluation.zeroshot) is None or (run.streams and run.config.save is None):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dass_exp.errors import UserError
-from dass_exp.evaluate.head import LOGITS
+from dass_exp.evaluate.head import MAX_LOGITS
 from dass_exp.models.decoder import Decoder, LinearSite
 from dass_exp.statistics import Gram, Statistic
 
@@ -136,7 +136,7 @@ def memory_needs(
         activations=3 * in_memory * calibration_bytes,
         windows=2 * in_memory * window_bytes,
         solver=max(_solver_bytes(block, workload) for block in sites) + max(scope),
-        batch=max(_batch_bytes(decoder, workload, *shape) for shape in batches) + 8 * LOGITS,
+        batch=max(_batch_bytes(decoder, workload, *shape) for shape in batches) + 8 * MAX_LOGITS,
         copy=workload.shared * sum(scope) * width,
         disk=on_disk + sum(scope) // 8 + state,
     )

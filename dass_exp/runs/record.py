@@ -11,7 +11,7 @@ from dass_exp.config.settings import RunConfig
 from dass_exp.data.tokens import Tokens
 from dass_exp.engine.verify import Layer
 from dass_exp.evaluate.perplexity import Perplexity
-from dass_exp.evaluate.zeroshot import ZeroShot, lm_eval_version
+from dass_exp.evaluate.zeroshot import ZeroShotResult, lm_eval_version
 from dass_exp.masks import Pattern
 from dass_exp.methods.base import Pruner
 from dass_exp.models.families import Role
@@ -45,7 +45,7 @@ class RunResult:
     starved: list[str]
     masks: dict[str, PackedMask] | None
     perplexity: Perplexity | None
-    tasks: ZeroShot | None
+    tasks: ZeroShotResult | None
     model_size: int
     decoder_size: int
     calibration: Tokens | None = field(repr=False, default=None)

@@ -217,7 +217,7 @@ class ResumeState(Callback):
         if not self._run.streams:  # a streamed block is in the growing checkpoint, if it is saved at all
             write_tensors(report.module.state_dict(), _weights_file(self._folder, report.index))
         batches, scorer = self._loop.batches, self._scorer
-        hidden = {"calibration": [batch.held.at_rest() for batch in batches]} if batches else {}
+        hidden = {"calibration": [batch.cached.stored() for batch in batches]} if batches else {}
         hidden |= scorer.hidden if scorer is not None else {}
         returns_tuple = batches[0].returns_tuple if batches else scorer.returns_tuple if scorer is not None else False
         results = {

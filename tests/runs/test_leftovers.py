@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file
 from support import Killed, contains, run_with, settings_of, stopped_behind
 
-from dass_exp.engine.activation_cache import Cache
+from dass_exp.engine.activation_cache import ActivationCache
 from dass_exp.errors import UserError
 from dass_exp.models import save as checkpoint
 from dass_exp.runs import progress
