@@ -284,8 +284,9 @@ def test_an_unknown_text_is_refused(asset, part, name):
 # A data set of the hub
 
 
-def test_a_hub_text_loads_the_data_set_of_its_settings(tmp_path):
+def test_a_hub_text_loads_the_data_set_of_its_settings(tmp_path, monkeypatch):
     """A folder with JSON files is loaded as a data set of the hub is."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / ".cache")
     (tmp_path / "part.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     (tmp_path / "other.jsonl").write_text('{"text": "three"}\n')
     assert HubText(str(tmp_path), "train", data_file="part.jsonl").documents() == ["one", "two"]
