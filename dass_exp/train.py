@@ -31,10 +31,7 @@ _SAVED_EVERY = 100
 
 
 def train(recipe: Recipe) -> Path:
-    """Return the folder of the trained model; train it first if needed, from the last checkpoint if interrupted before.
-
-    Returns:
-        A folder that ``from_pretrained`` loads, with ``training.json``: recipe, perplexity and duration.
+    """Return the folder of the trained model, with ``training.json``; train it or resume its training if needed.
 
     Raises:
         UserError: the texts cannot be loaded, or the perplexity on the held-out articles is above the recipe's.

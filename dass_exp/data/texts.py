@@ -23,11 +23,7 @@ class Text(ABC):
 
     @abstractmethod
     def documents(self) -> list[str]:
-        """Return the documents in order.
-
-        Raises:
-            UserError: they cannot be loaded.
-        """
+        """Return the documents in order; raise a UserError if they cannot be loaded."""
 
 
 @dataclass(frozen=True)

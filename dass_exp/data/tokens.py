@@ -40,16 +40,13 @@ def calibration_tokens(text: Text, config: CalibrationConfig, tokenizer: Any, bo
     """Draw calibration sequences in the order in which the Wanda code draws them.
 
     Args:
-        text: to draw from.
+        text: to draw from; a UserError is raised if it is too short.
         config: ``num_samples`` sequences of ``seq_len`` tokens, the beginning-of-sequence token included. ``sampling``:
             ``joined``, random windows of all documents, joined by ``separator``; ``document``, a random window of a
             random document that is longer than the window.
         tokenizer: of the model.
         bos: ``never``, ``stream`` or ``window`` (see :func:`dass_exp.models.load.bos_policy`).
         seed: of Python's generator, which the Wanda code uses too.
-
-    Raises:
-        UserError: the text is too short.
     """
     length = config.seq_len - (bos == "window")
     draw = _joined_windows if config.sampling == "joined" else _document_windows
@@ -98,14 +95,11 @@ def evaluation_windows(text: Text, context: int, max_windows: int | None, tokeni
     """Cut a text, its documents joined by blank lines, into consecutive windows; drop the rest at the end.
 
     Args:
-        text: to cut.
+        text: to cut; a UserError is raised if it is shorter than one window.
         context: tokens of a window, the beginning-of-sequence token included.
         max_windows: keep only the first ones; None for all.
         tokenizer: of the model.
         bos: see :func:`dass_exp.models.load.bos_policy`.
-
-    Raises:
-        UserError: the text is shorter than one window.
     """
     stream = encode(tokenizer, "\n\n".join(text.documents()), bos)
     length = context - (bos == "window")

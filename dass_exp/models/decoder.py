@@ -52,11 +52,7 @@ class Decoder:
         return sum(parameter.numel() for parameter in self.blocks.parameters() if parameter.ndim > 1)
 
     def sites(self, index: int, scope: str) -> Iterator[LinearSite]:
-        """Yield the matrices of block ``index`` in ``scope``, ordered by role, then expert by expert.
-
-        Raises:
-            UserError: a role's path leads to no linear.
-        """
+        """Yield the matrices of block ``index`` in ``scope`` by role, then by expert; raise if a path is no linear."""
         name, experts, layout = self.names[index], self.experts(index), self.family.experts
         for role, location in self.family.locations.items():
             if role not in ROLES_IN_SCOPE[scope] or (experts is not None and role in GLU):

@@ -199,14 +199,11 @@ def markdown_table() -> str:
 
 
 def family_of(model_type: str, roles: Mapping[str, str] | None = None) -> Family | None:
-    """Return the family that ``model.roles`` describes or, without it, that of ``config.model_type``; None if unknown.
+    """Return the family of a ``config.model_type`` (None if unknown), or the one that ``model.roles`` describes.
 
     Args:
         model_type: as in the model's config.json.
         roles: path of each role's linear inside a block and, as ``blocks``, of the list of blocks.
-
-    Raises:
-        UserError: the roles are incomplete.
     """
     if roles is None:
         return FAMILIES.get(model_type)

@@ -59,11 +59,7 @@ class ModelSource:
 
 
 def locate(config: ModelConfig) -> ModelSource:
-    """Find the files of a model, and fetch or convert an offline one; no weight is loaded.
-
-    Raises:
-        UserError: no such model, no access to it, no network, or an unaccepted licence.
-    """
+    """Find the files of a model, downloaded and converted if it is an offline one. Raises as ``load.identify``."""
     path, trust = str(config.path), bool(config.trust_remote_code)
     if path.startswith(TINY):
         return _tiny_source(path, config.training_seed)
@@ -184,11 +180,7 @@ def readable_errors(source: str) -> Iterator[None]:
 
 
 def folder_digest(folder: Path) -> str:
-    """Return 16 hex digits of a SHA-256 over the weights, config and tokenizer of a model folder.
-
-    Raises:
-        UserError: it holds no safetensors.
-    """
+    """Return 16 hex digits of a SHA-256 over the weights (safetensors only), config and tokenizer of a model folder."""
     weights = {file for file in folder.glob("*.safetensors") if file.name != MASKS}
     if not weights:
         raise UserError(f"model.path={folder}: the folder holds no .safetensors file; other formats are not read")

@@ -21,11 +21,8 @@ SINGLE = "model.safetensors"
 class Shards:
     """The tensors of a folder of safetensors: one file, or several with an index.
 
-    Args:
-        folder: of the checkpoint.
-
     Raises:
-        UserError: it holds no such file, or one that its index names is missing or damaged.
+        UserError: a file is missing or damaged, when the folder is opened or a tensor is read; the message names it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -53,20 +50,12 @@ class Shards:
         return self._shapes[name]
 
     def equal(self, one: str, other: str) -> bool:
-        """Compare two tensors without copying either into memory.
-
-        Raises:
-            UserError: as :meth:`read`.
-        """
+        """Compare two tensors without copying either into memory."""
         with _opened(self.folder, self._files[one]) as first, _opened(self.folder, self._files[other]) as second:
             return torch.equal(first.get_tensor(one), second.get_tensor(other))
 
     def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
-        """Read tensors into memory of their own, floating-point ones as ``dtype``.
-
-        Raises:
-            UserError: a file is missing or damaged; the message names it.
-        """
+        """Read tensors into memory of their own, floating-point ones as ``dtype``."""
         by_file: dict[str, list[str]] = {}
         for name in names:
             by_file.setdefault(self._files[name], []).append(name)

@@ -57,7 +57,7 @@ class WeightNames:
         dtype: in which the model computes; some models keep some tensors in float32 regardless.
 
     Raises:
-        UserError: a tensor is missing, or is stored in a way that cannot be read in parts.
+        UserError: a tensor is missing, a file is damaged, or the checkpoint cannot be read in parts.
     """
 
     def __init__(self, model: Any, shards: Shards, dtype: torch.dtype) -> None:
@@ -88,11 +88,7 @@ class WeightNames:
         return {*self._plain, *(name for group in self._joined for name in group.names)}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Read tensors by the model's names, in the dtype in which transformers would load them.
-
-        Raises:
-            UserError: a file is missing or damaged; the message names it.
-        """
+        """Read tensors by the model's names, in the dtype in which transformers would load them."""
         wanted, tensors = set(names), dict[str, Tensor]()
         for dtype in {self._dtypes[name] for name in wanted if name in self._plain}:
             plain = {name: self._plain[name] for name in wanted if self._dtypes[name] == dtype and name in self._plain}

@@ -20,11 +20,9 @@ class Tracker(ABC):
     """Sends finished records somewhere."""
 
     def track(self, record: dict[str, Any], results: str) -> None:
-        """Send a record; any failure is one warning.
+        """Send a record that is already written; any failure is one warning.
 
-        Args:
-            record: as it was written.
-            results: the results folder, for the tracker's own files.
+        ``results`` is the results folder, for the tracker's own files.
         """
         with _failure_as_warning("record is"):
             self.send(record, results)
@@ -82,12 +80,12 @@ class WandbTracker(Tracker):
 
 
 def track_table(title: str, tables: Mapping[str, list[list[Any]]], pictures: list[Path], results: str) -> None:
-    """Log the tables and pictures of a sweep to W&B as one summary run; any failure is one warning.
+    """Log a sweep to W&B as one summary run named ``title``; any failure is one warning.
 
     Args:
-        title: of the sweep, and the name of the run.
+        title: of the sweep.
         tables: by name, each with its header as first row.
-        pictures: files; those that W&B can show (PNG) are logged.
+        pictures: files, of which the PNGs are logged.
         results: the results folder, for W&B's own files.
     """
     import wandb

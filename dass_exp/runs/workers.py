@@ -25,11 +25,7 @@ _HELD: list[FileLock] = []  # held for the life of this process; the kernel free
 
 
 def set_environment() -> None:
-    """Set the environment variables that the launchers' configs read, as this machine allows; keep the user's own.
-
-    Raises:
-        UserError: DASS_EXP_WORKERS is no number of workers.
-    """
+    """Set the environment variables that the launchers' configs read, as this machine allows; keep the user's own."""
     # a worker that is still starting when its parent is killed could not find out its parent's id any more
     os.environ["DASS_EXP_LAUNCHER"] = str(os.getpid())
     count = workers()
@@ -61,11 +57,8 @@ def workers() -> int:
 def acquire_slot(launcher: Mapping[str, Any], folder: Path) -> None:
     """Wait for a share of this machine and take it, if the launcher runs several cells on one machine.
 
-    Called by every cell of a sweep. A process keeps the slot of its first call until it ends, as it keeps its model.
-
-    Args:
-        launcher: the config of Hydra's launcher.
-        folder: of the sweep, the same for all its cells.
+    Called by every cell of a sweep with the config of Hydra's launcher and the folder of the sweep. A process keeps the
+    slot of its first call until it ends, as it keeps its model.
     """
     if (remote := (launcher.get("ray") or {}).get("remote")) and remote.get("num_cpus"):
         _limit_threads(int(remote["num_cpus"]))  # Ray respects the user's OMP_NUM_THREADS

@@ -18,13 +18,7 @@ from torch import Tensor
 def write_tensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None, durable: bool = True
 ) -> None:
-    """Write tensors of any device to a safetensors file, in place.
-
-    Args:
-        tensors: by name.
-        path: of the file, which may exist.
-        metadata: of the file.
-        durable: wait until the file is on the disk.
+    """Write tensors of any device to a safetensors file, in place; if ``durable``, wait until it is on the disk.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to.

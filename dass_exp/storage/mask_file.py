@@ -45,11 +45,7 @@ class PackedMask:
 
 
 def write_masks(masks: Mapping[str, PackedMask], path: Path) -> None:
-    """Write masks, by the name of their linear, in place.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written to.
-    """
+    """Write masks, by the name of their linear, in place; raises as :func:`write_tensors`."""
     columns = {name: str(mask.columns) for name, mask in masks.items()}
     write_tensors({name: mask.bits for name, mask in masks.items()}, path, {"format": _FORMAT, **columns})
 

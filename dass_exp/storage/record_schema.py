@@ -130,12 +130,7 @@ class _Record(TypedDict):
 
 
 def record_problem(value: Any, key: str) -> str | None:
-    """Say why a JSON value is not a valid record of this key; None if it is.
-
-    Args:
-        value: as read from the file.
-        key: the name of its folder.
-    """
+    """Say why a JSON value is not a valid record of this key (the name of its folder); None if it is."""
     if not isinstance(value, dict):
         return "it holds no JSON object"
     if value.get("schema") != SCHEMA:

@@ -19,11 +19,7 @@ Record = dict[str, Any]
 
 
 class RecordStore:
-    """The folder of records, ``<results>/runs/<key>/``.
-
-    Args:
-        results: the results folder.
-    """
+    """The records of a results folder, in ``<results>/runs/<key>/``."""
 
     def __init__(self, results: str | Path) -> None:
         self.runs = Path(results) / "runs"
@@ -53,10 +49,6 @@ class RecordStore:
     def lock(self, key: str, wait: bool = True) -> Iterator[None]:
         """Lock the key against other processes; the kernel releases the lock of a process that dies.
 
-        Args:
-            key: of a run.
-            wait: until another process releases it.
-
         Raises:
             Timeout: another process holds it, and ``wait`` is False.
         """
@@ -68,12 +60,7 @@ class RecordStore:
     def write(
         self, record: Record, attachments: Mapping[str, Any], masks: Mapping[str, PackedMask] | None = None
     ) -> Path:
-        """Write a finished record atomically, after all its other files.
-
-        Args:
-            record: with its ``key``.
-            attachments: long content by file name, written as JSON next to the record.
-            masks: by linear.
+        """Write a finished record atomically, after its masks and its attachments (JSON content by file name).
 
         Raises:
             TypeError: the record is invalid: it would not be found again.
