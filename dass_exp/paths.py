@@ -1,4 +1,4 @@
-"""Where things lie: the folder with conf/ and sweeps/, and the cache of offline models and data."""
+"""The folder with conf/ and sweeps/, and the cache of offline models and data."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 
 def project_root() -> Path:
-    """The folder that holds ``conf/`` and ``sweeps/``: the checkout, or the copy that travels inside the wheel."""
+    """Return the folder of ``conf/`` and ``sweeps/``: the checkout, or the copy inside the wheel."""
     package = Path(__file__).resolve().parent
     checkout = package.parent
     return checkout if (checkout / "pyproject.toml").is_file() and (checkout / "conf").is_dir() else package / "_share"
 
 
 def cache_dir() -> Path:
-    """The folder for offline models and data: ``$DASS_EXP_CACHE``, else ``~/.cache/dass_exp``."""
+    """Return the folder for offline models and data: ``$DASS_EXP_CACHE``, else ``~/.cache/dass_exp``."""
     return Path(os.environ.get("DASS_EXP_CACHE") or Path.home() / ".cache" / "dass_exp").expanduser()

@@ -1,4 +1,4 @@
-"""Train the tiny models of tiny.py from scratch on the offline text: ``make tiny-models``."""
+"""Train the models of models/tiny.py from scratch on the offline text: ``make tiny-models``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,38 +31,36 @@ _SAVED_EVERY = 100
 
 
 def train(recipe: Recipe) -> Path:
-    """The folder of the trained model; trained first if it is not there, from where an interrupted training stopped.
-
-    Returns:
-        A folder that ``from_pretrained`` loads, with ``training.json``: the recipe, what was reached, and how long it took.
+    """Return the folder of the trained model, with ``training.json``; train it or resume its training if needed.
 
     Raises:
-        UserError: the texts cannot be had, or the perplexity on the held-out articles is above the recipe's.
+        UserError: the texts cannot be loaded, or the perplexity on the held-out articles is above the recipe's.
     """
-    return assets.made_once(recipe.folder, lambda folder: _fill(recipe, folder))
+    return assets.create_once(recipe.folder, lambda folder: _train_into(recipe, folder))
 
 
-def _fill(recipe: Recipe, folder: Path) -> None:
+def _train_into(recipe: Recipe, folder: Path) -> None:
     start = time.perf_counter()
-    tokenizer = _tokenizer(recipe)
+    documents = [document for text in TRAINED_ON for document in text.documents()]
+    tokenizer = _tokenizer(recipe, documents)
     scratch = recipe.folder.with_name(f".training-{recipe.folder.name}")
-    stream = data.encode(tokenizer, _joined(TRAINED_ON), "never")
+    stream = data.encode(tokenizer, "\n\n".join(documents), "never")
     transformers.set_seed(recipe.training_seed)
-    model = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(recipe.mlp.model_type, **recipe.config())
-    )
+    config = transformers.AutoConfig.for_model(recipe.mlp.model_type, **recipe.config())
+    model = transformers.AutoModelForCausalLM.from_config(config)
     trainer = transformers.Trainer(
-        model=model, args=_arguments(recipe, scratch), train_dataset=_Windows(stream, recipe.context)
+        model=model, args=_training_arguments(recipe, scratch), train_dataset=_Windows(stream, recipe.context)
     )
-    trainer.train(resume_from_checkpoint=_checkpoint(scratch))
+    trainer.train(resume_from_checkpoint=_last_checkpoint(scratch))
     windows = data.evaluation_windows(HELD_OUT, recipe.context, None, tokenizer, "never")
     reached = perplexity(model.eval(), windows.ids, batch_size=recipe.batch).value
     if not reached <= recipe.perplexity:
         raise UserError(
-            f"{recipe.name}, training seed {recipe.training_seed}: held-out perplexity {reached:.2f}, above the {recipe.perplexity} of its recipe"
+            f"{recipe.name}, training seed {recipe.training_seed}: "
+            f"held-out perplexity {reached:.2f}, above the {recipe.perplexity} of its recipe"
         )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    told = {
+    summary = {
         "variant": recipe.variant,
         "training_seed": recipe.training_seed,
         "parameters": model.num_parameters(),
@@ -78,12 +76,12 @@ def _fill(recipe: Recipe, folder: Path) -> None:
     }
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "training.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
+    (folder / "training.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     log.info("%s, training seed %d: held-out perplexity %.2f", recipe.name, recipe.training_seed, reached)
     shutil.rmtree(scratch)
 
 
-def _arguments(recipe: Recipe, scratch: Path) -> transformers.TrainingArguments:
+def _training_arguments(recipe: Recipe, scratch: Path) -> transformers.TrainingArguments:
     return transformers.TrainingArguments(
         output_dir=str(scratch),
         use_cpu=True,
@@ -103,37 +101,27 @@ def _arguments(recipe: Recipe, scratch: Path) -> transformers.TrainingArguments:
     )
 
 
-def _checkpoint(scratch: Path) -> str | None:
-    """The last checkpoint that was written to its end: the state of the trainer is the last of its files."""
-    whole = [path.parent for path in scratch.glob("checkpoint-*/trainer_state.json")]
-    for broken in {path for path in scratch.glob("checkpoint-*") if path not in whole}:
-        shutil.rmtree(broken)
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+def _last_checkpoint(scratch: Path) -> str | None:
+    """Return the last complete checkpoint, and remove incomplete ones: the trainer's state is written last."""
+    complete = [path.parent for path in scratch.glob("checkpoint-*/trainer_state.json")]
+    for incomplete in set(scratch.glob("checkpoint-*")) - set(complete):
+        shutil.rmtree(incomplete)
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
 
 
-def _tokenizer(recipe: Recipe) -> Any:
-    """Byte-level BPE of the training text; the same for all variants and seeds."""
+def _tokenizer(recipe: Recipe, documents: Sequence[str]) -> Any:
+    """Train a byte-level BPE on the training text; it is the same for all variants and seeds."""
     from tokenizers import ByteLevelBPETokenizer
 
-    made = ByteLevelBPETokenizer()
-    made.train_from_iterator(
-        _documents(TRAINED_ON), vocab_size=recipe.vocabulary, special_tokens=[_END], show_progress=False
-    )
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(documents, vocab_size=recipe.vocabulary, special_tokens=[_END], show_progress=False)
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made._tokenizer, eos_token=_END, model_max_length=recipe.context
+        tokenizer_object=tokenizer._tokenizer, eos_token=_END, model_max_length=recipe.context
     )
-
-
-def _documents(sources: Sequence[texts.Text]) -> Iterator[str]:
-    return (document for text in sources for document in text.documents())
-
-
-def _joined(sources: Sequence[texts.Text]) -> str:
-    return "\n\n".join(_documents(sources))
 
 
 class _Windows:
-    """Consecutive windows of a stream of tokens, each an example of the trainer."""
+    """Consecutive windows of a token stream as training examples."""
 
     def __init__(self, stream: Tensor, length: int) -> None:
         self._windows = stream[: len(stream) // length * length].view(-1, length)
@@ -146,15 +134,15 @@ class _Windows:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train what is asked for and not there yet. Returns the exit code."""
+    """Train the requested models that are missing; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m dass_exp.train", description=__doc__)
-    parser.add_argument("variants", nargs="*", help=f"{', '.join(VARIANTS)}; all where none is named")
+    parser.add_argument("variants", nargs="*", help=f"{', '.join(VARIANTS)}; default: all")
     parser.add_argument("--training-seeds", type=int, nargs="+", default=list(TRAINING_SEEDS), help="default: 0 1 2")
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    transformers.utils.logging.disable_progress_bar()  # of the writing of shards; the trainer's own stays
+    transformers.utils.logging.disable_progress_bar()  # of writing shards; the trainer keeps its own
     try:
-        recipes = [Recipe(variant, seed) for seed in asked.training_seeds for variant in asked.variants or VARIANTS]
+        recipes = [Recipe(variant, seed) for seed in options.training_seeds for variant in options.variants or VARIANTS]
         for number, recipe in enumerate(recipes, start=1):
             log.info("%s, training seed %d (%d of %d)", recipe.name, recipe.training_seed, number, len(recipes))
             log.info("%s", train(recipe))
@@ -162,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error("%s", error)
         return 1
     except KeyboardInterrupt:
-        log.error("stopped; the same command goes on from the last %d steps", _SAVED_EVERY)
+        log.error("stopped; the same command resumes from the last checkpoint (every %d steps)", _SAVED_EVERY)
         return 130
     return 0
 

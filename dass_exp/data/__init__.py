@@ -1,4 +1,4 @@
 """Offline assets, texts, and the token sequences cut from them.
 
-In: the name of a text and how to cut it. Out: int64 tokens with their hash.
+In: a text and how to cut it. Out: int64 tokens with their hash.
 """

@@ -1,7 +1,8 @@
-"""Where text comes from: the offline assets, or a data set of the hub. The only import of ``datasets``."""
+"""Sources of text: the offline assets, or a data set of the hub. The only import of ``datasets``."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from abc import ABC, abstractmethod
@@ -18,15 +19,11 @@ class Text(ABC):
     @property
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What the text is, wherever it lies; part of the key of every record made with it."""
+        """What the text is, wherever it is stored; part of the key of every run that uses it."""
 
     @abstractmethod
     def documents(self) -> list[str]:
-        """The documents in their order.
-
-        Raises:
-            UserError: they cannot be had.
-        """
+        """Return the documents in order; raise a UserError if they cannot be loaded."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +31,8 @@ class OfflineText(Text):
     """A text of assets.py.
 
     Args:
-        asset: ``c4``, ``wikipedia``, or ``code`` and ``technical``, which are one document each.
-        part: ``all``, or ``even`` or ``odd``: every other document, so that calibration and scoring can take disjoint ones.
+        asset: ``c4``, ``wikipedia``, or ``code`` or ``technical``, which are one document each.
+        part: ``all``, or every other document, so that calibration and evaluation can be disjoint: ``even`` or ``odd``.
     """
 
     asset: str
@@ -52,11 +49,11 @@ class OfflineText(Text):
     def documents(self) -> list[str]:
         raw = assets.fetch(assets.TEXTS[self.asset]).read_text(encoding="utf-8")
         if self.asset == "wikipedia":
-            found = [text.strip() for text in re.findall(r"<doc [^>]*>\n(.*?)</doc>", raw, re.DOTALL)]
-            found = [text for text in found if "\n" in text]  # an article of one line is a title without text
+            articles = [text.strip() for text in re.findall(r"<doc [^>]*>\n(.*?)</doc>", raw, re.DOTALL)]
+            documents = [text for text in articles if "\n" in text]  # an article of one line is a title without text
         else:
-            found = raw.splitlines() if self.asset == "c4" else [raw]
-        return found[{"odd": 1}.get(self.part, 0) :: 1 if self.part == "all" else 2]
+            documents = raw.splitlines() if self.asset == "c4" else [raw]
+        return {"all": documents, "even": documents[::2], "odd": documents[1::2]}[self.part]
 
 
 @dataclass(frozen=True)
@@ -64,10 +61,10 @@ class HubText(Text):
     """A data set of the Hugging Face hub with a ``text`` column.
 
     Args:
-        path: data set id.
-        name: its configuration, if it has several.
-        data_file: a single file of it.
+        path: id of the data set.
         split: of the data set.
+        name: of its configuration, if it has several.
+        data_file: path of a single file of it.
         revision: commit, tag or branch.
     """
 
@@ -79,26 +76,21 @@ class HubText(Text):
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {
-            "path": self.path,
-            "name": self.name,
-            "data_file": self.data_file,
-            "split": self.split,
-            "revision": self.revision,
-        }
+        return dataclasses.asdict(self)
 
     def documents(self) -> list[str]:
         import datasets
 
         files = {self.split: self.data_file} if self.data_file else None
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the failure is told below
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # hides its retries; the error below says enough
         try:
-            found = datasets.load_dataset(
+            rows = datasets.load_dataset(
                 self.path, self.name, data_files=files, split=self.split, revision=self.revision
             )
         except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(
-                f"data set {self.path} cannot be loaded: check the network, or take protocol=demo, which needs no hub ({reason})"
+                f"data set {self.path} cannot be loaded: "
+                f"check the network, or take protocol=demo, which needs no hub ({reason})"
             ) from error
-        return list(found["text"])
+        return list(rows["text"])

@@ -1,27 +1,26 @@
-"""Calibration sequences and evaluation windows cut from a text, with a hash of the tokens."""
+"""Calibration sequences and evaluation windows cut from a text, with a hash of their tokens."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dass_exp.config.settings import CalibrationConfig
 from dass_exp.data.texts import Text
 from dass_exp.errors import UserError
 
-SAMPLINGS = ("joined", "document")
+if TYPE_CHECKING:
+    from dass_exp.config.settings import CalibrationConfig
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token windows and what they are.
+    """Token windows.
 
     Args:
         ids: int64 [windows, tokens].
@@ -33,98 +32,93 @@ class Tokens:
 
     @classmethod
     def of(cls, ids: Tensor) -> Tokens:
-        """Windows with their hash."""
+        """Wrap windows together with their hash."""
         return cls(ids, hashlib.sha256(ids.contiguous().numpy().astype("<i8").tobytes()).hexdigest())
 
 
-def calibration_tokens(text: Text, cut: CalibrationConfig, tokenizer: Any, bos: str, seed: int) -> Tokens:
-    """Draw calibration sequences.
+def calibration_tokens(text: Text, config: CalibrationConfig, tokenizer: Any, bos: str, seed: int) -> Tokens:
+    """Draw calibration sequences in the order in which the Wanda code draws them.
 
     Args:
-        text: where from.
-        cut: how.
+        text: to draw from; a UserError is raised if it is too short.
+        config: ``num_samples`` sequences of ``seq_len`` tokens, the beginning-of-sequence token included. ``sampling``:
+            ``joined``, random windows of all documents, joined by ``separator``; ``document``, a random window of a
+            random document that is longer than the window.
         tokenizer: of the model.
         bos: ``never``, ``stream`` or ``window`` (see :func:`dass_exp.models.load.bos_policy`).
-        seed: of Python's generator, which the Wanda code uses too: the same draws give the same places.
-
-    Raises:
-        UserError: the text is too short.
+        seed: of Python's generator, which the Wanda code uses too.
     """
-    length = cut.seq_len - (bos == "window")
-    take = _joined_windows if cut.sampling == "joined" else _document_windows
-    draw = random.Random(seed)
-    windows = take(text, cut, functools.partial(encode, tokenizer, bos=bos), draw, length)
-    return Tokens.of(torch.stack([_framed(window, tokenizer, bos) for window in windows]))
+    length = config.seq_len - (bos == "window")
+    draw = _joined_windows if config.sampling == "joined" else _document_windows
+    generator = random.Random(seed)  # noqa: S311 - reproducible, not secret
+    windows = draw(text, config, lambda part: encode(tokenizer, part, bos), generator, length)
+    return _with_bos(windows, tokenizer, bos)
 
 
 def _joined_windows(
-    text: Text, cut: CalibrationConfig, encoder: Callable[[str], Tensor], draw: random.Random, length: int
+    text: Text, config: CalibrationConfig, encoder: Callable[[str], Tensor], generator: random.Random, length: int
 ) -> list[Tensor]:
-    """Random windows of ``length`` tokens of all documents joined."""
-    stream = encoder(cut.separator.join(text.documents()))
+    stream = encoder(config.separator.join(text.documents()))
     if len(stream) <= length:
         raise UserError(
-            f"calibration.seq_len={cut.seq_len}: the text has only {len(stream)} tokens; choose a smaller one"
+            f"calibration.seq_len={config.seq_len}: the text has only {len(stream)} tokens; choose a smaller one"
         )
-    starts = [draw.randint(0, len(stream) - length - 1) for _ in range(cut.num_samples)]
+    starts = [generator.randint(0, len(stream) - length - 1) for _ in range(config.num_samples)]
     return [stream[start : start + length] for start in starts]
 
 
 def _document_windows(
-    text: Text, cut: CalibrationConfig, encoder: Callable[[str], Tensor], draw: random.Random, length: int
+    text: Text, config: CalibrationConfig, encoder: Callable[[str], Tensor], generator: random.Random, length: int
 ) -> list[Tensor]:
-    """A random window of a random document that is longer than ``length``, as often as asked; the order of the draws is the Wanda code's."""
     documents = text.documents()
     windows: list[Tensor] = []
-    short: set[int] = set()
-    while len(short) < len(documents):
-        picked = draw.randint(0, len(documents) - 1)
-        if picked in short:
+    too_short: set[int] = set()
+    while len(too_short) < len(documents):
+        index = generator.randint(0, len(documents) - 1)
+        if index in too_short:
             continue
-        ids = encoder(documents[picked])
+        ids = encoder(documents[index])
         if len(ids) <= length:
-            short.add(picked)
+            too_short.add(index)
             continue
-        start = draw.randint(0, len(ids) - length - 1)
+        start = generator.randint(0, len(ids) - length - 1)
         windows.append(ids[start : start + length])
-        if len(windows) == cut.num_samples:
+        if len(windows) == config.num_samples:
             return windows
     raise UserError(
-        f"calibration.seq_len={cut.seq_len}: none of the {len(documents)} documents is longer; choose a smaller one or sampling=joined"
+        f"calibration.seq_len={config.seq_len}: none of the {len(documents)} documents is longer; "
+        "choose a smaller one or sampling=joined"
     )
 
 
 def evaluation_windows(text: Text, context: int, max_windows: int | None, tokenizer: Any, bos: str) -> Tokens:
-    """Cut a text, its documents joined by a blank line, into consecutive windows; what is left over at the end is dropped.
+    """Cut a text, its documents joined by blank lines, into consecutive windows; drop the rest at the end.
 
     Args:
-        text: where from.
-        context: tokens of a window, beginning-of-sequence token included.
-        max_windows: the first so many windows, None for all.
+        text: to cut; a UserError is raised if it is shorter than one window.
+        context: tokens of a window, the beginning-of-sequence token included.
+        max_windows: keep only the first ones; None for all.
         tokenizer: of the model.
         bos: see :func:`dass_exp.models.load.bos_policy`.
-
-    Raises:
-        UserError: the text is shorter than one window.
     """
     stream = encode(tokenizer, "\n\n".join(text.documents()), bos)
     length = context - (bos == "window")
-    count = len(stream) // length
-    if count == 0:
+    if len(stream) < length:
         raise UserError(
             f"eval.perplexity.context={context}: the text has only {len(stream)} tokens; choose a smaller one"
         )
-    if max_windows is not None:
-        count = min(count, max_windows)
-    windows = stream[: count * length].view(count, length)
-    return Tokens.of(torch.stack([_framed(window, tokenizer, bos) for window in windows]))
+    windows = stream[: len(stream) // length * length].view(-1, length)[:max_windows]
+    return _with_bos(list(windows), tokenizer, bos)
 
 
 def encode(tokenizer: Any, text: str, bos: str) -> Tensor:
-    """The tokens of a text, int64 [tokens], with the beginning-of-sequence token at its head if ``bos`` is ``stream``."""
+    """Return the tokens of a text, int64 [tokens], after a beginning-of-sequence token if ``bos`` is ``stream``."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor([tokenizer.bos_token_id, *ids] if bos == "stream" else ids, dtype=torch.int64)
 
 
-def _framed(window: Tensor, tokenizer: Any, bos: str) -> Tensor:
-    return torch.cat([torch.tensor([tokenizer.bos_token_id]), window]) if bos == "window" else window
+def _with_bos(windows: list[Tensor], tokenizer: Any, bos: str) -> Tokens:
+    stacked = torch.stack(windows)
+    if bos == "window":
+        stacked = torch.nn.functional.pad(stacked, (1, 0), value=tokenizer.bos_token_id)
+    return Tokens.of(stacked)

@@ -1,4 +1,4 @@
-"""The decoder blocks of a model, with the weight matrices in them by role: where a family's table meets its modules."""
+"""The decoder blocks of a model and their weight matrices by role: where a family's table meets real modules."""
 
 from __future__ import annotations
 
@@ -12,21 +12,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dass_exp.errors import UserError
-from dass_exp.models.families import (
-    ATTENTION,
-    DOWN,
-    GATE,
-    GLU,
-    INPUT_OF,
-    SCOPES,
-    UP,
-    Experts,
-    Family,
-    Role,
-    assumed_family,
-    family_of,
-    unknown_family,
-)
+from dass_exp.models import families
+from dass_exp.models.families import ATTENTION, DOWN, GATE, GLU, INPUT_OF, ROLES_IN_SCOPE, UP, Experts, Family, Role
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +23,10 @@ class LinearSite:
     """One weight matrix of a block.
 
     Args:
-        name: full name of its module; of a fused linear or an expert with the role behind it.
+        name: full name of its module; for a part of a fused linear or of an expert, followed by the role.
         role: what it does.
         matrix: the weight.
-        source: its input; matrices of one source see the same tensor.
+        source: its input; matrices of one source read the same tensor.
         unit: the block, or the expert: what is pruned together.
     """
 
@@ -61,89 +48,70 @@ class Decoder:
 
     @property
     def size(self) -> int:
-        """Weights of all matrices in the blocks, whatever their role (a router's too); norms and biases are none."""
+        """Number of weights in all matrices of the blocks, routers included, norms and biases not."""
         return sum(parameter.numel() for parameter in self.blocks.parameters() if parameter.ndim > 1)
 
     def sites(self, index: int, scope: str) -> Iterator[LinearSite]:
-        """The matrices of block ``index`` that lie in ``scope``, in the order of the roles, experts one after the other.
-
-        Raises:
-            UserError: a role's path leads to no linear.
-        """
-        name, experts = self.names[index], self.experts(index)
-        for role, place in self.family.places.items():
-            if role not in SCOPES[scope] or (experts is not None and role in GLU):
+        """Yield the matrices of block ``index`` in ``scope`` by role, then by expert; raise if a path is no linear."""
+        name, experts, layout = self.names[index], self.experts(index), self.family.experts
+        for role, location in self.family.locations.items():
+            if role not in ROLES_IN_SCOPE[scope] or (experts is not None and role in GLU):
                 continue
-            module = self._module(index, role, place.path)
-            rows = place.rows(self.config) if place.rows else None
+            module, path = self._linear(index, role, location.path), f"{name}.{location.path}"
+            rows = location.rows(self.config) if location.rows else None
             matrix = Matrix(module, module.weight, transposed=isinstance(module, Conv1D), rows=rows)  # type: ignore[arg-type]
-            yield LinearSite(
-                f"{name}.{place.path}" + (f".{role.value}" if rows is not None else ""),
-                role,
-                matrix,
-                INPUT_OF[role],
-                name,
-            )
-        if experts is not None and SCOPES[scope] & GLU:
-            yield from self._expert_sites(f"{name}.{self._table().path}", experts)
+            yield LinearSite(path if rows is None else f"{path}.{role.value}", role, matrix, INPUT_OF[role], name)
+        if experts is not None and layout is not None and ROLES_IN_SCOPE[scope] & GLU:
+            yield from _expert_sites(f"{name}.{layout.path}", experts, layout)
 
     def attention(self, index: int) -> nn.Module | None:
-        """The module that holds the attention of block ``index`` and nothing of its MLP; None where there is no such module."""
-        parents = {role: place.path.rpartition(".")[0] for role, place in self.family.places.items()}
+        """Return the module of block ``index`` that holds its attention and nothing of its MLP; None without one."""
+        parents = {role: location.path.rpartition(".")[0] for role, location in self.family.locations.items()}
         parent, *others = {path for role, path in parents.items() if role in ATTENTION}
-        if (
-            others
-            or not parent
-            or any(f"{path}.".startswith(f"{parent}.") for role, path in parents.items() if role not in ATTENTION)
-        ):
+        rest = [f"{path}." for role, path in parents.items() if role not in ATTENTION]
+        if others or not parent or any(path.startswith(f"{parent}.") for path in rest):
             return None
-        try:
-            return self.blocks[index].get_submodule(parent)
-        except AttributeError:
-            return None  # a hybrid mixes its tokens otherwise in some blocks
+        return _submodule(self.blocks[index], parent)  # None: some blocks of a hybrid model have no attention
 
     def experts(self, index: int) -> nn.Module | None:
-        """The module that holds the experts of block ``index``; None for a block without."""
-        if self.family.experts is None:
-            return None
-        try:
-            return self.blocks[index].get_submodule(self.family.experts.path)
-        except AttributeError:
-            return None  # some mixtures keep a plain MLP in some blocks
+        """Return the module that holds the experts of block ``index``; None for a block with a plain MLP."""
+        layout = self.family.experts
+        return None if layout is None else _submodule(self.blocks[index], layout.path)
 
-    def _expert_sites(self, path: str, module: nn.Module) -> Iterator[LinearSite]:
-        table = self._table()
-        fused, down = getattr(module, table.gate_up), getattr(module, table.down)
-        width = down.shape[-1]
-        for number in range(len(down)):
-            unit = f"{path}.{number}"
-            halves = {
-                GATE: Matrix(module, fused, number, rows=slice(0, width)),
-                UP: Matrix(module, fused, number, rows=slice(width, 2 * width)),
-            }
-            for role, matrix in {**halves, DOWN: Matrix(module, down, number)}.items():
-                yield LinearSite(f"{unit}.{role.value}", role, matrix, f"expert {number} {INPUT_OF[role]}", unit)
-
-    def _table(self) -> Experts:
-        if self.family.experts is None:
-            raise LookupError("this family has no experts")
-        return self.family.experts
-
-    def _module(self, index: int, role: Role, path: str) -> nn.Module:
-        name = f"{self.names[index]}.{path}"
-        try:
-            module = self.blocks[index].get_submodule(path)
-        except AttributeError as error:
-            raise UserError(f"role {role.value}: the model has no module {name}; set model.roles") from error
+    def _linear(self, index: int, role: Role, path: str) -> nn.Module:
+        name, module = f"{self.names[index]}.{path}", _submodule(self.blocks[index], path)
+        if module is None:
+            raise UserError(f"role {role.value}: the model has no module {name}; set model.roles")
         if not isinstance(module, (nn.Linear, Conv1D)):
             raise UserError(f"role {role.value}: {name} is a {type(module).__name__}; only a linear can be pruned")
         return module
 
 
+def _submodule(module: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _expert_sites(path: str, module: nn.Module, layout: Experts) -> Iterator[LinearSite]:
+    fused, down = getattr(module, layout.gate_up), getattr(module, layout.down)
+    width = down.shape[-1]
+    for expert in range(len(down)):
+        unit = f"{path}.{expert}"
+        matrices = {
+            GATE: Matrix(module, fused, expert, rows=slice(0, width)),
+            UP: Matrix(module, fused, expert, rows=slice(width, 2 * width)),
+            DOWN: Matrix(module, down, expert),
+        }
+        for role, matrix in matrices.items():
+            yield LinearSite(f"{unit}.{role.value}", role, matrix, f"expert {expert} {INPUT_OF[role]}", unit)
+
+
 def decoder_of(model: nn.Module, roles: Mapping[str, str] | None = None) -> Decoder:
     """Find the decoder blocks of a causal language model.
 
-    A model of a family that is in no table is taken for a LLaMA if its modules are called so; a warning says what was assumed.
+    A model of an unknown family is treated as LLaMA, with a warning, if its modules have LLaMA's names.
 
     Raises:
         UserError: the family is unknown, or its blocks are not where the table says.
@@ -151,40 +119,32 @@ def decoder_of(model: nn.Module, roles: Mapping[str, str] | None = None) -> Deco
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     model_type = str(getattr(config, "model_type", type(model).__name__))
-    known = family_of(model_type, roles)
-    family = known or assumed_family()
-    try:
-        blocks = model.get_submodule(family.blocks)
-    except AttributeError as error:
-        raise (
-            UserError(f"the model has no blocks at {family.blocks}; set model.roles.blocks")
-            if known
-            else unknown_family(model_type)
-        ) from error
+    known = families.family_of(model_type, roles)
+    family = known or families.ASSUMED
+    blocks = _submodule(model, family.blocks)
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
-        raise (
-            UserError(f"{family.blocks} is no list of decoder blocks; set model.roles.blocks")
-            if known
-            else unknown_family(model_type)
-        )
+        if known is None:
+            raise families.unknown_family(model_type)
+        path = family.blocks
+        problem = f"the model has no blocks at {path}" if blocks is None else f"{path} is no list of decoder blocks"
+        raise UserError(f"{problem}; set model.roles.blocks")
     decoder = Decoder(family, config, blocks, [f"{family.blocks}.{index}" for index in range(len(blocks))])
     if known is None:
-        _assume(decoder, model_type)
+        _check_assumption(decoder, model_type)
     return decoder
 
 
-def _assume(decoder: Decoder, model_type: str) -> None:
+def _check_assumption(decoder: Decoder, model_type: str) -> None:
     try:
         for index in range(len(decoder.blocks)):
             list(decoder.sites(index, "all"))
     except UserError as error:
-        raise unknown_family(model_type) from error
-    told = ", ".join(f"{role.value}: {place.path}" for role, place in decoder.family.places.items())
+        raise families.unknown_family(model_type) from error
     log.warning(
         "model family %r is in no table: it is taken for a LLaMA, with blocks: %s, %s; its BOS as its tokenizer does",
         model_type,
         decoder.family.blocks,
-        told,
+        ", ".join(f"{role.value}: {location.path}" for role, location in decoder.family.locations.items()),
     )
 
 
@@ -193,11 +153,11 @@ class Matrix:
     """A weight [out_features, in_features] inside a module.
 
     Args:
-        module: what is called with the matrix's input.
+        module: the one that is called with the matrix's input.
         parameter: the tensor that holds it, of one linear or of several.
-        expert: its place along the first of three dimensions, None for a tensor of two.
+        expert: index along the first of three dimensions; None for a tensor of two.
         transposed: the tensor is [in_features, out_features] (GPT-2's Conv1D).
-        rows: the output features of a fused linear that are its own, None for all.
+        rows: its output features in a fused linear; None for all.
     """
 
     module: nn.Module
@@ -208,34 +168,30 @@ class Matrix:
 
     @classmethod
     def of(cls, linear: nn.Linear) -> Matrix:
-        """The whole weight of a linear."""
+        """Return the whole weight of a linear."""
         return cls(linear, linear.weight)
 
     @property
     def in_features(self) -> int:
-        """Columns."""
+        """Number of columns."""
         return self.parameter.shape[-2 if self.transposed else -1]
 
     @property
     def out_features(self) -> int:
-        """Rows."""
-        whole = self.parameter.shape[-1 if self.transposed else -2]
-        return (
-            whole
-            if self.rows is None
-            else len(range(whole)[self.rows])
-            if isinstance(self.rows, slice)
-            else len(self.rows)
-        )
+        """Number of rows."""
+        total = self.parameter.shape[-1 if self.transposed else -2]
+        if isinstance(self.rows, slice):
+            return len(range(total)[self.rows])
+        return total if self.rows is None else len(self.rows)
 
     @property
     def weight(self) -> Tensor:
-        """[out_features, in_features], in the model's dtype; not to be changed in place: it may be a copy."""
+        """[out_features, in_features] in the model's dtype; do not change it in place: it may be a copy."""
         whole = self._whole()
         return whole if self.rows is None else whole[self._index()]
 
     def zero(self, keep: Tensor) -> None:
-        """Set the weights to zero where ``keep`` (bool [out, in]) is False; the others stay as they are, bit for bit."""
+        """Zero the weights where ``keep`` (bool [out, in]) is False; the others stay bit for bit."""
         if self.rows is None or isinstance(self.rows, slice):
             self.weight.masked_fill_(~keep, 0)
         else:

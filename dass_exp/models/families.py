@@ -1,6 +1,6 @@
-"""Model families: which module plays which role. The only place that knows the names of a model's modules.
+"""Model families: which module plays which role in a decoder block. Only this file knows the names of modules.
 
-A role is what a linear does in its block. Methods ask for roles and never for names.
+Methods ask for roles, never for names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Role(StrEnum):
     Q = "q"
     K = "k"
     V = "v"
-    O = "o"
+    O = "o"  # noqa: E741
     GATE = "gate"
     UP = "up"
     DOWN = "down"
@@ -27,26 +27,22 @@ class Role(StrEnum):
     FC2 = "fc2"
 
 
-Q, K, V, O, GATE, UP, DOWN, FC1, FC2 = Role
+Q, K, V, O, GATE, UP, DOWN, FC1, FC2 = Role  # noqa: E741
 
 ATTENTION, GLU, PLAIN = frozenset({Q, K, V, O}), frozenset({GATE, UP, DOWN}), frozenset({FC1, FC2})
 
-SCOPES: dict[str, frozenset[Role]] = {"mlp": GLU | PLAIN, "attention": ATTENTION, "all": frozenset(Role)}
+ROLES_IN_SCOPE: dict[str, frozenset[Role]] = {"mlp": GLU | PLAIN, "attention": ATTENTION, "all": frozenset(Role)}
+SCOPES = ROLES_IN_SCOPE
 
-# Linears whose roles share an input see the very same tensor, so it is observed once.
+# Roles with the same entry read the very same tensor, so it is observed once.
 INPUT_OF: dict[Role, str] = {
-    Q: "attention",
-    K: "attention",
-    V: "attention",
+    **dict.fromkeys((Q, K, V), "attention"),
     O: "heads",
-    GATE: "mlp",
-    UP: "mlp",
-    DOWN: "intermediate",
-    FC1: "mlp",
-    FC2: "intermediate",
+    **dict.fromkeys((GATE, UP, FC1), "mlp"),
+    **dict.fromkeys((DOWN, FC2), "intermediate"),
 }
 
-# Which linear of an MLP reads the neurons that this one makes.
+# The linear of an MLP that reads the neurons which this one computes.
 READER_OF: dict[Role, Role] = {GATE: DOWN, UP: DOWN, FC1: FC2}
 
 BOS_POLICIES = ("never", "stream", "window")
@@ -55,12 +51,12 @@ Rows = slice | Sequence[int]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a block keeps a role's weight.
+class WeightLocation:
+    """Where a block keeps the weight of a role.
 
     Args:
         path: of the module inside the block.
-        rows: which of its output features, from the model's config, where several roles are fused in one linear.
+        rows: its output features, computed from the model's config, if several roles are fused in one linear.
     """
 
     path: str
@@ -69,11 +65,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Experts:
-    """Where a block of a mixture of experts keeps them, as [expert, out, in] tensors of one module; the router is never pruned.
+    """Where a mixture-of-experts block keeps its experts: tensors [expert, out, in] of one module. Routers stay dense.
 
     Args:
         path: of the experts' module inside the block.
-        gate_up: the tensor of gate and up, one over the other.
+        gate_up: the tensor of gate and up, stacked along the output features.
         down: the tensor of down.
     """
 
@@ -87,111 +83,92 @@ class Family:
     """The roles of one architecture.
 
     Args:
-        places: of each role's linear inside a block.
-        mlp: the form of its MLP, for tables.
+        locations: of each role's linear inside a block.
+        mlp: kind of MLP, for tables.
         blocks: path of the list of decoder blocks.
-        bos: ``tokenizer``, once at the head of a text where the tokenizer itself adds it (the Wanda code), or ``window``,
-            at the start of each window (Gemma, which gives no sensible figure without it).
-        experts: in blocks that have them they stand in the place of gate, up and down.
-        seen: the model of it that this project has pruned for real; empty where only random ones were, in the tests.
+        bos: ``tokenizer``, once at the head of a text if the tokenizer adds it by itself (as in the Wanda code), or
+            ``window``, at the start of each window (Gemma, whose perplexity is meaningless without it).
+        experts: replace gate, up and down in the blocks that have them.
+        tested_on: the real model that was pruned with this project; empty if only random ones were, in the tests.
     """
 
-    places: Mapping[Role, Place]
+    locations: Mapping[Role, WeightLocation]
     mlp: str = "GLU"
     blocks: str = "model.layers"
     bos: str = "tokenizer"
     experts: Experts | None = None
-    seen: str = ""
+    tested_on: str = ""
 
 
-def _places(**paths: str | Place) -> dict[Role, Place]:
-    return {Role(role): Place(path) if isinstance(path, str) else path for role, path in paths.items()}
+def _locations(**paths: str | WeightLocation) -> dict[Role, WeightLocation]:
+    return {Role(role): WeightLocation(path) if isinstance(path, str) else path for role, path in paths.items()}
 
 
-def _third(number: int) -> Callable[[Any], Rows]:
-    return lambda config: slice(number * config.hidden_size, (number + 1) * config.hidden_size)
+def _fused_qkv(path: str, rows: Callable[[int], Callable[[Any], Rows]]) -> dict[str, str | WeightLocation]:
+    return {role: WeightLocation(path, rows(part)) for part, role in enumerate("qkv")}
 
 
-def _half(number: int) -> Callable[[Any], Rows]:
-    return lambda config: slice(number * config.intermediate_size, (number + 1) * config.intermediate_size)
+def _equal_part(part: int, size: str = "hidden_size") -> Callable[[Any], Rows]:
+    return lambda config: slice(part * getattr(config, size), (part + 1) * getattr(config, size))
 
 
-def _phi3_heads(role: Role) -> Callable[[Any], Rows]:
-    """Phi-3: the heads of q, then those of k, then those of v, with fewer of k and v."""
+def _phi3_qkv(part: int) -> Callable[[Any], Rows]:
+    """Phi-3: all heads of q, then the (fewer) heads of k, then those of v."""
 
     def rows(config: Any) -> Rows:
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
-        return {Q: slice(0, queries), K: slice(queries, queries + keys), V: slice(queries + keys, queries + 2 * keys)}[
-            role
-        ]
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+        bounds = (0, queries, queries + keys, queries + 2 * keys)
+        return slice(bounds[part], bounds[part + 1])
 
     return rows
 
 
-def _neox_heads(number: int) -> Callable[[Any], Rows]:
+def _neox_qkv(part: int) -> Callable[[Any], Rows]:
     """GPT-NeoX: head by head, q, k and v of each."""
 
     def rows(config: Any) -> Rows:
-        size = config.hidden_size // config.num_attention_heads
-        return [
-            (3 * head + number) * size + feature
-            for head in range(config.num_attention_heads)
-            for feature in range(size)
-        ]
+        heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+        return [(3 * head + part) * head_dim + feature for head in range(heads) for feature in range(head_dim)]
 
     return rows
 
 
 _ATTENTION = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"}
-_GLU = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
-_LLAMA = Family(_places(**_ATTENTION, **_GLU))
-_GEMMA = Family(_LLAMA.places, "GeGLU", bos="window")
-_MIXTURE = Family(_LLAMA.places, "SwiGLU experts", experts=Experts())
+_LLAMA = _locations(**_ATTENTION, gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj")
+ASSUMED = _SWIGLU = Family(_LLAMA, "SwiGLU")  # what a model of an unknown family is assumed to be
+_GEMMA = Family(_LLAMA, "GeGLU", bos="window")
+_MIXTURE = Family(_LLAMA, "SwiGLU experts", experts=Experts())
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_LLAMA.places, "SwiGLU (ReGLU in ReluLLaMA)", seen="SmolLM2-135M; tiny models, trained here"),
-    "mistral": Family(_LLAMA.places, "SwiGLU"),
-    "qwen2": Family(_LLAMA.places, "SwiGLU"),
-    "qwen3": Family(_LLAMA.places, "SwiGLU"),
-    "olmo2": Family(_LLAMA.places, "SwiGLU"),
-    "gemma": _GEMMA,
-    "gemma2": _GEMMA,
-    "gemma3_text": Family(_LLAMA.places, "GeGLU", bos="window", seen="Gemma-3-270M"),
+    "llama": Family(_LLAMA, "SwiGLU (ReGLU in ReluLLaMA)", tested_on="SmolLM2-135M; tiny models, trained here"),
+    **dict.fromkeys(("mistral", "qwen2", "qwen3", "olmo2"), _SWIGLU),
+    **dict.fromkeys(("gemma", "gemma2"), _GEMMA),
+    "gemma3_text": Family(_LLAMA, "GeGLU", bos="window", tested_on="Gemma-3-270M"),
     "phi3": Family(
-        _places(
-            **{role.value: Place("self_attn.qkv_proj", _phi3_heads(role)) for role in (Q, K, V)},
+        _locations(
+            **_fused_qkv("self_attn.qkv_proj", _phi3_qkv),
             o="self_attn.o_proj",
-            gate=Place("mlp.gate_up_proj", _half(0)),
-            up=Place("mlp.gate_up_proj", _half(1)),
+            gate=WeightLocation("mlp.gate_up_proj", _equal_part(0, "intermediate_size")),
+            up=WeightLocation("mlp.gate_up_proj", _equal_part(1, "intermediate_size")),
             down="mlp.down_proj",
         ),
         "SwiGLU",
     ),
-    "mixtral": _MIXTURE,
-    "qwen3_moe": _MIXTURE,
-    "olmoe": _MIXTURE,
+    **dict.fromkeys(("mixtral", "qwen3_moe", "olmoe"), _MIXTURE),
     "opt": Family(
-        _places(**{**_ATTENTION, "o": "self_attn.out_proj"}, fc1="fc1", fc2="fc2"),
+        _locations(**_ATTENTION | {"o": "self_attn.out_proj"}, fc1="fc1", fc2="fc2"),
         "ReLU, no GLU",
         blocks="model.decoder.layers",
     ),
     "gpt2": Family(
-        _places(
-            **{role.value: Place("attn.c_attn", _third(number)) for number, role in enumerate((Q, K, V))},
-            o="attn.c_proj",
-            fc1="mlp.c_fc",
-            fc2="mlp.c_proj",
-        ),
+        _locations(**_fused_qkv("attn.c_attn", _equal_part), o="attn.c_proj", fc1="mlp.c_fc", fc2="mlp.c_proj"),
         "GELU, no GLU",
         blocks="transformer.h",
     ),
     "gpt_neox": Family(
-        _places(
-            **{
-                role.value: Place("attention.query_key_value", _neox_heads(number))
-                for number, role in enumerate((Q, K, V))
-            },
+        _locations(
+            **_fused_qkv("attention.query_key_value", _neox_qkv),
             o="attention.dense",
             fc1="mlp.dense_h_to_4h",
             fc2="mlp.dense_4h_to_h",
@@ -200,64 +177,56 @@ FAMILIES: dict[str, Family] = {
         blocks="gpt_neox.layers",
     ),
     "arcee": Family(
-        _places(**_ATTENTION, fc1="mlp.up_proj", fc2="mlp.down_proj"),
+        _locations(**_ATTENTION, fc1="mlp.up_proj", fc2="mlp.down_proj"),
         "any activation, no GLU",
-        seen="tiny models, trained here",
+        tested_on="tiny models, trained here",
     ),
-    "phi": Family(_places(**{**_ATTENTION, "o": "self_attn.dense"}, fc1="mlp.fc1", fc2="mlp.fc2"), "GELU, no GLU"),
+    "phi": Family(_locations(**_ATTENTION | {"o": "self_attn.dense"}, fc1="mlp.fc1", fc2="mlp.fc2"), "GELU, no GLU"),
 }
 
 
-def table() -> str:
-    """The families as README.md lists them, Markdown."""
+def markdown_table() -> str:
+    """Return the table of supported families that README.md shows."""
     lines = ["| `model_type` | MLP | where the roles lie | BOS | run for real here |", "|---|---|---|---|---|"]
     for name, family in FAMILIES.items():
-        fused = [role.value for role, place in family.places.items() if place.rows is not None]
-        told = [f"{', '.join(fused)} fused"] if fused else []
-        told += ["each expert by its own tokens, router dense"] if family.experts else []
+        fused = [role.value for role, location in family.locations.items() if location.rows is not None]
+        layout = [f"{', '.join(fused)} fused"] if fused else []
+        layout += ["each expert by its own tokens, router dense"] if family.experts else []
         bos = "in every window" if family.bos == "window" else "as its tokenizer does"
-        lines.append(
-            f"| {name} | {family.mlp} | {'; '.join(told) or 'each its own linear'} | {bos} | {family.seen or 'no: random two-layer models in the tests'} |"
-        )
+        tested = family.tested_on or "no: random two-layer models in the tests"
+        lines.append(f"| {name} | {family.mlp} | {'; '.join(layout) or 'each its own linear'} | {bos} | {tested} |")
     return "\n".join(lines) + "\n"
 
 
 def family_of(model_type: str, roles: Mapping[str, str] | None = None) -> Family | None:
-    """The family of a ``config.model_type``, the one that the setting ``model.roles`` describes, or None for one that is in neither.
+    """Return the family of a ``config.model_type`` (None if unknown), or the one that ``model.roles`` describes.
 
     Args:
         model_type: as in the model's config.json.
-        roles: path of each role's linear inside a block, and ``blocks``: the path of the list of blocks.
-
-    Raises:
-        UserError: roles were given and are incomplete.
+        roles: path of each role's linear inside a block and, as ``blocks``, of the list of blocks.
     """
     if roles is None:
         return FAMILIES.get(model_type)
     if not isinstance(roles, Mapping) or not all(isinstance(path, str) for path in roles.values()):
         raise UserError(f"model.roles={roles!r}: expected a path for each of blocks, {', '.join(Role)}")
-    given = {one_of("model.roles", key, ("blocks", *Role)): path for key, path in roles.items()}
-    mlp = PLAIN if PLAIN & given.keys() and not GLU & given.keys() else GLU
+    paths = {one_of("model.roles", key, ("blocks", *Role)): path for key, path in roles.items()}
+    mlp = PLAIN if PLAIN & paths.keys() and not GLU & paths.keys() else GLU
     needed = [role for role in Role if role in ATTENTION | mlp]
-    missing = [role.value for role in needed if role not in given]
-    if missing or len(given.keys() - {"blocks"}) > len(needed):
-        told = f"missing {', '.join(missing)}" if missing else "an MLP has gate, up and down, or fc1 and fc2, not both"
-        raise UserError(f"model.roles: {told}; give the path inside a block of each of {', '.join(needed)}")
-    base = FAMILIES.get(model_type, _LLAMA)
-    return Family(
-        {role: Place(given[role]) for role in needed}, "as model.roles says", given.get("blocks", base.blocks), base.bos
-    )
-
-
-def assumed_family() -> Family:
-    """What a model of an unknown family is tried as: the names that LLaMA and most of its successors use."""
-    return _LLAMA
+    missing = [role.value for role in needed if role not in paths]
+    if missing or len(paths.keys() - {"blocks"}) > len(needed):
+        problem = (
+            f"missing {', '.join(missing)}" if missing else "an MLP has gate, up and down, or fc1 and fc2, not both"
+        )
+        raise UserError(f"model.roles: {problem}; give the path inside a block of each of {', '.join(needed)}")
+    base, locations = FAMILIES.get(model_type, ASSUMED), {role: WeightLocation(paths[role]) for role in needed}
+    return Family(locations, "as model.roles says", paths.get("blocks", base.blocks), base.bos)
 
 
 def unknown_family(model_type: str) -> UserError:
-    """What to tell of a family that is in no table and does not look like LLaMA."""
+    """Return the error for a family that is in no table and whose modules are not named like LLaMA's."""
     roles = ", ".join(f"{role}: PATH" for role in ("blocks", *(role for role in Role if role not in PLAIN)))
     return UserError(
-        f"model family {model_type!r} is not known, and its modules are not called like LLaMA's; known: {', '.join(sorted(FAMILIES))}. "
-        f"Describe it in a file conf/model/NAME.yaml: name: NAME, path: its hub id or folder, roles: {{{roles}}} (without a GLU: fc1 and fc2)"
+        f"model family {model_type!r} is not known, and its modules are not called like LLaMA's; "
+        f"known: {', '.join(sorted(FAMILIES))}. Describe it in a file conf/model/NAME.yaml: name: NAME, "
+        f"path: its hub id or folder, roles: {{{roles}}} (without a GLU: fc1 and fc2)"
     )

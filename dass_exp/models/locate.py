@@ -1,4 +1,4 @@
-"""Where a model lies and what it is: on a hub, in a folder, among the offline or the tiny models."""
+"""Where a model is and which one it is: on the hub, in a folder, an offline model or a tiny one."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -17,84 +18,112 @@ from safetensors import SafetensorError
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from dass_exp.data import assets
-from dass_exp.data.assets import file_sha256
 from dass_exp.errors import UserError
 from dass_exp.models import tiny
 from dass_exp.storage.mask_file import MASKS
 
-OFFLINE = "offline:"  # a path that starts so names one of the models of assets.py
-TINY = "tiny:"  # and one that starts so, one of tiny.py
+if TYPE_CHECKING:
+    from dass_exp.config.settings import ModelConfig
 
-_NEEDS_LICENCE = {"gemma3_270m": "the Gemma Terms of Use (https://ai.google.dev/gemma/terms)"}
+OFFLINE = "offline:"  # prefix of a path that names a model of assets.py
+TINY = "tiny:"  # prefix of a path that names a model of tiny.py
+MANIFEST = "dass_exp.json"
+
+_LICENCES = {"gemma3_270m": "the Gemma Terms of Use (https://ai.google.dev/gemma/terms)"}
 _NOTES = {
     "smollm2_135m": "dequantised from 4-bit weights (GGUF Q4_1)",
     "gemma3_270m": "dequantised from 4-bit weights (GGUF Q4_K_M)",
 }
+_IDENTIFYING = {"config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"}  # besides the weights
 
 
-def locate(settings: Any) -> dict[str, Any]:
-    """Where the model lies and what it is: source, identity, config, revision, note and trained of a :class:`ModelSpec`."""
-    path, trust = str(settings.path), bool(settings.trust_remote_code)
-    if settings.training_seed is not None and not path.startswith(TINY):
-        raise UserError(
-            f"model.training_seed={settings.training_seed}: only the models of `make tiny-models` were trained more than once; leave it null"
-        )
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Where the files of a model are, and which model they are.
+
+    Args:
+        source: hub id or folder.
+        revision: resolved commit of a hub model.
+        identity: of its weights, wherever they are stored: hub id and commit, or a digest.
+        config: of transformers.
+        note: what a reader of its numbers must know, or an empty string.
+        trained: ``recipe`` and ``seed`` of a model whose recipe was trained several times; else empty.
+    """
+
+    source: str
+    revision: str | None = None
+    identity: str
+    config: Any = field(repr=False)
+    note: str = ""
+    trained: Mapping[str, Any] = field(default_factory=dict)
+
+
+def locate(config: ModelConfig) -> ModelSource:
+    """Find the files of a model, downloaded and converted if it is an offline one. Raises as ``load.identify``."""
+    path, trust = str(config.path), bool(config.trust_remote_code)
     if path.startswith(TINY):
-        recipe = tiny.trained(path.removeprefix(TINY), settings.training_seed)
-        told = {"recipe": f"{path}@{recipe.digest}", "seed": recipe.training_seed}
-        identity = f"{path}@{folder_digest(recipe.folder)}"
-        return {
-            **_local(recipe.folder, trust=False),
-            "identity": identity,
-            "note": "trained from scratch by make tiny-models",
-            "trained": told,
-        }
+        return _tiny_source(path, config.training_seed)
+    if config.training_seed is not None:
+        raise UserError(
+            f"model.training_seed={config.training_seed}: "
+            "only the models of `make tiny-models` were trained more than once; leave it null"
+        )
     if path.startswith(OFFLINE):
-        name = path.removeprefix(OFFLINE)
-        folder = _offline(name, bool(settings.accept_license))
-        return {
-            **_local(folder, trust=False),
-            "identity": f"{path}@{assets.MODELS[name].sha256[:16]}",
-            "note": _NOTES[name],
-        }
+        return _offline_source(path, bool(config.accept_license))
     if Path(path).is_dir():
-        made = manifest_of(Path(path))
-        note = f"pruned by dass_exp: {made['told']}, record {made['key']}" if made else ""
-        return {**_local(Path(path), trust), "identity": f"local:{folder_digest(Path(path))}", "note": note}
+        folder, manifest = Path(path), manifest_of(Path(path))
+        return ModelSource(
+            source=str(folder),
+            config=_read_config(str(folder), trust=trust),
+            identity=f"local:{folder_digest(folder)}",
+            note=f"pruned by dass_exp: {manifest['told']}, record {manifest['key']}" if manifest else "",
+        )
     if path.startswith(("/", ".", "~")):
         raise UserError(
-            f"model.path={path}: there is no such folder; give a folder, a hub id such as meta-llama/Llama-2-7b-hf, or {OFFLINE}smollm2_135m"
+            f"model.path={path}: there is no such folder; "
+            f"give a folder, a hub id such as meta-llama/Llama-2-7b-hf, or {OFFLINE}smollm2_135m"
         )
-    with quiet(), explained(path):
-        revision = extract_commit_hash(str(cached_file(path, "config.json", revision=settings.revision)), None)
+    with quiet_libraries(), readable_errors(path):
+        revision = extract_commit_hash(str(cached_file(path, "config.json", revision=config.revision)), None)
     if revision is None:
         raise UserError(
-            f"model.path={path}: its commit cannot be told, so its results could not be told apart; download it and give the folder"
+            f"model.path={path}: its commit cannot be told, so its results could not be told apart; "
+            "download it and give the folder"
         )
-    return {
-        "source": path,
-        "revision": revision,
-        "config": read_config(path, revision, trust),
-        "identity": f"{path}@{revision}",
-        "note": "",
-    }
+    model_config = _read_config(path, revision, trust)
+    return ModelSource(source=path, revision=revision, config=model_config, identity=f"{path}@{revision}")
 
 
-def _local(folder: Path, trust: bool) -> dict[str, Any]:
-    return {"source": str(folder), "revision": None, "config": read_config(str(folder), None, trust), "note": ""}
+def _tiny_source(path: str, training_seed: int | None) -> ModelSource:
+    recipe = tiny.trained_recipe(path.removeprefix(TINY), training_seed)
+    return ModelSource(
+        source=str(recipe.folder),
+        config=_read_config(str(recipe.folder)),
+        identity=f"{path}@{folder_digest(recipe.folder)}",
+        note="trained from scratch by make tiny-models",
+        trained={"recipe": f"{path}@{recipe.digest}", "seed": recipe.training_seed},
+    )
 
 
-def _offline(name: str, accepted: bool) -> Path:
+def _offline_source(path: str, accepted: bool) -> ModelSource:
+    name = path.removeprefix(OFFLINE)
     if name not in assets.MODELS:
-        raise UserError(f"model.path={OFFLINE}{name}: the offline models are {', '.join(assets.MODELS)}")
-    if name in _NEEDS_LICENCE and not accepted:
-        raise UserError(f"model {name}: read {_NEEDS_LICENCE[name]}; if you accept them, set model.accept_license=true")
-    return assets.converted(name, convert_gguf)
+        raise UserError(f"model.path={path}: the offline models are {', '.join(assets.MODELS)}")
+    if name in _LICENCES and not accepted:
+        raise UserError(f"model {name}: read {_LICENCES[name]}; if you accept them, set model.accept_license=true")
+    folder = str(assets.convert_once(name, convert_gguf))
+    identity = f"{path}@{assets.MODELS[name].sha256[:16]}"
+    return ModelSource(source=folder, config=_read_config(folder), identity=identity, note=_NOTES[name])
+
+
+def _read_config(source: str, revision: str | None = None, trust: bool = False) -> Any:
+    with quiet_libraries(), readable_errors(source):
+        return transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust)
 
 
 def convert_gguf(source: Path, folder: Path) -> None:
-    """Turn a GGUF file into safetensors and tokenizer files, dequantised to float32, each weight as the file holds it."""
-    with quiet():
+    """Convert a GGUF file to safetensors and tokenizer files, its weights dequantised to float32."""
+    with quiet_libraries():
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source.parent, gguf_file=source.name, dtype=torch.float32
         )
@@ -107,8 +136,8 @@ def convert_gguf(source: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def folder_of(source: str, revision: str | None) -> Path:
-    """The folder of a model's files; those of a hub model are fetched into the hub's cache first."""
+def files_of(source: str, revision: str | None) -> Path:
+    """Return the folder of a model's files; those of a hub model are downloaded to the hub's cache first."""
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download
@@ -116,15 +145,9 @@ def folder_of(source: str, revision: str | None) -> Path:
     return Path(snapshot_download(source, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
 
 
-def read_config(source: str, revision: str | None, trust: bool) -> Any:
-    """The transformers config of a model; no weight is loaded."""
-    with quiet(), explained(source):
-        return transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust)
-
-
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the progress bars, advice and retries of transformers and the hub off the screen while it is open."""
+def quiet_libraries() -> Iterator[None]:
+    """Silence progress bars, advice and retries of transformers and the hub inside the context."""
     log, hub = transformers.utils.logging, logging.getLogger("huggingface_hub")
     verbosity, hub_level, bars = log.get_verbosity(), hub.level, log.is_progress_bar_enabled()
     log.set_verbosity_error()
@@ -140,62 +163,45 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def explained(source: str) -> Iterator[None]:
-    """Turn what transformers and the hub raise for a model that cannot be had into one line."""
+def readable_errors(source: str) -> Iterator[None]:
+    """Turn what transformers and the hub raise for a model that cannot be loaded into a one-line UserError."""
     try:
         yield
-    except SafetensorError as error:
-        raise UserError(
-            f"model.path={source}: one of its files is damaged ({' '.join(str(error).split())}); fetch it again"
-        ) from error
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (SafetensorError, OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())
+        if isinstance(error, SafetensorError):
+            raise UserError(f"model.path={source}: one of its files is damaged ({reason}); fetch it again") from error
         raise UserError(
-            f"model.path={source}: it cannot be loaded. Check the name, log in with `hf auth login` if it is gated, and check the network; "
-            f"model=smollm2_135m needs no hub. ({reason[:300]})"
+            f"model.path={source}: it cannot be loaded. Check the name, log in with `hf auth login` if it is gated, "
+            f"and check the network; model=smollm2_135m needs no hub. ({reason[:300]})"
         ) from error
-
-
-MANIFEST = "dass_exp.json"
-
-_IDENTIFYING = {"config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"}  # beside the weights
 
 
 def folder_digest(folder: Path) -> str:
-    """16 hex digits over the weights, the config and the tokenizer of a model folder.
-
-    Raises:
-        UserError: it holds no safetensors.
-    """
-    files = sorted(
-        file
-        for file in folder.iterdir()
-        if (file.suffix == ".safetensors" and file.name != MASKS) or file.name in _IDENTIFYING
-    )
-    if not any(file.suffix == ".safetensors" for file in files):
+    """Return 16 hex digits of a SHA-256 over the weights (safetensors only), config and tokenizer of a model folder."""
+    weights = {file for file in folder.glob("*.safetensors") if file.name != MASKS}
+    if not weights:
         raise UserError(f"model.path={folder}: the folder holds no .safetensors file; other formats are not read")
+    files = sorted(weights | {file for file in folder.iterdir() if file.name in _IDENTIFYING})
     return _digest(tuple((file.absolute(), file.stat().st_mtime_ns, file.stat().st_size) for file in files))
-
-
-def manifest_of(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint that this project saved (:mod:`dass_exp.models.save`); empty for another folder."""
-    try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return (
-        found
-        if isinstance(found, dict) and isinstance(found.get("key"), str) and isinstance(found.get("told"), str)
-        else {}
-    )
 
 
 @functools.lru_cache(maxsize=64)
 def _digest(stamped: tuple[tuple[Path, int, int], ...]) -> str:
-    """One digest over files; the time stamps make a sweep in one process hash an unchanged folder once."""
-    whole = hashlib.sha256()
+    """Hash files once per process while their time stamps and sizes, which are part of the cache key, stay the same."""
+    total = hashlib.sha256()
     for file, _, _ in stamped:
-        whole.update(f"{file.name}:{file_sha256(file)};".encode())
-    return whole.hexdigest()[:16]
+        total.update(f"{file.name}:{assets.file_sha256(file)};".encode())
+    return total.hexdigest()[:16]
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a checkpoint that :mod:`dass_exp.models.save` wrote; empty for any other folder."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    valid = isinstance(manifest, dict) and all(isinstance(manifest.get(name), str) for name in ("key", "told"))
+    return manifest if valid else {}

@@ -1,7 +1,7 @@
-"""Tiny models that differ in their MLP only: their recipes, and where a trained one lies.
+"""Recipes of tiny models that differ in their MLP and training seed only, and the folders of the trained ones.
 
-They ask one question under control: does a method depend on the activation, or on there being a GLU? Same text, same tokenizer, same size,
-same number of steps; the MLP and the seed of the training are all that differs.
+A controlled experiment: does a method depend on the activation, or on the MLP being a GLU? Text, tokenizer, size and
+number of steps are the same.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from dass_exp.data import assets
 from dass_exp.errors import UserError, one_of, whole_number
 from dass_exp.paths import cache_dir
 
-TRAINING_VERSION = 1  # raised when the same recipe would train another model
+TRAINING_VERSION = 1  # to be raised when a change of the code makes a recipe train another model
 TRAINING_SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """What a variant's MLP is.
+    """The MLP of a variant.
 
     Args:
-        activation: its name in transformers' table.
+        activation: its name in transformers.
         gated: act(gate x) * (up x), three matrices (arXiv 2002.05202); else act(W x), two.
-        model_type: of transformers: LLaMA, or Arcee, which is LLaMA with a plain MLP.
+        model_type: of transformers; Arcee is LLaMA with a plain MLP.
     """
 
     activation: str
@@ -46,15 +46,15 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides what a tiny model becomes, but for the rounding of the machine that trains it.
+    """Everything that determines a trained tiny model, except the rounding of the machine that trains it.
 
     Args:
         variant: key of :data:`VARIANTS`.
-        training_seed: of its first weights and of the order of its text.
-        glu_size: intermediate features of a GLU; a plain MLP has half as many again, so that both have the same number of weights.
-        context: tokens of a training sequence, and the most that the model takes.
-        learning_rate: at its peak; it rises over ``warmup`` steps and falls along a cosine to nothing.
-        perplexity: that the trained model must reach on the held-out articles, or it is not kept.
+        training_seed: of the initial weights and of the order of the training sequences.
+        glu_size: intermediate size of a GLU; a plain MLP has 1.5 times as many, so that both have as many weights.
+        context: tokens of a training sequence; the model's maximum.
+        learning_rate: peak value, after a linear warmup and before cosine decay to zero.
+        perplexity: highest perplexity on the held-out articles with which the trained model is accepted.
     """
 
     variant: str
@@ -78,7 +78,7 @@ class Recipe:
 
     @property
     def mlp(self) -> Mlp:
-        """What its MLP is."""
+        """The MLP of its variant."""
         return VARIANTS[self.variant]
 
     @property
@@ -88,24 +88,20 @@ class Recipe:
 
     @property
     def digest(self) -> str:
-        """12 hex digits over what is trained, its training seed apart, and the texts."""
-        settings = {
-            key: value for key, value in dataclasses.asdict(self).items() if key not in ("training_seed", "perplexity")
-        }
-        told = {
-            "version": TRAINING_VERSION,
-            "recipe": settings,
-            "texts": {name: assets.TEXTS[name].sha256 for name in ("c4", "wikipedia")},
-        }
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+        """12 hex digits of a SHA-256 over the recipe, without its training seed, and the texts."""
+        settings = dataclasses.asdict(self)
+        del settings["training_seed"], settings["perplexity"]
+        texts = {name: assets.TEXTS[name].sha256 for name in ("c4", "wikipedia")}
+        identity = {"version": TRAINING_VERSION, "recipe": settings, "texts": texts}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def folder(self) -> Path:
-        """Where the trained model lies or will lie."""
+        """The folder of the trained model, whether it exists or not."""
         return cache_dir() / "models" / f"{self.name}-{self.digest}-{self.training_seed}"
 
     def config(self) -> dict[str, Any]:
-        """The settings of its transformers config."""
+        """Return the arguments of its transformers config."""
         return {
             "vocab_size": self.vocabulary,
             "hidden_size": self.hidden,
@@ -122,22 +118,21 @@ class Recipe:
         }
 
 
-def trained(variant: str, training_seed: int | None) -> Recipe:
-    """The recipe of a model that was trained before.
+def trained_recipe(variant: str, training_seed: int | None) -> Recipe:
+    """Return the recipe of a model that is already trained on this machine; by default of the first training seed.
 
     Raises:
-        UserError: there is no such variant, or it was not trained on this machine yet.
+        UserError: there is no such variant, or it is not trained yet.
     """
     if variant not in VARIANTS:
         raise UserError(f"model.path=tiny:{variant}: the tiny models are {', '.join(VARIANTS)}")
     recipe = Recipe(variant, TRAINING_SEEDS[0] if training_seed is None else training_seed)
-    if not assets.complete(recipe.folder):
-        command = (
-            "`make tiny-models`"
-            if recipe.training_seed in TRAINING_SEEDS
-            else f"`python -m dass_exp.train {variant} --training-seeds {training_seed}`"
-        )
+    if not assets.is_complete(recipe.folder):
+        seed, command = recipe.training_seed, "make tiny-models"
+        if seed not in TRAINING_SEEDS:
+            command = f"python -m dass_exp.train {variant} --training-seeds {seed}"
         raise UserError(
-            f"model.path=tiny:{variant}, model.training_seed={recipe.training_seed}: it is not trained yet; run {command} once (minutes a model)"
+            f"model.path=tiny:{variant}, model.training_seed={seed}: "
+            f"it is not trained yet; run `{command}` once (minutes a model)"
         )
     return recipe

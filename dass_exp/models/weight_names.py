@@ -1,11 +1,11 @@
-"""How a checkpoint holds a model: under which names, and in how many pieces each tensor lies."""
+"""Translate between the tensors of a model and those of its checkpoint: other names, and fused tensors in pieces."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,42 +25,39 @@ from dass_exp.models.shards import Shards
 
 @dataclass(frozen=True)
 class JoinedTensors:
-    """Stored tensors out of which transformers makes others: the experts of a mixture, one by one in the checkpoint and in one tensor in the model.
+    """Stored tensors that transformers fuses, such as experts: one by one in the checkpoint, one tensor in the model.
 
     Args:
-        names: the model's own, of what is made.
-        stored: of the pieces, in the order in which they are joined.
-        patterns: of each piece, the part that it plays.
-        first: the name that the converter knows the result by.
+        first: the name under which the converter knows the result.
+        pieces: stored name of each piece, in the order in which they are joined, and the pattern that it matches.
         converter: of transformers.
+        names: the model's names of the fused tensors.
     """
 
-    names: tuple[str, ...]
-    stored: tuple[str, ...]
-    patterns: tuple[str, ...]
     first: str
+    pieces: dict[str, str]
     converter: WeightConverter
+    names: tuple[str, ...] = ()
 
-    def made(self, pieces: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
-        """The model's tensors out of the pieces, by the model's own names."""
-        return _converted(
-            self.converter,
-            self.first,
-            [(name, pattern, pieces[name]) for name, pattern in zip(self.stored, self.patterns, strict=True)],
-            model,
-        )
+    def join(self, tensors: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+        """Fuse the pieces, given by stored name, into the model's tensors, by the model's names."""
+        converter = deepcopy(self.converter)  # it keeps what is added
+        for stored, pattern in self.pieces.items():
+            converter.add_tensor(self.first, stored, pattern, tensors[stored])  # type: ignore[arg-type]  # takes tensors too
+        joined = converter.convert(self.first, model=model, config=model.config)
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in joined.items()}
 
 
 class WeightNames:
-    """How one checkpoint holds the tensors of one model, as transformers translates between the two.
+    """How one checkpoint stores the tensors of one model, as transformers translates between the two.
 
     Args:
-        model: a transformers causal language model; on the meta device is enough.
+        model: a transformers causal language model; the meta device is enough.
         shards: of the checkpoint.
-        dtype: that the model computes in; some models keep some tensors in float32 all the same.
+        dtype: in which the model computes; some models keep some tensors in float32 regardless.
 
     Raises:
-        UserError: a tensor is not there, or is stored in a way that cannot be read a part at a time.
+        UserError: a tensor is missing, a file is damaged, or the checkpoint cannot be read in parts.
     """
 
     def __init__(self, model: Any, shards: Shards, dtype: torch.dtype) -> None:
@@ -71,108 +68,91 @@ class WeightNames:
         converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
         self._plain: dict[str, str] = {}
         self._shapes: dict[str, list[int]] = {}
-        parts: dict[str, list[tuple[str, str]]] = {}
+        fused: dict[str, dict[str, str]] = {}
         for stored in sorted(shards.names, key=dot_natural_key):
             name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
             if name in state and pattern is None:
                 self._plain[name] = stored
                 self._shapes[name] = shards.shape(stored)
             elif name in state:
-                parts.setdefault(name, []).append((stored, str(pattern)))
+                fused.setdefault(name, {})[stored] = str(pattern)
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        self._joined = [self._group(name, pieces, by_pattern[pieces[0][1]]) for name, pieces in parts.items()]
-        model._weight_conversions = [
-            transform for transform in transforms if transform.was_used()
-        ]  # what from_pretrained notes, for the way back
+        self._joined = [self._group(name, pieces, by_pattern) for name, pieces in fused.items()]
+        # what from_pretrained notes too, for revert_weight_conversion
+        model._weight_conversions = [transform for transform in transforms if transform.was_used()]
         self._check(state)
 
     @property
     def names(self) -> set[str]:
-        """The model's own names of all tensors that the checkpoint holds; of tied ones it holds one."""
+        """The model's names of all tensors in the checkpoint, which holds one of several tied ones."""
         return {*self._plain, *(name for group in self._joined for name in group.names)}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Some tensors of the model, by its own names, in memory of their own and the dtype that transformers would load them in.
-
-        Raises:
-            UserError: a file is missing or damaged; the message names it.
-        """
-        wanted, found = set(names), dict[str, Tensor]()
+        """Read tensors by the model's names, in the dtype in which transformers would load them."""
+        wanted, tensors = set(names), dict[str, Tensor]()
         for dtype in {self._dtypes[name] for name in wanted if name in self._plain}:
             plain = {name: self._plain[name] for name in wanted if self._dtypes[name] == dtype and name in self._plain}
-            read = self._shards.read(plain.values(), dtype)
-            found |= {name: read[stored] for name, stored in plain.items()}
-            del read
-        for group in self._joined:  # one after the other: pieces and what is made of them are in memory together
+            by_stored_name = self._shards.read(plain.values(), dtype)
+            tensors |= {name: by_stored_name[stored] for name, stored in plain.items()}
+            del by_stored_name
+        for group in self._joined:  # one after the other: pieces and fused tensors are in memory together
             if wanted.intersection(group.names):
-                found |= group.made(self._shards.read(group.stored, self._dtypes[group.names[0]]), self._model)
-        return found
+                tensors |= group.join(self._shards.read(group.pieces, self._dtypes[group.names[0]]), self._model)
+        return tensors
 
-    def stored(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of the model as the checkpoint holds them, by the names there."""
-        made = {name for group in self._joined for name in group.names}
-        found = {self._plain[name]: tensor for name, tensor in weights.items() if name in self._plain}
-        return found | (
-            revert_weight_conversion(self._model, {name: weights[name] for name in weights if name in made})
-            if made
-            else {}
+    def to_checkpoint(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Convert tensors of the model, by the model's names, to those that the checkpoint stores, by its names."""
+        plain = {self._plain[name]: tensor for name, tensor in weights.items() if name in self._plain}
+        joined = {name for group in self._joined for name in group.names}
+        if not joined:
+            return plain
+        return plain | revert_weight_conversion(
+            self._model, {name: weights[name] for name in weights if name in joined}
         )
 
-    def _group(self, first: str, pieces: list[tuple[str, str]], converter: WeightConverter) -> JoinedTensors:
-        """Which tensors come of these pieces is tried on their shapes."""
-        shapes = [
-            (stored, pattern, torch.empty(self._shards.shape(stored), device="meta")) for stored, pattern in pieces
-        ]
+    def _group(self, first: str, pieces: dict[str, str], by_pattern: Mapping[str, WeightConverter]) -> JoinedTensors:
+        """Convert empty tensors of the pieces' shapes to see which tensors result."""
+        group = JoinedTensors(first, pieces, by_pattern[next(iter(pieces.values()))])
+        empty = {stored: torch.empty(self._shards.shape(stored), device="meta") for stored in pieces}
         try:
-            made = _converted(converter, first, shapes, self._model)
+            joined = group.join(empty, self._model)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise UserError(
-                f"model.placement=stream: the checkpoint {self._shards.folder} holds {first} in pieces that do not fit together "
-                f"({' '.join(str(error).split())}); set model.placement=resident"
+                f"model.placement=stream: the checkpoint {self._shards.folder} holds {first} in pieces that do not fit "
+                f"together ({' '.join(str(error).split())}); set model.placement=resident"
             ) from error
-        self._shapes |= {name: list(tensor.shape) for name, tensor in made.items()}
-        return JoinedTensors(
-            tuple(made),
-            tuple(stored for stored, _ in pieces),
-            tuple(pattern for _, pattern in pieces),
-            first,
-            converter,
-        )
+        self._shapes |= {name: list(tensor.shape) for name, tensor in joined.items()}
+        return replace(group, names=tuple(joined))
 
     def _check(self, state: Mapping[str, Tensor]) -> None:
-        tied, held = getattr(self._model, "all_tied_weights_keys", {}), self.names
-        refused, told = f"model.placement=stream: the checkpoint {self._shards.folder}", "set model.placement=resident"
+        checkpoint, advice = (
+            f"model.placement=stream: the checkpoint {self._shards.folder}",
+            "set model.placement=resident",
+        )
         if getattr(self._model.config, "quantization_config", None) is not None or self._shards.quantised:
-            raise UserError(f"{refused} is quantised, which only transformers itself can undo; {told}")
-        for name in [name for name in tied if name in held and tied[name] in held]:
-            if not self._shards.equal(self._plain[name], self._plain[tied[name]]):
+            raise UserError(f"{checkpoint} is quantised, which only transformers itself can undo; {advice}")
+        tied, names = getattr(self._model, "all_tied_weights_keys", {}), self.names
+        for name in [name for name in tied if name in names and tied[name] in names]:
+            other = tied[name]
+            if not self._shards.equal(self._plain[name], self._plain[other]):
                 raise UserError(
-                    f"{refused} stores {name} with other values than those of {tied[name]}, to which it is tied; {told}"
+                    f"{checkpoint} stores {name} with other values than those of {other}, to which it is tied; {advice}"
                 )
             del self._plain[name]  # stored twice
-        if missing := [name for name in state if name not in held and name not in tied]:
-            raise UserError(f"{refused} has no tensor {missing[0]} as the model has it; {told}")
+        if missing := [name for name in state if name not in names and name not in tied]:
+            raise UserError(f"{checkpoint} has no tensor {missing[0]} as the model has it; {advice}")
         for name, shape in self._shapes.items():
-            if shape != list(state[name].shape):
+            expected = list(state[name].shape)
+            if shape != expected:
                 raise UserError(
-                    f"{refused} gives {name} the shape {shape}, and its config.json {list(state[name].shape)}; fetch it again"
+                    f"{checkpoint} gives {name} the shape {shape}, and its config.json {expected}; fetch it again"
                 )
 
 
 def _dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Of each tensor of a model, as transformers loads it."""
+    """Return the dtype in which transformers loads each tensor."""
     plan = {re.compile(part.replace("*", ".*")): kind for part, kind in model._get_dtype_plan(dtype).items()}
     return {
         name: next((kind for part, kind in plan.items() if part.search(name)), tensor.dtype)
         for name, tensor in model.state_dict().items()
     }
-
-
-def _converted(
-    converter: WeightConverter, first: str, pieces: Iterable[tuple[str, str, Tensor]], model: Any
-) -> dict[str, Tensor]:
-    fresh = deepcopy(converter)  # it collects what it is given
-    for stored, pattern, tensor in pieces:
-        fresh.add_tensor(first, stored, pattern, tensor)  # type: ignore[arg-type]  # it takes tensors too, as it does on the way back
-    made = fresh.convert(first, model=model, config=model.config)
-    return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}

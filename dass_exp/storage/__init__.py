@@ -1,4 +1,4 @@
 """Files that survive a crash: tensors, packed masks, records and their schema.
 
-In: tensors and JSON values. Out: files that are either whole or not there.
+In: tensors and JSON values. Out: files that are either complete or absent.
 """

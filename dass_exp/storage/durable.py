@@ -1,4 +1,4 @@
-"""Tensors written to one safetensors file: durable, and a full disk raises what a full disk raises elsewhere."""
+"""Write tensors and JSON so that they survive a crash, with an OSError for a full disk."""
 
 from __future__ import annotations
 
@@ -16,60 +16,69 @@ from torch import Tensor
 
 
 def write_tensors(
-    tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, str] | None = None, durable: bool = True
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None, durable: bool = True
 ) -> None:
-    """Write tensors of any device to ``path``, in place.
-
-    Args:
-        tensors: by name.
-        path: of the file; one that is there is written over.
-        about: the file's metadata.
-        durable: wait until they are on the disk.
+    """Write tensors of any device to a safetensors file, in place; if ``durable``, wait until it is on the disk.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
     """
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with as_os_error(path):
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, dict(about or {})
-        )
+        save_file(on_cpu, path, dict(metadata or {}))
     path.chmod(0o644)  # safetensors makes files that only their owner can read
     if durable:
-        sync(path)
+        fsync(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically and durably; missing parent folders are created."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        replace_durably(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def now() -> str:
+    """Return the current time in UTC, ISO 8601 to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @contextmanager
 def as_os_error(path: Path) -> Iterator[None]:
-    """What safetensors and tokenizers raise on a full disk is their own."""
+    """Turn what safetensors and tokenizers raise on a full disk into an OSError."""
     try:
         yield
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
     except Exception as error:
-        if type(error) is Exception:  # tokenizers have no kind of their own
+        if type(error) is Exception:  # tokenizers have no exception class of their own
             raise OSError(f"{path}: {error}") from error
         raise
 
 
-def sync(path: Path) -> None:
-    """Wait until a file is on the disk, or the names in a folder."""
-    place = os.open(path, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(place)
+        os.fsync(descriptor)
     finally:
-        os.close(place)
+        os.close(descriptor)
 
 
-def settle(scratch: Path, path: Path) -> None:
-    """Give a file that was written under another name its own, durably."""
-    sync(scratch)
+def replace_durably(scratch: Path, path: Path) -> None:
+    """Rename ``scratch`` to ``path`` atomically; both the content and the new name survive a crash."""
+    fsync(scratch)
     os.replace(scratch, path)
-    with suppress(OSError):  # not every file system lets a folder be synced
-        sync(path.parent)
+    with suppress(OSError):  # not every file system can sync a folder
+        fsync(path.parent)
 
 
-def remove_strays(folder: Path) -> None:
-    """Remove what writers that were killed left below a folder, under the names that safetensors and this project write to first."""
+def remove_partial_files(folder: Path) -> None:
+    """Remove the temporary files that killed writers, ours and safetensors', left below a folder."""
     for path in folder.rglob("*") if folder.is_dir() else ():
         if path.is_file() and (path.name.startswith(".tmp") or path.suffix == ".partial"):
             path.unlink(missing_ok=True)

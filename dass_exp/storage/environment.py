@@ -1,4 +1,86 @@
-"""Temporary."""
+"""The software and hardware of this process, and its peak memory."""
 
-from dass_exp.storage.records import PeakMemory as PeakMemory
-from dass_exp.storage.records import environment as environment
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dass_exp.paths import project_root
+
+_PACKAGES = ("dass_exp", "torch", "transformers", "datasets", "lm_eval", "tokenizers", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, processor, threads and commit; nothing that names a person or a secret."""
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        **{name: _version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": None if changes is None else bool(changes),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str | None:
+    """Return what git prints for the checkout that the code runs from; None without a checkout."""
+    if not (project_root() / "pyproject.toml").is_file():
+        return None
+    command = ["git", "-C", str(project_root()), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+class PeakMemory:
+    """Peak resident memory since its creation, and peak memory of the GPU if there is one."""
+
+    def __init__(self) -> None:
+        with suppress(OSError):  # 5 resets the kernel's high-water mark of this process
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def read(self) -> dict[str, int | None]:
+        """Return ``peak_rss_bytes`` and ``peak_gpu_bytes``."""
+        gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        return {"peak_rss_bytes": _peak_rss(), "peak_gpu_bytes": gpu}
+
+
+def _peak_rss() -> int:
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

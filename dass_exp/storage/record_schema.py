@@ -1,4 +1,4 @@
-"""The shape of a record, as far as a reader relies on it: what is no such thing is named before anything trips over it."""
+"""The fields of a record that its readers rely on, and a validation that says what is wrong with an invalid one."""
 
 from __future__ import annotations
 
@@ -6,64 +6,49 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, NotRequired
 
-from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
+from typing_extensions import TypedDict  # pydantic accepts that of typing from Python 3.12 on only
 
 SCHEMA = 1
 
 
-class Named(TypedDict):
-    """A choice with its settings beside the name."""
-
+class _Named(TypedDict):
     name: str
 
 
-class Windows(TypedDict):
-    """Which windows a perplexity was asked for."""
-
+class _Perplexity(TypedDict):
     max_windows: NotRequired[int | None]
 
 
-class Evaluation(TypedDict):
-    """What was to be scored."""
-
-    name: str
-    perplexity: NotRequired[Windows | None]
+class _Evaluation(_Named):
+    perplexity: NotRequired[_Perplexity | None]
 
 
-class Intended(TypedDict):
-    """What a cell was meant to be; null where the method ignores it."""
+class _CellConfig(TypedDict):
+    """The settings that define a cell; null where the method ignores them."""
 
-    model: Named
-    method: Named
-    pattern: Named | None
+    model: _Named
+    method: _Named
+    pattern: _Named | None
     scope: str | None
     seed: int | None
     calibration: dict[str, Any] | None
 
 
-class Config(Intended):
-    """The resolved settings of a run."""
-
-    eval: Evaluation
+class _RunConfig(_CellConfig):
+    eval: _Evaluation
 
 
-class Trained(TypedDict):
-    """Which of several trainings of one recipe a model is."""
-
+class _Training(TypedDict):
     recipe: str
     seed: int
 
 
-class Identity(TypedDict):
-    """All that can change a number."""
-
+class _Identity(TypedDict):
     model: str
-    trained: NotRequired[Trained]
+    trained: NotRequired[_Training]
 
 
-class Protocol(TypedDict):
-    """How the model was scored."""
-
+class _Protocol(TypedDict):
     bos: str
     dtype: str
     device: str
@@ -79,37 +64,27 @@ class Protocol(TypedDict):
     limit: NotRequired[int | None]
 
 
-class Calibration(TypedDict):
-    """The tokens that the method saw."""
-
-    name: str
+class _Calibration(_Named):
     num_samples: int
     seq_len: int
     tokens_sha256: str
 
 
-class Layer(TypedDict):
-    """One pruned linear."""
-
-    name: str
+class _Layer(_Named):
     role: str
     zeros: int
     size: int
     block_error: NotRequired[float | None]
 
 
-class Sparsity(TypedDict):
-    """Zeros of the masks."""
-
+class _Sparsity(TypedDict):
     scope: float
     decoder: float
     model: float
-    layers: list[Layer]
+    layers: list[_Layer]
 
 
-class Task(TypedDict):
-    """The scores of one zero-shot task."""
-
+class _Task(TypedDict):
     acc: float
     acc_stderr: float
     acc_norm: NotRequired[float]
@@ -118,19 +93,15 @@ class Task(TypedDict):
     limit: int | None
 
 
-class Metrics(TypedDict):
-    """What was scored."""
-
+class _Metrics(TypedDict):
     perplexity: NotRequired[dict[str, float]]
     window_nll: NotRequired[dict[str, list[float]]]
-    tasks: NotRequired[dict[str, Task]]
+    tasks: NotRequired[dict[str, _Task]]
     mean_acc: NotRequired[float]
     mean_acc_norm: NotRequired[float]
 
 
-class Cost(TypedDict):
-    """Seconds and bytes."""
-
+class _Cost(TypedDict):
     load_s: float
     prune_s: float
     eval_s: float
@@ -138,63 +109,61 @@ class Cost(TypedDict):
     peak_gpu_bytes: int | None
 
 
-class Solver(TypedDict):
-    """What the method met on its way."""
-
+class _Solver(TypedDict):
     starved_experts: NotRequired[list[str]]
 
 
-class Shape(TypedDict):
-    """A record (results/README.md). Fields that are not named here are free."""
+class _Record(TypedDict):
+    """A record (results/README.md). Fields that are not named here are allowed."""
 
     key: str
     created: str
-    config: Config
-    identity: Identity
-    protocol: Protocol
-    calibration: Calibration | None
-    sparsity: Sparsity
-    metrics: Metrics
-    cost: Cost
-    solver: Solver
+    config: _RunConfig
+    identity: _Identity
+    protocol: _Protocol
+    calibration: _Calibration | None
+    sparsity: _Sparsity
+    metrics: _Metrics
+    cost: _Cost
+    solver: _Solver
     environment: dict[str, Any]
 
 
-def problem_of(found: Any, key: str) -> str | None:
-    """Why a JSON value is not the record of this key, in words; None if it is.
+def record_problem(value: Any, key: str) -> str | None:
+    """Say why a JSON value is not a valid record of this key (the name of its folder); None if it is."""
+    if not isinstance(value, dict):
+        return "it holds no JSON object"
+    if value.get("schema") != SCHEMA:
+        return f"schema is {value.get('schema')!r}; this version reads {SCHEMA}"
+    if value.get("key") != key:
+        return f"its key is {value.get('key')!r}"
+    return _schema_problem(value, _Record) or _contradiction(value["metrics"], value["protocol"])
 
-    Args:
-        found: what was read.
-        key: as its folder is called.
-    """
+
+def is_config(value: Any) -> bool:
+    """Check that a JSON value holds the settings that define a cell."""
+    return _schema_problem(value, _CellConfig) is None
+
+
+def _schema_problem(value: Any, schema: type) -> str | None:
     from pydantic import ValidationError
 
-    if not isinstance(found, dict):
-        return "it holds no JSON object"
-    if found.get("schema") != SCHEMA:
-        return f"schema is {found.get('schema')!r}; this version reads {SCHEMA}"
-    if found.get("key") != key:
-        return f"its key is {found.get('key')!r}"
     try:
-        _adapter(Shape).validate_python(found, strict=True)
+        _adapter(schema).validate_python(value, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
-    return _contradiction(found["metrics"], found["protocol"])
+    return None
 
 
-def is_config(found: Any) -> bool:
-    """Whether a JSON value tells what a cell was meant to be."""
-    from pydantic import ValidationError
+@cache
+def _adapter(schema: type) -> Any:
+    from pydantic import TypeAdapter
 
-    try:
-        _adapter(Intended).validate_python(found, strict=True)
-    except ValidationError:
-        return False
-    return True
+    return TypeAdapter(schema)
 
 
-def _contradiction(metrics: Metrics, protocol: Protocol) -> str | None:
+def _contradiction(metrics: _Metrics, protocol: _Protocol) -> str | None:
     scored, tasks = metrics.get("perplexity", {}), metrics.get("tasks", {})
     if scored and not {"context", "dataset", "split", "windows", "windows_sha256"} <= protocol.keys():
         return "protocol: it does not say which windows the perplexity is of"
@@ -209,19 +178,11 @@ def _contradiction(metrics: Metrics, protocol: Protocol) -> str | None:
     return None
 
 
-@cache
-def _adapter(kind: type) -> Any:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(kind)
-
-
-def flattened(node: Any, path: str = "") -> dict[str, str]:
-    """The leaves of nested settings as text, by their dotted names."""
+def flatten(node: Any, path: str = "") -> dict[str, str]:
+    """Return the leaves of nested settings as text, by dotted name."""
     if not isinstance(node, Mapping):
         return {path: str(node)}
-    return {
-        name: text
-        for key, value in node.items()
-        for name, text in flattened(value, f"{path}.{key}".lstrip(".")).items()
-    }
+    leaves: dict[str, str] = {}
+    for name, value in node.items():
+        leaves |= flatten(value, f"{path}.{name}".lstrip("."))
+    return leaves

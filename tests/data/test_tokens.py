@@ -1,28 +1,28 @@
-"""Calibration and evaluation tokens: drawn as the Wanda code draws them, framed as the BOS policy says, hashed."""
+"""Calibration and evaluation tokens: drawn as the Wanda code draws them, with BOS as the policy says, and hashed."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import random
-import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
-from types import SimpleNamespace
+from dataclasses import dataclass, fields, replace
 
+import datasets
 import pytest
 import torch
 from support import contains, tiny_tokenizer
 
+from dass_exp.config.settings import CalibrationConfig
 from dass_exp.data.texts import HubText, OfflineText, Text
-from dass_exp.data.tokens import Cut, Tokens, calibration_tokens, encode, evaluation_windows
+from dass_exp.data.tokens import Tokens, calibration_tokens, encode, evaluation_windows
 from dass_exp.errors import UserError
 
 BOS = 1000
 
 
 class Characters:
-    """A tokenizer whose tokens are characters, so that every expected number can be written down."""
+    """A tokenizer whose tokens are characters, so that every expected number is known."""
 
     bos_token_id = BOS
 
@@ -33,16 +33,13 @@ class Characters:
 
 @dataclass(frozen=True)
 class Documents(Text):
-    """A text that is written in the test."""
+    """A text of the test's own."""
 
-    found: tuple[str, ...]
-
-    @property
-    def identity(self):
-        return {}
+    content: tuple[str, ...]
+    identity = None
 
     def documents(self):
-        return list(self.found)
+        return list(self.content)
 
 
 LENGTHS = random.Random(7)
@@ -56,8 +53,17 @@ def ids_of(text: str) -> list[int]:
     return [ord(character) for character in text]
 
 
-def calibrated(cut: Cut, bos: str = "never", seed: int = 0) -> list[list[int]]:
-    return calibration_tokens(TEXT, cut, TOKENIZER, bos, seed).ids.tolist()
+def calibrated(
+    sampling: str,
+    count: int,
+    length: int,
+    bos: str = "never",
+    seed: int = 0,
+    separator: str = "\n\n",
+    text: Text = TEXT,
+) -> list[list[int]]:
+    config = CalibrationConfig(sampling=sampling, num_samples=count, seq_len=length, separator=separator)
+    return calibration_tokens(text, config, TOKENIZER, bos, seed).ids.tolist()
 
 
 def evaluated(context: int, bos: str = "never", limit: int | None = None, text: Text = TEXT) -> list[list[int]]:
@@ -97,78 +103,66 @@ def wanda_wikitext2(
 @pytest.mark.parametrize("seed", [0, 1, 42])
 @pytest.mark.parametrize("length", [4, 8, 9, 29])
 def test_documents_are_drawn_as_the_wanda_code_draws_them(seed, length):
-    assert calibrated(Cut("document", 12, length), seed=seed) == wanda_c4(TEXT.documents(), 12, length, seed)
-    assert calibrated(Cut("document", 12, length), "stream", seed) == wanda_c4(
-        TEXT.documents(), 12, length, seed, (BOS,)
-    )
+    for bos, head in (("never", ()), ("stream", (BOS,))):
+        expected = wanda_c4(TEXT.documents(), 12, length, seed, head)
+        assert calibrated("document", 12, length, bos, seed) == expected
 
 
 @pytest.mark.parametrize("seed", [0, 1, 42])
 @pytest.mark.parametrize("separator", [" ", "\n\n"])
 def test_windows_of_the_joined_text_are_drawn_as_the_wanda_code_draws_them(seed, separator):
-    cut = Cut("joined", 12, 16, separator)
-    assert calibrated(cut, seed=seed) == wanda_wikitext2(TEXT.documents(), 12, 16, seed, separator)
-    assert calibrated(cut, "stream", seed) == wanda_wikitext2(TEXT.documents(), 12, 16, seed, separator, (BOS,))
+    for bos, head in (("never", ()), ("stream", (BOS,))):
+        expected = wanda_wikitext2(TEXT.documents(), 12, 16, seed, separator, head)
+        assert calibrated("joined", 12, 16, bos, seed, separator) == expected
 
 
 @pytest.mark.parametrize("sampling", ["joined", "document"])
 def test_the_draws_do_not_disturb_the_global_generator(sampling):
     random.seed(5)
     before = random.getstate()
-    calibrated(Cut(sampling, 4, 8))
+    calibrated(sampling, 4, 8)
     assert random.getstate() == before
 
 
 @pytest.mark.parametrize("sampling", ["joined", "document"])
 def test_a_window_starts_with_the_token_and_counts_it(sampling):
-    windows = calibrated(Cut(sampling, 10, 9), "window")
+    windows = calibrated(sampling, 10, 9, "window")
     assert {len(window) for window in windows} == {9}
     assert {window[0] for window in windows} == {BOS}
     assert all(BOS not in window[1:] for window in windows)
-    assert [window[1:] for window in windows] == calibrated(Cut(sampling, 10, 8))  # the same places as without it
+    assert [window[1:] for window in windows] == calibrated(sampling, 10, 8)  # the same places as without it
 
 
 @pytest.mark.parametrize("sampling", ["joined", "document"])
 def test_never_means_never(sampling):
-    assert all(BOS not in window for window in calibrated(Cut(sampling, 40, 8), "never"))
+    assert BOS not in joined(calibrated(sampling, 40, 8, "never"))
 
 
 def test_stream_puts_the_token_once_at_the_head_of_the_text():
-    text = Documents(("abcdef",))
-    windows = calibration_tokens(text, Cut("joined", 50, 3), TOKENIZER, "stream", 0).ids.tolist()
-    assert {tuple(window) for window in windows} == {
-        (BOS, 97, 98),
-        (97, 98, 99),
-        (98, 99, 100),
-        (99, 100, 101),
-    }  # the Wanda code never draws the last start
+    windows = {tuple(window) for window in calibrated("joined", 50, 3, "stream", text=Documents(("abcdef",)))}
+    # like the Wanda code, never the last start
+    assert windows == {(BOS, 97, 98), (97, 98, 99), (98, 99, 100), (99, 100, 101)}
 
 
 def test_every_document_longer_than_the_window_can_be_drawn_and_no_shorter_one():
-    windows = {"".join(map(chr, window)) for window in calibrated(Cut("document", 400, 9))}
+    windows = {"".join(map(chr, window)) for window in calibrated("document", 400, 9)}
     sources = {document for document in TEXT.documents() if any(window in document for window in windows)}
     assert sources == {document for document in TEXT.documents() if len(document) > 9}
 
 
-def test_the_joined_text_is_too_short():
-    with pytest.raises(UserError) as caught:
-        calibrated(Cut("joined", 1, 100_000))
-    assert contains(str(caught.value), ["calibration.seq_len=100000:", "tokens"])
-
-
-def test_no_document_is_long_enough():
-    with pytest.raises(UserError) as caught:
-        calibrated(Cut("document", 1, 61))
-    assert contains(str(caught.value), ["calibration.seq_len=61:", "sampling=joined"])
-
-
 @pytest.mark.parametrize(
-    ("settings", "name"),
-    [(("row", 1, 2), "sampling"), (("joined", 0, 2), "num_samples"), (("joined", 1, 1), "seq_len")],
+    ("sampling", "length", "word"), [("joined", 100_000, "tokens"), ("document", 61, "sampling=joined")]
 )
-def test_a_cut_that_cannot_be_is_refused(settings, name):
+def test_a_text_that_is_too_short_is_a_one_line_error(sampling, length, word):
+    with pytest.raises(UserError) as caught:
+        calibrated(sampling, 1, length)
+    assert contains(str(caught.value), [f"calibration.seq_len={length}:", word])
+
+
+@pytest.mark.parametrize(("name", "value"), [("sampling", "row"), ("num_samples", 0), ("seq_len", 1)])
+def test_invalid_calibration_settings_are_refused(name, value):
     with pytest.raises(UserError, match=f"^calibration.{name}="):
-        Cut(*settings)
+        CalibrationConfig(**{name: value})
 
 
 # Evaluation
@@ -182,9 +176,9 @@ def test_evaluation_windows_follow_each_other_and_the_rest_is_dropped():
     assert joined(windows) == stream[: len(windows) * 100]
 
 
-def test_the_first_windows_only():
-    assert evaluated(100, limit=3) == evaluated(100)[:3]
-    assert evaluated(100, limit=10_000) == evaluated(100)
+@pytest.mark.parametrize("limit", [3, 10_000])
+def test_a_limit_keeps_the_first_windows(limit):
+    assert evaluated(100, limit=limit) == evaluated(100)[:limit]
 
 
 def test_the_token_counts_in_the_context_of_an_evaluation_window():
@@ -216,11 +210,11 @@ def test_one_window_is_enough_and_less_is_not():
 # Tokens
 
 
-def test_encoding_adds_nothing_of_its_own():
-    assert encode(TOKENIZER, "ab", "never").tolist() == [97, 98]
-    assert encode(TOKENIZER, "ab", "window").tolist() == [97, 98]
-    assert encode(TOKENIZER, "ab", "stream").tolist() == [BOS, 97, 98]
-    assert encode(TOKENIZER, "ab", "stream").dtype == torch.int64
+@pytest.mark.parametrize(("bos", "expected"), [("never", [97, 98]), ("window", [97, 98]), ("stream", [BOS, 97, 98])])
+def test_only_the_stream_policy_adds_a_token(bos, expected):
+    ids = encode(TOKENIZER, "ab", bos)
+    assert ids.tolist() == expected
+    assert ids.dtype == torch.int64
 
 
 def test_a_real_tokenizer_gives_the_text_back():
@@ -238,13 +232,11 @@ def test_the_hash_is_that_of_the_ids_as_little_endian_64_bit_numbers():
 
 
 def test_the_hash_changes_with_the_tokens():
-    cut = Cut("joined", 4, 16)
-    found = [
-        calibration_tokens(TEXT, cut, TOKENIZER, bos, seed).sha256
-        for bos, seed in (("never", 0), ("never", 1), ("window", 0))
-    ]
-    assert len(set(found)) == 3
-    assert calibration_tokens(TEXT, cut, TOKENIZER, "never", 0).sha256 == found[0]
+    config = CalibrationConfig(sampling="joined", num_samples=4, seq_len=16)
+    draws = (("never", 0), ("never", 1), ("window", 0), ("never", 0))
+    hashes = [calibration_tokens(TEXT, config, TOKENIZER, bos, seed).sha256 for bos, seed in draws]
+    assert len(set(hashes)) == 3
+    assert hashes[3] == hashes[0]
 
 
 # The real texts
@@ -278,50 +270,43 @@ def test_no_wikipedia_article_is_in_both_parts():
 
 
 def test_the_identity_of_a_text_is_its_content_and_its_part():
-    found = {
-        repr(sorted(OfflineText(asset, part).identity.items()))
-        for asset in ("c4", "wikipedia")
-        for part in ("all", "even", "odd")
-    }
-    assert len(found) == 6
+    texts = [OfflineText(asset, part) for asset in ("c4", "wikipedia") for part in ("all", "even", "odd")]
+    assert len({repr(sorted(text.identity.items())) for text in texts}) == 6
     assert OfflineText("c4").identity["sha256"].startswith("2daf1ef1")
 
 
-@pytest.mark.parametrize(
-    ("settings", "name"), [({"asset": "reddit"}, "asset"), ({"asset": "c4", "part": "third"}, "part")]
-)
-def test_an_unknown_text_is_refused(settings, name):
+@pytest.mark.parametrize(("asset", "part", "name"), [("reddit", "all", "asset"), ("c4", "third", "part")])
+def test_an_unknown_text_is_refused(asset, part, name):
     with pytest.raises(UserError, match=rf"^text\.{name}="):
-        OfflineText(**settings)
+        OfflineText(asset, part)
 
 
 # A data set of the hub
 
 
-def test_a_hub_text_asks_for_what_it_was_told(monkeypatch):
-    asked = {}
-
-    def load_dataset(path, name, **settings):
-        asked.update(settings, path=path, name=name)
-        return {"text": ["one", "two"]}
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    text = HubText("allenai/c4", "train", data_file="en/part.json.gz", revision="abc")
-    assert text.documents() == ["one", "two"]
-    assert asked == {
-        "path": "allenai/c4",
-        "name": None,
-        "data_files": {"train": "en/part.json.gz"},
-        "split": "train",
-        "revision": "abc",
-    }
+def test_a_hub_text_loads_the_data_set_of_its_settings(tmp_path, monkeypatch):
+    """A folder with JSON files is loaded as a data set of the hub is."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / ".cache")
+    (tmp_path / "part.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "other.jsonl").write_text('{"text": "three"}\n')
+    assert HubText(str(tmp_path), "train", data_file="part.jsonl").documents() == ["one", "two"]
+    assert sorted(HubText(str(tmp_path), "train").documents()) == ["one", "three", "two"]
 
 
-def test_a_hub_text_without_a_network_gives_one_clear_line(monkeypatch):
+def test_a_hub_text_passes_its_configuration_and_revision_on(monkeypatch):
+    arguments = {}
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *names, **settings: arguments.update(settings, names=names) or {"text": []}
+    )
+    HubText("allenai/c4", "train", name="en", revision="abc").documents()
+    assert arguments == {"names": ("allenai/c4", "en"), "data_files": None, "split": "train", "revision": "abc"}
+
+
+def test_a_hub_text_without_a_network_is_a_one_line_error(monkeypatch):
     def load_dataset(*args, **settings):
         raise ConnectionError("no\nroute")
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(UserError) as caught:
         HubText("allenai/c4", "train").documents()
     assert contains(str(caught.value), ["allenai/c4", "network", "protocol=demo", "no route"])
@@ -329,11 +314,5 @@ def test_a_hub_text_without_a_network_gives_one_clear_line(monkeypatch):
 
 def test_every_field_of_a_hub_text_is_in_its_identity():
     base = HubText("a/b", "train")
-    others = [
-        HubText("a/c", "train"),
-        HubText("a/b", "test"),
-        HubText("a/b", "train", name="x"),
-        HubText("a/b", "train", data_file="x"),
-    ]
-    others.append(HubText("a/b", "train", revision="x"))
-    assert len({repr(text.identity) for text in (base, *others)}) == 6
+    texts = [base, *(replace(base, **{field.name: "x"}) for field in fields(HubText))]
+    assert len({repr(text.identity) for text in texts}) == 6

@@ -1,4 +1,4 @@
-"""Matrices: oriented [out, in] wherever the model keeps them, and writing touches nothing beside them."""
+"""Matrices: [out, in] however the model stores them; writing one changes no other weight."""
 
 import pytest
 import torch
@@ -6,10 +6,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dass_exp.models.decoder import Matrix
-
-
-def numbered(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.arange(1.0, torch.Size(shape).numel() + 1).view(shape))
 
 
 @pytest.mark.parametrize(
@@ -24,33 +20,32 @@ def numbered(*shape: int) -> nn.Parameter:
         ((2, 4, 1), {"expert": 1, "rows": slice(2, 4)}, [[7], [8]]),
     ],
 )
-def test_a_matrix_is_read_and_written_where_it_lies(shape, place, expected):
-    parameter = numbered(*shape)
+def test_a_matrix_is_read_and_written_in_place(shape, place, expected):
+    parameter = nn.Parameter(torch.arange(1.0, torch.Size(shape).numel() + 1).view(shape))
     matrix = Matrix(nn.Identity(), parameter, **place)
     assert matrix.weight.tolist() == expected
     assert (matrix.out_features, matrix.in_features) == (len(expected), len(expected[0]))
-    before, size = parameter.detach().clone(), len(expected) * len(expected[0])
-    keep = torch.ones(len(expected), len(expected[0]), dtype=torch.bool)
+    before, keep = parameter.detach().clone(), torch.ones(matrix.weight.shape, dtype=torch.bool)
     keep[0, 0] = False
     matrix.zero(keep)
     assert matrix.weight[0, 0] == 0
     assert int((parameter != before).sum()) == 1
     matrix.write(torch.full_like(matrix.weight, -1))
-    assert int((parameter == -1).sum()) == int((parameter != before).sum()) == size
+    assert int((parameter == -1).sum()) == int((parameter != before).sum()) == keep.numel()
     matrix.write(torch.tensor(expected, dtype=torch.float32))
     assert torch.equal(parameter, before)
 
 
-def test_a_whole_linear_and_a_conv1d_make_what_their_matrix_says():
+def test_linear_and_conv1d_compute_what_their_matrix_says():
     inputs = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     linear, conv = nn.Linear(3, 4, bias=False), Conv1D(4, 3)
     for matrix, module in ((Matrix.of(linear), linear), (Matrix(conv, conv.weight, transposed=True), conv)):
         torch.testing.assert_close(module(inputs), inputs @ matrix.weight.T)
 
 
-def test_what_is_written_is_rounded_to_the_models_type():
+@pytest.mark.parametrize("rows", [None, slice(0, 2), [0, 1]])
+def test_a_written_weight_is_rounded_to_the_models_dtype(rows):
     parameter = nn.Parameter(torch.zeros(4, 2, dtype=torch.bfloat16))
-    for rows in (None, slice(0, 2), [0, 1]):
-        Matrix(nn.Identity(), parameter, rows=rows).write(torch.full((4 if rows is None else 2, 2), 1 / 3))
-        assert parameter.dtype == torch.bfloat16
-        assert parameter[0, 0] == torch.tensor(1 / 3).to(torch.bfloat16)
+    Matrix(nn.Identity(), parameter, rows=rows).write(torch.full((4 if rows is None else 2, 2), 1 / 3))
+    assert parameter.dtype == torch.bfloat16
+    assert parameter[0, 0] == torch.tensor(1 / 3).to(torch.bfloat16)

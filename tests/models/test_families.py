@@ -1,14 +1,15 @@
-"""Roles: complete, on the right modules, and sharing the inputs that the table says they share."""
+"""Roles: complete, on the right modules, and with the shared inputs that the table claims."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from conftest import OWN, SHAPE
-from support import VOCABULARY, save_tiny, settings_of, tiny_overrides
+from support import VOCABULARY, run_with, save_tiny, settings_of, tiny_overrides
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
+from dass_exp.data.tokens import calibration_tokens, evaluation_windows
 from dass_exp.errors import UserError
 from dass_exp.models.decoder import decoder_of
 from dass_exp.models.families import (
@@ -20,32 +21,23 @@ from dass_exp.models.families import (
     GLU,
     PLAIN,
     READER_OF,
-    SCOPES,
+    ROLES_IN_SCOPE,
     UP,
     O,
     Q,
     Role,
     family_of,
 )
-from dass_exp.runs.context import Bench, SilentReporter
 
-LLAMA_ROLES = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
+LLAMA_ROLES = {role: f"self_attn.{role}_proj" for role in "qkvo"} | {
+    role: f"mlp.{role}_proj" for role in ("gate", "up", "down")
 }
-
-
 EACH = pytest.mark.parametrize("family", sorted(FAMILIES))
 
 
 @EACH
 def test_sites_cover_every_matrix_of_a_block_once_but_the_router(family, tiny_model):
-    """Each weight is marked with the number of sites that it lies in: one everywhere, zero in routers."""
+    """Every weight counts the sites that contain it: one everywhere, zero in routers."""
     model = tiny_model(family)
     decoder = decoder_of(model)
     assert len(decoder.blocks) == model.config.num_hidden_layers
@@ -67,20 +59,15 @@ def test_sites_cover_every_matrix_of_a_block_once_but_the_router(family, tiny_mo
 
 
 @EACH
-def test_a_site_is_the_rows_that_make_its_output(family, tiny_model, tokens):
-    """Zeroing a site's weight zeroes what it makes and nothing beside it: seen at the linear that holds it."""
-    model = tiny_model(family)
-    decoder = decoder_of(model)
-    for site in decoder.sites(0, "all"):
-        if site.matrix.expert is not None:
-            continue
-        whole = site.matrix.module(torch.eye(site.matrix.in_features)) - (
-            site.matrix.module.bias if site.matrix.module.bias is not None else 0
-        )
-        rows = (
-            torch.arange(whole.shape[1]) if site.matrix.rows is None else torch.arange(whole.shape[1])[site.matrix.rows]
-        )
-        torch.testing.assert_close(whole[:, rows].T, site.matrix.weight)
+def test_a_site_is_the_rows_that_compute_its_output(family, tiny_model):
+    """The module, given the identity, returns the site's weight in the site's rows."""
+    for site in decoder_of(tiny_model(family)).sites(0, "all"):
+        matrix = site.matrix
+        if matrix.expert is None:
+            bias = 0 if matrix.module.bias is None else matrix.module.bias
+            output = matrix.module(torch.eye(matrix.in_features)) - bias
+            rows = slice(None) if matrix.rows is None else matrix.rows
+            torch.testing.assert_close(output[:, rows].T, matrix.weight)
 
 
 @EACH
@@ -94,21 +81,17 @@ def test_roles_share_an_input_exactly_where_the_table_says_so(family, tiny_model
         model(tokens)
     for one in sites:
         for other in sites:
-            first, second = seen[one.name], seen[other.name]
-            shared = first.shape == second.shape and torch.equal(first, second)
-            parallel = {one.source, other.source} == {
-                "attention",
-                "mlp",
-            } and family == "phi"  # attention and MLP read one norm
-            assert shared == (one.source == other.source or parallel)
+            # attention and MLP of phi are parallel: they read the output of one norm
+            parallel = family == "phi" and {one.source, other.source} == {"attention", "mlp"}
+            assert torch.equal(seen[one.name], seen[other.name]) == (one.source == other.source or parallel)
 
 
 @EACH
-def test_what_reads_a_neuron_has_a_column_for_it(family, tiny_model):
+def test_the_reader_of_a_neuron_has_a_column_for_it(family, tiny_model):
     for index in range(2):
-        units: dict[str, dict[Role, tuple[int, int]]] = {}
+        units: dict[str, dict[Role, tuple[int, ...]]] = {}
         for site in decoder_of(tiny_model(family)).sites(index, "mlp"):
-            units.setdefault(site.unit, {})[site.role] = (site.matrix.out_features, site.matrix.in_features)
+            units.setdefault(site.unit, {})[site.role] = tuple(site.matrix.weight.shape)
         for shapes in units.values():
             assert shapes.keys() in (GLU, PLAIN)
             assert all(shapes[role] == shapes[READER_OF[role]][::-1] for role in shapes if role in READER_OF)
@@ -121,26 +104,27 @@ def after_first_block(model: nn.Module, tokens: Tensor) -> Tensor:
 
 @EACH
 def test_queries_keys_and_values_are_what_they_are_called(family, tiny_model, tokens):
-    """Without queries attention is uniform, whatever the keys: independent of how a fused linear is laid out."""
+    """Without queries attention is uniform, whatever the keys; this holds for any layout of a fused linear."""
     model = tiny_model(family)
     sites = {site.role: site.matrix for site in decoder_of(model).sites(0, "attention")}
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.data.zero_()
-    for role in (Role.K, Role.V):
-        whole = after_first_block(model, tokens)
+
+    def change_of_output(role: Role) -> bool:
+        before = after_first_block(model, tokens)
         sites[role].write(1.5 * sites[role].weight.flip(0))
-        assert not torch.allclose(after_first_block(model, tokens), whole)
+        return not torch.allclose(after_first_block(model, tokens), before, rtol=1.3e-6, atol=1e-5)
+
+    assert change_of_output(Role.K)
+    assert change_of_output(Role.V)
     sites[Q].write(torch.zeros_like(sites[Q].weight))
-    without = after_first_block(model, tokens)
-    sites[Role.K].write(1.5 * sites[Role.K].weight.flip(0))
-    torch.testing.assert_close(after_first_block(model, tokens), without)
-    sites[Role.V].write(1.5 * sites[Role.V].weight.flip(0))
-    assert not torch.allclose(after_first_block(model, tokens), without)
+    assert not change_of_output(Role.K)
+    assert change_of_output(Role.V)
 
 
 @pytest.mark.parametrize(
-    "family", sorted(name for name, family in FAMILIES.items() if GATE in family.places and family.experts is None)
+    "family", sorted(name for name, family in FAMILIES.items() if GATE in family.locations and family.experts is None)
 )
 def test_gate_and_up_are_what_they_are_called(family, tiny_model, tokens):
     """The neurons are linear in up, and not in gate."""
@@ -157,49 +141,41 @@ def test_gate_and_up_are_what_they_are_called(family, tiny_model, tokens):
     assert not torch.allclose(seen[2], 2 * seen[1], rtol=1e-2)
 
 
-def test_experts_are_units_of_their_own_and_plain_blocks_among_them_are_not(tiny_model):
+def test_experts_are_units_of_their_own_and_plain_mlps_between_them_are_not(tiny_model):
     decoder = decoder_of(tiny_model("qwen3_moe"))
     mixture, plain = ([(site.unit, site.name) for site in decoder.sites(index, "mlp")] for index in (0, 1))
-    assert mixture[:4] == [
-        ("model.layers.0.mlp.experts.0", "model.layers.0.mlp.experts.0.gate"),
-        ("model.layers.0.mlp.experts.0", "model.layers.0.mlp.experts.0.up"),
-        ("model.layers.0.mlp.experts.0", "model.layers.0.mlp.experts.0.down"),
-        ("model.layers.0.mlp.experts.1", "model.layers.0.mlp.experts.1.gate"),
-    ]
-    assert len(mixture) == 12
-    assert plain == [("model.layers.1", f"model.layers.1.mlp.{role}_proj") for role in ("gate", "up", "down")]
+    units, roles = [f"model.layers.0.mlp.experts.{expert}" for expert in range(4)], ("gate", "up", "down")
+    assert mixture == [(unit, f"{unit}.{role}") for unit in units for role in roles]
+    assert plain == [("model.layers.1", f"model.layers.1.mlp.{role}_proj") for role in roles]
 
 
-def test_scopes_divide_the_roles():
-    assert SCOPES["mlp"] | SCOPES["attention"] == SCOPES["all"] == frozenset(Role)
-    assert not SCOPES["mlp"] & SCOPES["attention"]
+def test_scopes_partition_the_roles():
+    assert ROLES_IN_SCOPE["mlp"] | ROLES_IN_SCOPE["attention"] == ROLES_IN_SCOPE["all"] == frozenset(Role)
+    assert not ROLES_IN_SCOPE["mlp"] & ROLES_IN_SCOPE["attention"]
 
 
 @pytest.mark.parametrize(("scope", "count"), [("mlp", 3), ("attention", 4), ("all", 7)])
 def test_a_scope_yields_its_linears_only(scope, count, tiny_model):
-    found = [site.role for site in decoder_of(tiny_model("llama")).sites(1, scope)]
-    assert len(found) == count
-    assert set(found) == SCOPES[scope] - PLAIN
-
-
-@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text", "llama"])
-def test_a_run_of_a_gemma_begins_every_window_with_bos(family, tmp_path, short_texts):
-    """In calibration and in scoring, with a tokenizer that adds none by itself."""
-    own = {**SHAPE, **OWN[family], "vocab_size": VOCABULARY, "max_position_embeddings": 4096}
-    folder = save_tiny(tmp_path / "model", AutoConfig.for_model(family, **own))
-    bench = Bench(settings_of(*tiny_overrides(folder, tmp_path / "results")), SilentReporter())
-    first = torch.cat([bench.calibration.ids[:, 0], bench.windows.ids[:, 0]])
-    assert bench.bos == ("never" if family == "llama" else "window")
-    assert bool((first == bench.tokenizer.bos_token_id).all()) == (family != "llama")
-    assert bench.calibration.ids.shape[1] == bench.windows.ids.shape[1] == 32
+    roles = [site.role for site in decoder_of(tiny_model("llama")).sites(1, scope)]
+    assert len(roles) == count
+    assert set(roles) == ROLES_IN_SCOPE[scope] - PLAIN
 
 
 @pytest.mark.parametrize(
-    ("family", "bos"),
-    [("llama", "tokenizer"), ("mistral", "tokenizer"), ("gemma", "window"), ("gemma3_text", "window")],
+    ("family", "bos"), [("gemma", "window"), ("gemma2", "window"), ("gemma3_text", "window"), ("llama", "never")]
 )
-def test_gemma_windows_start_with_bos(family, bos):
-    assert FAMILIES[family].bos == bos
+def test_a_run_of_a_gemma_begins_every_window_with_bos(family, bos, tmp_path, short_texts):
+    """In calibration and in scoring, with a tokenizer that adds none by itself."""
+    own = {**SHAPE, **OWN[family], "vocab_size": VOCABULARY, "max_position_embeddings": 4096}
+    folder = save_tiny(tmp_path / "model", AutoConfig.for_model(family, **own))
+    overrides = tiny_overrides(folder, tmp_path / "results")
+    record, settings = run_with(*overrides).record, settings_of(*overrides)
+    tokenizer, calibration = AutoTokenizer.from_pretrained(folder), settings.config.calibration
+    drawn = calibration_tokens(settings.calibration_text, calibration, tokenizer, bos, settings.config.seed)
+    windows = evaluation_windows(settings.evaluation_text, 32, 4, tokenizer, bos)
+    assert record["protocol"]["bos"] == bos
+    assert record["calibration"]["tokens_sha256"] == drawn.sha256
+    assert record["protocol"]["windows_sha256"] == windows.sha256
 
 
 def test_every_family_has_a_tiny_model():
@@ -211,24 +187,24 @@ def test_a_family_that_looks_like_llama_is_tried_as_one_with_a_warning(tiny_mode
     model.config.model_type = "newcomer"
     decoder = decoder_of(model)
     assert [site.role for site in decoder.sites(0, "all")] == [role for role in Role if role not in PLAIN]
-    assert (
-        "model family 'newcomer' is in no table: it is taken for a LLaMA, with blocks: model.layers, q: self_attn.q_proj"
-        in caplog.text
+    warning = (
+        "model family 'newcomer' is in no table: it is taken for a LLaMA, with blocks: model.layers, q: self_attn."
     )
+    assert warning in caplog.text
 
 
-# --- what is refused
+# Errors
 
 
-def test_an_unknown_family_is_refused_with_the_known_ones_and_the_lines_that_would_describe_it(tiny_model):
-    for model in (tiny_model("gpt2"), tiny_model("phi")):  # no blocks where LLaMA has them; other linears in them
-        model.config.model_type = "mamba"
-        with pytest.raises(UserError, match="'mamba' is not known") as told:
-            decoder_of(model)
-        assert f"known: {', '.join(sorted(FAMILIES))}" in str(told.value)
-        assert "roles: {blocks: PATH, q: PATH, k: PATH, v: PATH, o: PATH, gate: PATH, up: PATH, down: PATH}" in str(
-            told.value
-        )
+@pytest.mark.parametrize("family", ["gpt2", "phi"])  # no blocks where LLaMA has them; other linears in the blocks
+def test_the_error_for_an_unknown_family_lists_the_known_ones_and_how_to_describe_it(family, tiny_model):
+    model = tiny_model(family)
+    model.config.model_type = "mamba"
+    with pytest.raises(UserError, match="'mamba' is not known") as caught:
+        decoder_of(model)
+    roles = "roles: {blocks: PATH, q: PATH, k: PATH, v: PATH, o: PATH, gate: PATH, up: PATH, down: PATH}"
+    assert f"known: {', '.join(sorted(FAMILIES))}" in str(caught.value)
+    assert roles in str(caught.value)
 
 
 def test_a_model_without_a_config_is_named_by_its_class():
@@ -236,21 +212,16 @@ def test_a_model_without_a_config_is_named_by_its_class():
         decoder_of(nn.Linear(2, 2))
 
 
-# --- roles given by the user
+# Roles given by the user
 
 
-def renamed(model: nn.Module) -> nn.Module:
-    """The model with its family, its list of blocks and one linear under other names."""
+def test_given_roles_describe_an_unknown_family(tiny_model):
+    model = tiny_model("llama")
     model.config.model_type = "novel"
     model.trunk = model.model
     model.trunk.stages = model.model.layers
     for block in model.trunk.stages:
         block.mlp.out = block.mlp.down_proj
-    return model
-
-
-def test_given_roles_describe_an_unknown_family(tiny_model):
-    model = renamed(tiny_model("llama"))
     decoder = decoder_of(model, {**LLAMA_ROLES, "down": "mlp.out", "blocks": "trunk.stages"})
     site = list(decoder.sites(1, "mlp"))[-1]
     assert (site.name, site.role) == ("trunk.stages.1.mlp.out", DOWN)
@@ -258,14 +229,9 @@ def test_given_roles_describe_an_unknown_family(tiny_model):
 
 
 def test_given_roles_may_describe_an_mlp_without_a_glu(tiny_model):
-    roles = {
-        "blocks": "model.layers",
-        **{role: LLAMA_ROLES[role] for role in "qkv"},
-        "o": "self_attn.dense",
-        "fc1": "mlp.fc1",
-        "fc2": "mlp.fc2",
-    }
-    decoder = decoder_of(tiny_model("phi"), roles)
+    attention = {role: LLAMA_ROLES[role] for role in "qkv"} | {"o": "self_attn.dense"}
+    mlp = {"fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+    decoder = decoder_of(tiny_model("phi"), {"blocks": "model.layers", **attention, **mlp})
     assert [site.role for site in decoder.sites(0, "mlp")] == [FC1, FC2]
     with pytest.raises(UserError, match="gate, up and down, or fc1 and fc2, not both"):
         family_of("novel", {**LLAMA_ROLES, "fc1": "mlp.fc1"})
@@ -274,19 +240,20 @@ def test_given_roles_may_describe_an_mlp_without_a_glu(tiny_model):
 def test_given_roles_replace_those_of_a_known_family():
     swapped = {**LLAMA_ROLES, "q": LLAMA_ROLES["o"], "o": LLAMA_ROLES["q"]}
     family = family_of("gemma", swapped)
-    assert (family.places[Q].path, family.places[O].path) == (LLAMA_ROLES["o"], LLAMA_ROLES["q"])
+    assert (family.locations[Q].path, family.locations[O].path) == (LLAMA_ROLES["o"], LLAMA_ROLES["q"])
     assert (family.blocks, family.bos) == (FAMILIES["gemma"].blocks, "window")
 
 
-def test_incomplete_roles_are_refused():
-    partial = {key: path for key, path in LLAMA_ROLES.items() if key not in ("k", "down")}
-    with pytest.raises(UserError, match=r"model\.roles: missing k, down"):
-        family_of("novel", partial)
-
-
-def test_an_unknown_role_is_refused():
-    with pytest.raises(UserError, match=r"model\.roles='router': expected one of blocks, q, k, v, o, gate, up, down"):
-        family_of("novel", {**LLAMA_ROLES, "router": "mlp.router"})
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        ({role: LLAMA_ROLES[role] for role in ("q", "v", "o", "gate", "up")}, r"model\.roles: missing k, down"),
+        (LLAMA_ROLES | {"router": "mlp.router"}, r"model\.roles='router': expected one of blocks, q, k, v, o, gate"),
+    ],
+)
+def test_incomplete_and_unknown_roles_are_refused(roles, message):
+    with pytest.raises(UserError, match=message):
+        family_of("novel", roles)
 
 
 @pytest.mark.parametrize(

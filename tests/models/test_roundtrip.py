@@ -1,4 +1,4 @@
-"""Every family: a pruned model saves, reloads, keeps its zeros, and generates what it generated before."""
+"""Every family: a pruned model saves, reloads, keeps its zeros, and generates the same tokens."""
 
 import pytest
 import torch
@@ -16,14 +16,13 @@ def test_a_pruned_model_saves_reloads_and_generates(family, tiny_model, tokens, 
     model.generation_config.update(pad_token_id=0, eos_token_id=None, bos_token_id=None)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    for index in range(len(decoder_of(model).blocks)):
-        for site, other in zip(
-            decoder_of(model).sites(index, "all"), decoder_of(again).sites(index, "all"), strict=True
-        ):
+    before, after = decoder_of(model), decoder_of(again)
+    for index in range(len(before.blocks)):
+        for site, other in zip(before.sites(index, "all"), after.sites(index, "all"), strict=True):
             assert torch.equal(site.matrix.weight, other.matrix.weight), site.name
             assert (site.matrix.weight == 0).float().mean() == 0.5
     with torch.no_grad():
         torch.testing.assert_close(again(tokens).logits, model(tokens).logits)
-    made = [one.generate(tokens[:1], max_new_tokens=4, do_sample=False) for one in (model, again)]
-    assert made[0].shape[1] == tokens.shape[1] + 4
-    assert torch.equal(*made)
+    texts = [one.generate(tokens[:1], max_new_tokens=4, do_sample=False) for one in (model, again)]
+    assert texts[0].shape[1] == tokens.shape[1] + 4
+    assert torch.equal(*texts)

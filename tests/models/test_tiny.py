@@ -1,4 +1,4 @@
-"""The tiny models: equal in all but their MLP, trained whole or not at all, and averaged over like seeds."""
+"""The tiny models: equal in all but their MLP, trained completely or not at all, and averaged over training seeds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from support import CONF, compose, run_with, settings_of
+from support import CONF, Killed, compose, run_with
 from torch.nn.functional import gelu, relu, silu
 
 from dass_exp import train
@@ -16,21 +16,9 @@ from dass_exp.data import texts
 from dass_exp.errors import UserError
 from dass_exp.models import tiny
 from dass_exp.models.tiny import VARIANTS, Recipe
-from dass_exp.runs.identity import identity_of
-from dass_exp.runs.run import Bench, SilentReporter
 
-SMALL = {
-    "vocabulary": 300,
-    "hidden": 16,
-    "layers": 1,
-    "heads": 2,
-    "glu_size": 32,
-    "context": 16,
-    "steps": 6,
-    "batch": 2,
-    "warmup": 1,
-    "perplexity": 1e4,
-}
+SIZE = {"vocabulary": 300, "hidden": 16, "layers": 1, "heads": 2, "glu_size": 32, "context": 16}
+SMALL = {**SIZE, "steps": 6, "batch": 2, "warmup": 1, "perplexity": 1e4}
 
 
 def model_of(recipe):
@@ -70,44 +58,35 @@ def test_a_variant_computes_what_it_is_called(variant, act):
 
 
 def test_every_variant_has_its_model_file():
-    assert {path.stem for path in (CONF / "model").glob("tiny_*.yaml")} == {
-        Recipe(variant, 0).name for variant in VARIANTS
-    }
-    assert {compose(f"model=tiny_{variant}").model.path for variant in VARIANTS} == {
-        f"tiny:{variant}" for variant in VARIANTS
-    }
-
-
-class Killed(Exception):
-    pass
+    assert sorted(path.stem for path in (CONF / "model").glob("tiny_*.yaml")) == sorted(
+        f"tiny_{name}" for name in VARIANTS
+    )
+    for variant in VARIANTS:
+        assert Recipe(variant, 0).name == f"tiny_{variant}"
+        assert compose(f"model=tiny_{variant}").model.path == f"tiny:{variant}"
 
 
 def test_a_training_that_was_killed_ends_in_the_same_weights(cache, monkeypatch):
     recipe = Recipe("gelu", 1, **SMALL)
     whole = load_file(train.train(recipe) / "model.safetensors")
     recipe.folder.rename(cache / "elsewhere")
-    step, taken = transformers.Trainer.training_step, []
+    step, steps = transformers.Trainer.training_step, []
 
-    def fragile(*arguments, **settings):
-        taken.append(None)
-        if len(taken) == 4:
+    def killed_in_the_fourth(*arguments, **settings):
+        steps.append(None)
+        if len(steps) == 4:
             raise Killed
         return step(*arguments, **settings)
 
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(transformers.Trainer, "training_step", fragile)
+    monkeypatch.setattr(transformers.Trainer, "training_step", killed_in_the_fourth)
+    with pytest.raises(Killed):
         train.train(recipe)
     assert not recipe.folder.exists()
     scratch = recipe.folder.with_name(f".training-{recipe.folder.name}")
-    (scratch / "checkpoint-4").mkdir()  # what a kill leaves that comes while the second checkpoint is written
+    (scratch / "checkpoint-4").mkdir()  # what is left by a kill while the second checkpoint is written
     (scratch / "checkpoint-4" / "model.safetensors").write_bytes(b"half")
-    monkeypatch.setattr(
-        transformers.Trainer,
-        "training_step",
-        lambda *arguments, **settings: taken.append(None) or step(*arguments, **settings),
-    )
     again = load_file(train.train(recipe) / "model.safetensors")
-    assert len(taken) == 4 + 4  # the steps from the checkpoint at 2 on, not all six
+    assert len(steps) == 4 + 4  # the second training resumes from the checkpoint after step 2
     assert whole.keys() == again.keys()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert not scratch.exists()
@@ -116,62 +95,63 @@ def test_a_training_that_was_killed_ends_in_the_same_weights(cache, monkeypatch)
 def test_a_trained_model_is_not_trained_again(cache, monkeypatch):
     recipe = Recipe("swiglu", 0, **SMALL)
     folder = train.train(recipe)
-    told = json.loads((folder / "training.json").read_text())
-    assert (told["variant"], told["training_seed"], told["tokens_seen"]) == ("swiglu", 0, 6 * 2 * 16)
-    assert told["parameters"] == model_of(recipe).num_parameters()
+    summary = json.loads((folder / "training.json").read_text())
+    assert (summary["variant"], summary["training_seed"], summary["tokens_seen"]) == ("swiglu", 0, 6 * 2 * 16)
+    assert summary["parameters"] == model_of(recipe).num_parameters()
     monkeypatch.setattr(transformers, "Trainer", lambda **settings: pytest.fail("trained twice"))
     assert train.train(recipe) == folder
 
 
 def test_a_model_that_is_not_good_enough_is_not_kept(cache):
-    recipe = Recipe("reglu", 0, **{**SMALL, "perplexity": 2.0})
-    with pytest.raises(
-        UserError, match=r"tiny_reglu, training seed 0: held-out perplexity .*, above the 2.0 of its recipe"
-    ):
+    recipe, message = (
+        Recipe("reglu", 0, **{**SMALL, "perplexity": 2.0}),
+        r"held-out perplexity .*, above the 2.0 of its",
+    )
+    with pytest.raises(UserError, match=f"tiny_reglu, training seed 0: {message} recipe"):
         train.train(recipe)
     assert not recipe.folder.exists()
 
 
-def test_what_is_not_trained_says_how(cache):
-    for overrides, word in (
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
         (["model=tiny_reglu"], "make tiny-models"),
         (["model=tiny_reglu", "model.training_seed=7"], "dass_exp.train reglu --training-seeds 7"),
-    ):
-        with pytest.raises(UserError, match=word):
-            run_with(*overrides, "tracker=none", f"results_dir={cache}/results")
-    with pytest.raises(UserError, match="swiglu, geglu, reglu, gelu"):
-        run_with("model=tiny_gelu", "model.path=tiny:relu2", "tracker=none", f"results_dir={cache}/results")
-    with pytest.raises(UserError, match="training_seed=-1"):
-        run_with("model=tiny_gelu", "model.training_seed=-1", "tracker=none", f"results_dir={cache}/results")
-    with pytest.raises(UserError, match="leave it null"):
-        run_with("model.training_seed=1", "tracker=none", f"results_dir={cache}/results")
+        (["model=tiny_gelu", "model.path=tiny:relu2"], "swiglu, geglu, reglu, gelu"),
+        (["model=tiny_gelu", "model.training_seed=-1"], "training_seed=-1"),
+        (["model.training_seed=1"], "leave it null"),
+    ],
+)
+def test_the_error_for_an_untrained_model_says_how_to_train_it(cache, overrides, message):
+    with pytest.raises(UserError, match=message):
+        run_with(*overrides, "tracker=none", f"results_dir={cache}/results")
 
 
-def test_a_wrong_command_is_told_in_a_line(caplog):
+def test_a_wrong_command_is_a_one_line_error(caplog):
     assert train.main(["relu2"]) == 1
     assert "swiglu, geglu, reglu, gelu" in caplog.text
 
 
 def test_trainings_of_one_recipe_differ_in_their_weights_and_are_repetitions(cache, monkeypatch):
-    known = {seed: Recipe("geglu", seed, **SMALL) for seed in (0, 1)}
-    monkeypatch.setattr(tiny, "trained", lambda variant, seed: known[seed or 0])
-    found = []
-    for seed, recipe in known.items():
+    recipes = {seed: Recipe("geglu", seed, **SMALL) for seed in (0, 1)}
+    monkeypatch.setattr(tiny, "trained_recipe", lambda variant, seed: recipes[seed or 0])
+    identities = []
+    for seed, recipe in recipes.items():
         train.train(recipe)
-        settings = settings_of("model=tiny_geglu", f"model.training_seed={seed}")
-        bench = Bench(settings, SilentReporter())
-        found.append(identity_of(settings, bench.spec, bench.bos))
-    assert bench.bos == "never"
-    assert found[0]["model"] != found[1]["model"]
-    assert [one["trained"] for one in found] == [
-        {"recipe": f"tiny:geglu@{known[0].digest}", "seed": seed} for seed in known
+        overrides = ["model=tiny_geglu", f"model.training_seed={seed}", "method=dense", "eval=ppl_mini", "tracker=none"]
+        limits = ["eval.perplexity.context=16", "eval.perplexity.max_windows=1", f"results_dir={cache}/results"]
+        record = run_with(*overrides, *limits).record
+        assert record["protocol"]["bos"] == "never"
+        identities.append(record["identity"])
+    assert identities[0]["model"] != identities[1]["model"]
+    digest = recipes[0].digest
+    assert [one["trained"] for one in identities] == [
+        {"recipe": f"tiny:geglu@{digest}", "seed": seed} for seed in (0, 1)
     ]
 
 
-def test_the_digest_is_of_what_is_trained():
+def test_the_digest_depends_on_everything_but_the_training_seed_and_the_required_perplexity():
     digest = Recipe("swiglu", 0).digest
     assert Recipe("swiglu", 1).digest == digest == Recipe("swiglu", 0, perplexity=3.0).digest
-    assert (
-        len({Recipe(variant, 0).digest for variant in VARIANTS} | {Recipe("swiglu", 0, steps=3).digest})
-        == len(VARIANTS) + 1
-    )
+    others = {Recipe(variant, 0).digest for variant in VARIANTS} | {Recipe("swiglu", 0, steps=3).digest}
+    assert len(others) == len(VARIANTS) + 1

@@ -1,4 +1,4 @@
-"""Masks on disk: one bit a weight, the bits by hand, what cannot be read is one line."""
+"""Masks on disk: one bit per weight, the bits by hand, and one-line errors for unreadable files."""
 
 import pytest
 import torch
@@ -8,52 +8,43 @@ from safetensors.torch import load_file, save_file
 
 import dass_exp
 from dass_exp.errors import UserError
-from dass_exp.storage.mask_file import PackedMask, each_mask, mask_names, write_masks
+from dass_exp.storage.mask_file import PackedMask, iter_masks, mask_names, write_masks
 
 
 def test_the_first_weight_is_the_lowest_bit_and_rows_begin_a_byte():
-    keep = torch.tensor(
-        [
-            [True, False, True, False, False, False, False, True, True],
-            [False, True, False, False, False, False, False, False, False],
-        ]
-    )
-    packed = PackedMask.of(keep)
+    keep = torch.tensor([[1, 0, 1, 0, 0, 0, 0, 1, 1], [0, 1, 0, 0, 0, 0, 0, 0, 0]], dtype=torch.bool)
+    packed = PackedMask.pack(keep)
     assert packed.bits.tolist() == [[1 + 4 + 128, 1], [2, 0]]
     assert packed.bits.dtype == torch.uint8
     assert packed.columns == 9
-    assert torch.equal(packed.keep(), keep)
+    assert torch.equal(packed.unpack(), keep)
 
 
 @given(st.integers(1, 5), st.integers(1, 33), st.integers(0, 2**30))
-def test_what_is_unpacked_is_what_was_packed(rows, columns, seed):
+def test_unpacking_inverts_packing(rows, columns, seed):
     keep = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.5
-    again = PackedMask.of(keep).keep()
-    assert again.dtype == torch.bool
-    assert torch.equal(again, keep)
-
-
-def test_a_view_is_packed_as_what_it_shows():
-    keep = torch.tensor([[True, False, True], [False, True, True]]).T
-    assert torch.equal(PackedMask.of(keep).keep(), keep)
+    for mask in (keep, keep.T):  # a view too
+        again = PackedMask.pack(mask).unpack()
+        assert again.dtype == torch.bool
+        assert torch.equal(again, mask)
 
 
 def test_a_file_gives_the_masks_back_and_takes_a_bit_a_weight(tmp_path):
     generator = torch.Generator().manual_seed(0)
     masks = {f"blocks.{number}.linear": torch.rand(64, 1024, generator=generator) < 0.5 for number in range(4)}
     path = tmp_path / "masks.safetensors"
-    write_masks({name: PackedMask.of(keep) for name, keep in masks.items()}, path)
-    found = dass_exp.load_masks(path)
-    assert found.keys() == masks.keys()
-    assert all(torch.equal(found[name], keep) for name, keep in masks.items())
+    write_masks({name: PackedMask.pack(keep) for name, keep in masks.items()}, path)
+    loaded = dass_exp.load_masks(path)
+    assert loaded.keys() == masks.keys()
+    assert all(torch.equal(loaded[name], keep) for name, keep in masks.items())
     assert path.stat().st_size < 4 * 64 * 1024 / 8 + 1500
     assert mask_names(path) == sorted(masks)
-    assert [name for name, _ in each_mask(path, [*masks][::-2])] == [*masks][::-2]
+    assert [name for name, _ in iter_masks(path, [*masks][::-2])] == [*masks][::-2]
     assert all(bits.dtype == torch.uint8 for bits in load_file(path).values())
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not safetensors"])
-def test_what_cannot_be_read_is_told(tmp_path, content):
+def test_an_unreadable_file_is_a_one_line_error(tmp_path, content):
     path = tmp_path / "masks.safetensors"
     if content is not None:
         path.write_bytes(content)
@@ -61,12 +52,12 @@ def test_what_cannot_be_read_is_told(tmp_path, content):
         dass_exp.load_masks(path)
 
 
-def test_a_file_of_another_make_is_told(tmp_path):
+def test_another_safetensors_file_is_refused(tmp_path):
     save_file({"a": torch.ones(2, 2, dtype=torch.bool)}, tmp_path / "masks.safetensors")
     with pytest.raises(UserError, match="holds no packed masks"):
         dass_exp.load_masks(tmp_path / "masks.safetensors")
 
 
-def test_a_folder_that_is_not_there_is_an_error_of_the_system(tmp_path):
+def test_writing_to_a_missing_folder_raises_an_oserror(tmp_path):
     with pytest.raises(OSError, match=r"masks\.safetensors"):
-        write_masks({"a": PackedMask.of(torch.ones(2, 2, dtype=torch.bool))}, tmp_path / "none" / "masks.safetensors")
+        write_masks({"a": PackedMask.pack(torch.ones(2, 2, dtype=torch.bool))}, tmp_path / "none" / "masks.safetensors")

@@ -1,4 +1,4 @@
-"""The shape of a record: what we write has it, and what has not is named, never tripped over."""
+"""The schema of a record: what we write satisfies it, and reports name what does not instead of crashing."""
 
 import copy
 import json
@@ -9,38 +9,23 @@ from support import bare_record, run_with, tiny_overrides
 
 from dass_exp.report import cli
 from dass_exp.report.load import cells_of, load
-from dass_exp.storage.record_schema import is_config, problem_of
+from dass_exp.storage.record_schema import is_config, record_problem
 
 KEY = "0123456789abcdef"
-SCORED = {
-    "metrics": {"perplexity": {"text": 20.0}, "window_nll": {"text": [3.0]}},
-    "protocol": {
-        **bare_record(KEY)["protocol"],
-        "context": 8,
-        "dataset": "text",
-        "split": None,
-        "windows": 1,
-        "windows_sha256": "f00",
-    },
-}
+BARE = bare_record(KEY)
+WINDOWS = {"context": 8, "dataset": "text", "split": None, "windows": 1, "windows_sha256": "f00"}
+METRICS = {"perplexity": {"text": 20.0}, "window_nll": {"text": [3.0]}}
+NAN = {"perplexity": {"text": float("nan")}, "window_nll": {"text": [1]}}
+SCORED = {"metrics": METRICS, "protocol": BARE["protocol"] | WINDOWS}
 
 
-def test_the_least_record_is_one():
-    assert problem_of(bare_record(KEY), KEY) is None
-    assert problem_of(bare_record(KEY, **SCORED, more={"free": 1}), KEY) is None
-    assert (
-        problem_of(
-            bare_record(
-                KEY, **{**SCORED, "metrics": {"perplexity": {"text": float("nan")}, "window_nll": {"text": [1]}}}
-            ),
-            KEY,
-        )
-        is None
-    )
+@pytest.mark.parametrize("changes", [{}, {**SCORED, "more": {"free": 1}}, {**SCORED, "metrics": NAN}])
+def test_a_valid_record_has_no_problem(changes):
+    assert record_problem(BARE | changes, KEY) is None
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "problem"),
     [
         ({"schema": 2}, "schema is 2; this version reads 1"),
         ({"schema": None}, "schema is None"),
@@ -48,12 +33,12 @@ def test_the_least_record_is_one():
         ({"config": {}}, "config.model: field required"),
         ({"config": []}, "config: input should be a valid dictionary"),
         ({"cost": None}, "cost: input should be a valid dictionary"),
-        ({"cost": {**bare_record(KEY)["cost"], "prune_s": "long"}}, "cost.prune_s: input should be a valid number"),
+        ({"cost": {**BARE["cost"], "prune_s": "long"}}, "cost.prune_s: input should be a valid number"),
         (
             {"sparsity": {"scope": 0, "decoder": 0, "model": 0, "layers": [{}]}},
             "sparsity.layers.0.name: field required",
         ),
-        ({"metrics": SCORED["metrics"]}, "protocol: it does not say which windows the perplexity is of"),
+        ({"metrics": METRICS}, "protocol: it does not say which windows the perplexity is of"),
         (
             {**SCORED, "metrics": {"perplexity": {"text": 1.0}}},
             "metrics.window_nll: nothing for a perplexity that is there",
@@ -64,143 +49,111 @@ def test_the_least_record_is_one():
         ),
     ],
 )
-def test_what_is_no_record_is_told(changes, told):
-    assert problem_of(bare_record(KEY) | changes, KEY).startswith(told)
+def test_the_problem_of_an_invalid_record_is_named(changes, problem):
+    assert record_problem(BARE | changes, KEY).startswith(problem)
 
 
-@pytest.mark.parametrize("found", [None, [], "text", 1])
-def test_what_is_no_object_is_told(found):
-    assert problem_of(found, KEY) == "it holds no JSON object"
+@pytest.mark.parametrize("value", [None, [], "text", 1])
+def test_only_an_object_is_a_record(value):
+    assert record_problem(value, KEY) == "it holds no JSON object"
 
 
-def test_what_a_cell_was_meant_to_be():
-    meant = {name: value for name, value in bare_record(KEY)["config"].items() if name != "eval"}
-    assert is_config(meant)
-    assert not is_config(meant | {"method": None})
+def test_a_config_needs_all_settings_that_define_a_cell():
+    config = {name: value for name, value in BARE["config"].items() if name != "eval"}
+    assert is_config(config)
+    assert not is_config(config | {"method": None})
     assert not is_config({})
+
+
+CELLS = "hydra/2026-01-01/00-00-00"
 
 
 @pytest.fixture(name="swept", scope="module")
 def swept_fixture(tiny, tmp_path_factory):
-    """A results folder with one scored, pruned cell of the sweep alpha, its dense record, and the note of a failed cell."""
-    results = tmp_path_factory.mktemp("fuzzed") / "results"
+    """A results folder with a pruned and a failed cell of the sweep alpha, and the path of the pruned cell's record."""
+    results = tmp_path_factory.mktemp("sweep") / "results"
     outcome = run_with(*tiny_overrides(tiny, results))
-    folder = results / "hydra" / "2026-01-01" / "00-00-00"
-    notes = [
-        {"status": "done", "overrides": ["method.alpha=0.5", "sweeps=alpha"], "record": str(outcome.path)},
-        {
-            "status": "failed",
-            "overrides": ["method.alpha=-1", "sweeps=alpha"],
-            "error": "no",
-            "config": outcome.record["config"],
-        },
-    ]
-    for number, note in enumerate(notes):
-        (folder / str(number)).mkdir(parents=True)
-        (folder / str(number) / "cell.json").write_text(json.dumps(note))
-    return results, outcome.record["key"]
+    done = {"status": "done", "overrides": ["method.alpha=0.5", "sweeps=alpha"], "record": str(outcome.path)}
+    failed = {"status": "failed", "overrides": ["method.alpha=-1", "sweeps=alpha"], "error": "no"}
+    for number, note in enumerate([done, failed | {"config": outcome.record["config"]}]):
+        cell = results / CELLS / str(number) / "cell.json"
+        cell.parent.mkdir(parents=True)
+        cell.write_text(json.dumps(note))
+    return results, outcome.path.relative_to(results)
+
+
+@pytest.fixture(name="results")
+def copied_results_fixture(swept, tmp_path):
+    """A copy of the results folder, to be damaged."""
+    return shutil.copytree(swept[0], tmp_path / "results")
 
 
 def paths_of(value, path=()):
-    """Every place in a JSON value, lists by their first entry."""
+    """The path of every node of a JSON value; only the first entry of a list."""
     yield path
-    entries = (
-        value.items() if isinstance(value, dict) else list(enumerate(value))[:1] if isinstance(value, list) else ()
-    )
-    for name, inner in entries:
-        yield from paths_of(inner, (*path, name))
+    if isinstance(value, list):
+        value = dict(enumerate(value[:1]))
+    for name, child in value.items() if isinstance(value, dict) else ():
+        yield from paths_of(child, (*path, name))
 
 
-def changed(value, path, put):
-    """The value with something else in one place, or without that place."""
+def changed(value, path, replacement):
+    """A copy of the value with one node replaced, or removed by ``KeyError``."""
     if not path:
-        return put
-    whole = copy.deepcopy(value)
-    place = whole
-    for step in path[:-1]:
-        place = place[step]
-    if put is KeyError:
-        del place[path[-1]]
-    else:
-        place[path[-1]] = put
+        return replacement
+    parent = whole = copy.deepcopy(value)
+    for name in path[:-1]:
+        parent = parent[name]
+    parent[path[-1]] = replacement
+    if replacement is KeyError:
+        del parent[path[-1]]
     return whole
 
 
-@pytest.fixture(name="undrawn")
-def undrawn_fixture(monkeypatch):
-    """Drawing hundreds of pictures would take an hour; a picture reads what the table reads."""
-    monkeypatch.setattr("dass_exp.report.cli.draw", lambda *arguments: [])
-    monkeypatch.setattr("dass_exp.report.cli.draw_layers", lambda *arguments: [])
-
-
-def survives(results, tmp_path):
-    """The report either shows a sweep or says why not: it raises nothing but its own exit."""
+def report(results, tmp_path):
+    """Show the sweep, or say why not: the report raises nothing but its own exit."""
     try:
         cli.main(["alpha", "--results", str(results), "--output", str(tmp_path / "out"), "--layers", "--mix"])
     except SystemExit as ended:
         assert ended.code in (1, 2)
 
 
-@pytest.mark.parametrize("put", [KeyError, None, "text", 7, [], {}], ids=str)
-def test_no_record_that_was_tampered_with_stops_a_report(swept, tmp_path, put, undrawn):
-    whole, key = swept
-    results = tmp_path / "results"
-    shutil.copytree(whole, results)
-    target = results / "runs" / key / "result.json"
-    record = json.loads(target.read_text())
-    for path in paths_of(record):
-        if path == () and put is KeyError:
+@pytest.mark.parametrize("file", ["record", "0/cell.json", "1/cell.json"])
+@pytest.mark.parametrize("replacement", [KeyError, None, "text", 7, [], {}], ids=str)
+def test_no_damaged_file_stops_a_report(swept, results, tmp_path, replacement, file, monkeypatch):
+    for name in ("draw", "draw_layers"):  # hundreds of pictures would take an hour, and read what the table reads
+        monkeypatch.setattr(cli, name, lambda *arguments: [])
+    target = results / (swept[1] if file == "record" else f"{CELLS}/{file}")
+    content = json.loads(target.read_text())
+    for path in paths_of(content):
+        if (path[:2] == ("config", "calibration") and file != "record") or (path == () and replacement is KeyError):
             continue
-        target.write_text(json.dumps(changed(record, path, put)))
-        survives(results, tmp_path)
-
-
-@pytest.mark.parametrize("put", [KeyError, None, "text", 7, [], {}], ids=str)
-def test_no_note_that_was_tampered_with_stops_a_report(swept, tmp_path, put, undrawn):
-    whole, _ = swept
-    results = tmp_path / "results"
-    shutil.copytree(whole, results)
-    for number in (0, 1):
-        target = results / "hydra" / "2026-01-01" / "00-00-00" / str(number) / "cell.json"
-        note = json.loads(target.read_text())
-        for path in paths_of(note):
-            if path[:2] == ("config", "calibration") or (path == () and put is KeyError):
-                continue
-            target.write_text(json.dumps(changed(note, path, put)))
-            survives(results, tmp_path)
-        target.write_text(json.dumps(note))
+        target.write_text(json.dumps(changed(content, path, replacement)))
+        report(results, tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\x00", b'{"schema": 1}', b"null", b"[" * 100_000])
-def test_a_file_that_is_no_record_is_named(swept, tmp_path, content, caplog):
-    whole, key = swept
-    results = tmp_path / "results"
-    shutil.copytree(whole, results)
-    (results / "runs" / key / "result.json").write_bytes(content)
-    problems = load(results).problems
-    assert len(problems) == 1
-    assert f"{key}/result.json" in problems[0]
-    survives(results, tmp_path)
-    assert problems[0] in caplog.text
+def test_an_invalid_record_file_is_named(swept, results, tmp_path, content, caplog):
+    (results / swept[1]).write_bytes(content)
+    (problem,) = load(results).problems
+    assert f"{swept[1].parent.name}/result.json" in problem
+    report(results, tmp_path)
+    assert problem in caplog.text
 
 
-def test_what_we_write_has_the_shape(swept):
-    results, _ = swept
-    loaded = load(results)
+def test_the_records_we_write_are_valid(swept):
+    loaded = load(swept[0])
     assert len(loaded.records) == 2
     assert loaded.problems == []
 
 
-def test_the_order_of_cells_is_that_of_the_launch_that_ran_most(tmp_path):
-    """A first launch was killed after its second cell, a third ran one cell again: neither shows."""
+def test_cells_are_in_the_order_of_the_launch_that_ran_most(tmp_path):
+    """The first launch was killed after its second cell, the third reran one cell: neither changes the order."""
     for time, alphas in (("00-00-00", ["1", "0"]), ("00-00-01", ["0", "0.5", "1"]), ("00-00-02", ["1"])):
         for number, alpha in enumerate(alphas):
             folder = tmp_path / "hydra" / "2026-01-01" / time / str(number)
             folder.mkdir(parents=True)
-            note = {
-                "status": "done",
-                "overrides": [f"method.alpha={alpha}", "sweeps=alpha"],
-                "record": f"{time}-{alpha}/result.json",
-            }
+            overrides, record = [f"method.alpha={alpha}", "sweeps=alpha"], f"{time}-{alpha}/result.json"
+            note = {"status": "done", "overrides": overrides, "record": record}
             (folder / "cell.json").write_text(json.dumps(note))
     assert [cell.key for cell in cells_of(tmp_path, "alpha")] == ["00-00-01-0", "00-00-01-0.5", "00-00-02-1"]

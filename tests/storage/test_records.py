@@ -1,4 +1,4 @@
-"""The store of records: written once, atomically and last; locked; and nothing in it that names a secret."""
+"""The store of records: written atomically and last, locked, and without secrets."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import json
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from support import bare_record, files_under
+from support import Killed, bare_record, files_under
 
-from dass_exp.storage import records as record_module
+from dass_exp.storage.durable import now, write_json
+from dass_exp.storage.environment import PeakMemory, environment
 from dass_exp.storage.mask_file import PackedMask, load_masks
-from dass_exp.storage.records import PeakMemory, Store, environment, now, write_json
+from dass_exp.storage.records import RecordStore
 
 KEY = "0123456789abcdef"
 WHOLE = bare_record(KEY)
@@ -23,16 +25,12 @@ NEW = {**WHOLE, "solver": {"damping_retries": 2}}
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path)
-
-
-class Crash(BaseException):
-    """What no handler of the code under test may swallow."""
+def store(tmp_path: Path) -> RecordStore:
+    return RecordStore(tmp_path)
 
 
 def crash(*args, **kwargs):
-    raise Crash
+    raise Killed
 
 
 def test_a_record_is_found_as_it_was_written(store, tmp_path):
@@ -43,15 +41,15 @@ def test_a_record_is_found_as_it_was_written(store, tmp_path):
 
 
 @pytest.mark.parametrize("missing", sorted(WHOLE))
-def test_a_record_that_is_not_whole_counts_as_none(store, missing):
+def test_an_incomplete_record_counts_as_none(store, missing):
     path = store.write(NEW, {})
     path.write_text(json.dumps({name: value for name, value in NEW.items() if name != missing}))
     assert store.find(KEY) is None
 
 
-def test_the_other_files_lie_beside_the_record(store, tmp_path):
+def test_the_other_files_are_written_next_to_the_record(store, tmp_path):
     with store.lock(KEY):
-        store.write(NEW, {"documents.json": {"piqa": [1, 0]}}, {"a": PackedMask.of(torch.tensor([[True, False]]))})
+        store.write(NEW, {"documents.json": {"piqa": [1, 0]}}, {"a": PackedMask.pack(torch.tensor([[True, False]]))})
     assert [file for file in files_under(tmp_path) if not file.endswith(".lock")] == [
         f"runs/{KEY}/{name}" for name in ("documents.json", "masks.safetensors", "result.json")
     ]
@@ -59,16 +57,12 @@ def test_the_other_files_lie_beside_the_record(store, tmp_path):
     assert load_masks(store.masks(KEY))["a"].tolist() == [[True, False]]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '"text"', "{}", '{"key": "another key"}', '{"key": null}'])
-def test_a_file_that_is_no_record_counts_as_none(store, content):
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b'"text"', b"{}", b'{"key": null}', b"\xff\xfe\x00\x80"]
+)
+def test_an_invalid_file_counts_as_none(store, content):
     store.write(NEW, {})
-    store.path(KEY).write_text(content)
-    assert store.find(KEY) is None
-
-
-def test_a_binary_file_counts_as_none(store):
-    store.write(NEW, {})
-    store.path(KEY).write_bytes(b"\xff\xfe\x00\x80")
+    store.path(KEY).write_bytes(content)
     assert store.find(KEY) is None
 
 
@@ -77,126 +71,106 @@ def test_a_crash_while_writing_leaves_the_old_record_and_nothing_half_written(st
     store.write(OLD, {})
     with monkeypatch.context() as patch:
         patch.setattr(broken, crash)
-        with pytest.raises(Crash):
+        with pytest.raises(Killed):
             store.write(NEW, {})
     assert store.find(KEY) == OLD
     assert files_under(tmp_path) == [f"runs/{KEY}/result.json"]
 
 
 def test_a_killed_writer_leaves_no_file_that_looks_finished(store, monkeypatch):
-    monkeypatch.setattr(record_module, "settle", crash)
-    monkeypatch.setattr(Path, "unlink", lambda *args, **kwargs: None)  # a killed process tidies nothing up
-    with pytest.raises(Crash):
+    monkeypatch.setattr(os, "replace", crash)
+    monkeypatch.setattr(Path, "unlink", lambda *args, **kwargs: None)  # a killed process does not clean up
+    with pytest.raises(Killed):
         store.write(NEW, {})
     assert not store.path(KEY).exists()
     assert store.find(KEY) is None
     assert [path.suffix for path in store.path(KEY).parent.iterdir()] == [".partial"]
 
 
-def test_a_file_is_renamed_into_place_whole_and_durable(tmp_path, monkeypatch):
-    events = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: (events.append("sync"), fsync(handle))[1])
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls of fsync and replace, with the complete file that is renamed."""
+    calls, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append("fsync") or fsync(descriptor))
     monkeypatch.setattr(
-        os, "replace", lambda one, other: (events.append(Path(one).read_text()), replace(one, other))[1]
+        os, "replace", lambda old, new: calls.append((Path(new).name, Path(old).read_bytes())) or replace(old, new)
     )
+    return calls
+
+
+def test_a_file_is_synced_and_renamed_when_it_is_complete(tmp_path, calls):
     write_json(tmp_path / "x.json", {"a": 1})
-    assert events[0] == "sync"
-    assert json.loads(events[1]) == {"a": 1}
+    assert calls[0] == "fsync"
+    assert json.loads(calls[1][1]) == {"a": 1}
 
 
-def test_the_record_is_the_last_file_to_appear(store, monkeypatch):
-    order, settle = [], record_module.settle
-    monkeypatch.setattr(
-        record_module, "settle", lambda scratch, path: (order.append(path.name), settle(scratch, path))[1]
-    )
+def test_the_record_is_the_last_file_to_appear(store, calls):
     with store.lock(KEY):
-        store.write(NEW, {"documents.json": {}}, {"a": PackedMask.of(torch.ones(1, 1, dtype=torch.bool))})
-    assert order == ["masks.safetensors", "documents.json", "result.json"]
+        store.write(NEW, {"documents.json": {}}, {"a": PackedMask.pack(torch.ones(1, 1, dtype=torch.bool))})
+    names = [call[0] for call in calls if call != "fsync"]
+    assert names == ["masks.safetensors", "documents.json", "result.json"]
 
 
-def test_content_that_is_no_json_is_not_written(store):
+def test_content_that_json_cannot_hold_is_not_written(store):
     with pytest.raises(TypeError):
         store.write({**NEW, "solver": {"x": object()}}, {})
     assert store.find(KEY) is None
     assert list(store.path(KEY).parent.iterdir()) == []
 
 
-def test_a_failure_is_noted_and_raised_again(store):
-    with pytest.raises(ZeroDivisionError), store.noting_failure(KEY, {"method": "x"}):
+def test_a_failure_is_recorded_and_raised_again(store):
+    with pytest.raises(ZeroDivisionError), store.recording_failure(KEY, {"method": "x"}):
         _ = 1 // 0
-    noted = json.loads((store.path(KEY).parent / "failed.json").read_text())
-    assert noted["key"] == KEY
-    assert noted["config"] == {"method": "x"}
-    assert noted["type"] == "ZeroDivisionError"
-    assert "1 // 0" in noted["traceback"]
+    failure = json.loads((store.path(KEY).parent / "failed.json").read_text())
+    assert (failure["key"], failure["config"], failure["type"]) == (KEY, {"method": "x"}, "ZeroDivisionError")
+    assert "1 // 0" in failure["traceback"]
     assert store.find(KEY) is None
 
 
-def test_a_success_removes_the_note_of_a_failure(store):
-    with pytest.raises(ValueError, match="no"), store.noting_failure(KEY, {}):
+def test_a_failure_leaves_an_existing_record_and_a_success_removes_the_failure(store):
+    store.write(OLD, {})
+    with pytest.raises(ValueError, match="no"), store.recording_failure(KEY, {}):
         raise ValueError("no")
+    assert store.find(KEY) == OLD
     store.write(NEW, {})
     assert [path.name for path in store.path(KEY).parent.iterdir()] == ["result.json"]
 
 
-def test_a_failure_leaves_the_record_that_was_there(store):
-    store.write(OLD, {})
-    with pytest.raises(ValueError, match="no"), store.noting_failure(KEY, {}):
-        raise ValueError("no")
-    assert store.find(KEY) == OLD
-
-
 def test_one_holder_of_a_key_at_a_time(store):
-    inside, most = 0, 0
+    alone = threading.Lock()
 
-    def work():
-        nonlocal inside, most
+    def work(_):
         with store.lock(KEY):
-            inside += 1
-            most = max(most, inside)
+            was_free = alone.acquire(blocking=False)
             time.sleep(0.05)
-            inside -= 1
+            alone.release()
+            return was_free
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(10)
-    assert (inside, most) == (0, 1)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
 
 
 def test_different_keys_do_not_wait_for_each_other(store):
-    reached = threading.Event()
-
-    def other():
-        with store.lock("fedcba9876543210"):
-            reached.set()
-
-    with store.lock(KEY):
-        thread = threading.Thread(target=other)
-        thread.start()
-        assert reached.wait(10)
-    thread.join(10)
+    with store.lock(KEY), store.lock("fedcba9876543210", wait=False):
+        pass
 
 
 def test_a_lock_whose_owner_failed_is_free(store):
     with pytest.raises(ValueError, match="no"), store.lock(KEY):
         raise ValueError("no")
-    with store.lock(KEY):
+    with store.lock(KEY, wait=False):
         pass
 
 
-def test_the_environment_says_what_made_the_numbers_and_no_secret(monkeypatch):
+def test_the_environment_has_versions_and_hardware_and_no_secret(monkeypatch):
     for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "secret123")
-    found = environment()
-    assert {"torch", "transformers", "datasets", "lm_eval", "python", "cpu", "threads", "gpu", "git_commit"} <= set(
-        found
-    )
-    assert found["torch"] == torch.__version__
-    assert found["threads"] == torch.get_num_threads()
-    text = json.dumps(found)
+    fields = environment()
+    assert {"torch", "transformers", "datasets", "lm_eval", "python", "cpu", "threads", "gpu"} < fields.keys()
+    assert "git_commit" in fields
+    assert fields["torch"] == torch.__version__
+    assert fields["threads"] == torch.get_num_threads()
+    text = json.dumps(fields)
     assert "secret123" not in text
     assert str(Path.home()) not in text
 
