@@ -57,7 +57,7 @@ def _cell(composed: DictConfig) -> None:
     folder = job.runtime.output_dir
     try:
         if in_sweep:
-            workers.join(job.launcher, Path(job.sweep.dir))
+            workers.acquire_slot(job.launcher, Path(job.sweep.dir))
         elif launchers := [text for text in job.overrides.hydra if text.startswith("hydra/launcher=")]:
             raise UserError(
                 f"{launchers[0]}: a launcher runs the cells of a sweep, and this is one run; leave it out, or add -m "
@@ -156,7 +156,7 @@ def main() -> None:
     """Entry point. Exit code 2: a setting is wrong; 1: a run failed, or cells of a sweep did."""
     register()
     try:
-        workers.announce()
+        workers.set_environment()
     except UserError as error:
         log.error("%s", error)
         raise SystemExit(2) from None

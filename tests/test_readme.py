@@ -14,7 +14,7 @@ import yaml
 from support import CONF, ROOT, settings_of
 
 from dass_exp.config.settings import RunConfig
-from dass_exp.models.families import table
+from dass_exp.models.families import markdown_table
 
 README, SETTINGS, MODELS = (
     (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/settings.md", "docs/models.md")
@@ -43,7 +43,7 @@ def test_the_demo_table_is_the_committed_one() -> None:
 
 def test_the_family_table_is_that_of_the_code() -> None:
     (shown,) = re.findall(r"<!-- families -->\n(.*?)<!-- /families -->", MODELS, re.DOTALL)
-    assert shown == table()
+    assert shown == markdown_table()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -48,7 +48,7 @@ SAMPLES, LENGTH = 4, 128  # calibration sequences and scored windows, and tokens
 
 def write_checkpoint(shape: LlamaShape, folder: Path) -> Path:
     """Write a checkpoint of random weights block by block; it is never in memory as a whole."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(assets.converted("smollm2_135m", convert_gguf))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(assets.convert_once("smollm2_135m", convert_gguf))
     model, generator = shape.empty_model(), torch.Generator().manual_seed(0)
     partial = folder.with_name(f".{folder.name}.partial")
     writer = CheckpointWriter(folder, partial)

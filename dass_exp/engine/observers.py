@@ -71,7 +71,7 @@ def observe_experts(module: nn.Module, table: Experts, stats: ExpertStatistics, 
     """Run the experts one by one and collect each one's statistics over the tokens routed to it.
 
     transformers stores the experts in one tensor behind a fused kernel, out of reach of module hooks. Sequences, of
-    ``tokens`` each, reach the experts flattened. A UserError is raised for an unsupported layout of the tensors.
+    ``tokens`` each, reach the experts flatten. A UserError is raised for an unsupported layout of the tensors.
     """
     unknown = [name for name, usual in _EXPERTS_LAYOUT.items() if getattr(module, name, usual) is not usual]
     if unknown or getattr(module, table.gate_up).ndim != 3:

@@ -216,7 +216,7 @@ def _move_into_place(growing: Path, target: Path, masks: Mapping[str, PackedMask
     write_masks(masks, growing / MASKS)
     for path in (path for path in growing.rglob("*") if path.is_file()):
         path.chmod(0o644)  # safetensors makes files that only their owner can read
-        sync(path)
+        fsync(path)
     write_json(growing / MANIFEST, {"schema": 1, **manifest})
     is_saved(target, manifest["key"])  # refuses what others have put there meanwhile
     replaced = growing.with_name(REPLACED)
@@ -228,7 +228,7 @@ def _move_into_place(growing: Path, target: Path, masks: Mapping[str, PackedMask
     finally:
         _restore_replaced(target, replaced)
     with suppress(OSError):
-        sync(target.parent)
+        fsync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     return target
 

@@ -150,9 +150,9 @@ def _write(sheets: list[ResultTable], results: Path, problems: list[str], asked:
         for path in (*written, *pictures):
             log.info("wrote %s", path)
         if asked.wandb:
-            from dass_exp.runs.track import track_sheet
+            from dass_exp.runs.track import track_table
 
-            track_sheet(sheet.title, {"table": wide_form(sheet), "values": long_form(sheet)}, pictures, str(results))
+            track_table(sheet.title, {"table": wide_form(sheet), "values": long_form(sheet)}, pictures, str(results))
     if sheets:
         log.info(
             "wrote %s, which shows %s",

@@ -8,7 +8,7 @@ from typing import Any
 
 from dass_exp.report.load import Record, block_of, documents
 from dass_exp.report.significance import bootstrap
-from dass_exp.storage.mask_file import each_mask, mask_names
+from dass_exp.storage.mask_file import iter_masks, mask_names
 
 
 def pair(first: Record, second: Record, results: Path) -> str:
@@ -82,7 +82,7 @@ def _overlap(first: Record, second: Record, results: Path) -> list[str]:
     common = sorted({*mask_names(paths[0])} & {*mask_names(paths[1])})
     roles = {layer["name"]: layer["role"] for layer in first["sparsity"]["layers"]}
     counts: dict[tuple[str, str], tuple[int, int]] = {}
-    for (name, keep), (_, other) in zip(each_mask(paths[0], common), each_mask(paths[1], common), strict=True):
+    for (name, keep), (_, other) in zip(iter_masks(paths[0], common), iter_masks(paths[1], common), strict=True):
         if keep.shape != other.shape:
             return [f"{name} has another shape in {second['key']}: there is no overlap to speak of."]
         both, either = int((keep & other).sum()), int((keep | other).sum())

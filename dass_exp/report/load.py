@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dass_exp.storage.record_schema import is_config, problem_of
+from dass_exp.storage.record_schema import is_config, record_problem
 
 Record = dict[str, Any]
 
@@ -65,7 +65,7 @@ def load(results: Path) -> Loaded:
         except (OSError, ValueError, RecursionError) as error:
             problems.append(f"{path}: not read ({error})")
             continue
-        if (problem := problem_of(found, path.parent.name)) is not None:
+        if (problem := record_problem(found, path.parent.name)) is not None:
             problems.append(f"{path}: not a record of this project ({problem})")
             continue
         records[path.parent.name] = found

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dass_exp.report.load import Record, model_of
-from dass_exp.storage.record_schema import flattened
+from dass_exp.storage.record_schema import flatten
 
 _PER_MODEL = (
     "weights",
@@ -36,7 +36,7 @@ def told(record: Record, differing: tuple[str, ...]) -> str:
     """A record's values of the fields that differ, as rows of a mixed table name them."""
     if not differing:
         return ""
-    made = made_by(record) | flattened(record["identity"])
+    made = made_by(record) | flatten(record["identity"])
     return ", ".join(f"{field}={made[field]}" for field in differing if field in made)
 
 
@@ -45,7 +45,7 @@ def colliding(places: Iterable[Sequence[Record]]) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for records in places:
         identities = [
-            flattened({**record["identity"], "model": model_of(record)})
+            flatten({**record["identity"], "model": model_of(record)})
             for record in {record["key"]: record for record in records}.values()
         ]
         for name in dict.fromkeys(name for identity in identities for name in identity):

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dass_exp.report.compare import as_markdown, as_rich, comparison, footnotes, settings_line
 from dass_exp.report.console import caption, console, show_plan
-from dass_exp.storage.records import write_json
+from dass_exp.storage.durable import write_json
 
 log = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from dass_exp.engine.verify import Layer, Verification
 from dass_exp.errors import UserError
 from dass_exp.evaluate.streamed import StreamedPerplexity
 from dass_exp.models.save import REPLACED
-from dass_exp.storage.durable import settle, write_tensors
+from dass_exp.storage.durable import replace_durably, write_tensors
 from dass_exp.storage.mask_file import PackedMask, mask_names, read_packed, write_masks
-from dass_exp.storage.record_schema import flattened
+from dass_exp.storage.record_schema import flatten
 
 if TYPE_CHECKING:
     from dass_exp.runs.resolve import ResolvedRun
@@ -115,7 +115,7 @@ def save_state(folder: Path, identity: Mapping[str, Any], placement: str, state:
         for number, tensor in enumerate(tensors)
     }
     write_tensors(hidden, scratch, {"dass_exp": json.dumps(metadata)}, durable=False)
-    settle(scratch, folder / STATE)
+    replace_durably(scratch, folder / STATE)
 
 
 def discard(folder: Path) -> None:
@@ -154,7 +154,7 @@ class MaskFiles(Callback):
 
     def on_block_end(self, report: BlockReport) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        masks = {name: PackedMask.of(result.keep) for name, result in report.results.items()}
+        masks = {name: PackedMask.pack(result.keep) for name, result in report.results.items()}
         write_masks(masks, _masks_file(self._folder, report.index))
         self._blocks = report.index + 1
 
@@ -255,6 +255,6 @@ def _tagged(identity: Mapping[str, Any], placement: str) -> dict[str, Any]:
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    old, new = flattened(before), flattened(now)
+    old, new = flatten(before), flatten(now)
     names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
     return ", ".join(f"{name}={old.get(name)} (now {new.get(name)})" for name in names)

@@ -17,7 +17,7 @@ from dass_exp.runs.execute import execute
 from dass_exp.runs.record import RunResult, compose_record, describe_config
 from dass_exp.runs.resolve import ResolvedRun, place, resolve
 from dass_exp.runs.resume import discard, discard_unless_resumable, placement_in
-from dass_exp.storage.durable import remove_strays
+from dass_exp.storage.durable import remove_partial_files
 from dass_exp.storage.records import Record
 
 
@@ -74,7 +74,7 @@ def _find_or_execute(run: ResolvedRun, context: RunContext) -> tuple[Record, boo
     with run.store.lock(run.key), locked(run.config.save):
         if (record := run.finished_record()) is not None:  # another process did it while this one waited
             return record, True
-        with run.store.noting_failure(run.key, describe_config(run.config, run.method, run.pattern, run.spec)):
+        with run.store.recording_failure(run.key, describe_config(run.config, run.method, run.pattern, run.spec)):
             result = _execute_in_work_folder(run, context)
             record = _write(run, result)
         _clean_up(run)
@@ -84,7 +84,7 @@ def _find_or_execute(run: ResolvedRun, context: RunContext) -> tuple[Record, boo
 
 def _execute_in_work_folder(run: ResolvedRun, context: RunContext) -> RunResult:
     for folder in (run.work_folder, run.record_folder):
-        remove_strays(folder)
+        remove_partial_files(folder)
     try:
         return execute(run, context)
     finally:

@@ -19,7 +19,7 @@ def record_of(key, masks, tmp_path, names=NAMES):
     folder.mkdir(parents=True)
     if masks is not None:
         write_masks(
-            {name: PackedMask.of(torch.tensor([[mark == "1" for mark in bits]])) for name, bits in masks.items()},
+            {name: PackedMask.pack(torch.tensor([[mark == "1" for mark in bits]])) for name, bits in masks.items()},
             folder / "masks.safetensors",
         )
     layers = [{"name": name, "role": role} for name, role in names.items()]

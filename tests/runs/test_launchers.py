@@ -59,7 +59,7 @@ def test_a_machine_runs_as_many_workers_as_fit(machine, cores, gpus, expected):
 
 def test_the_launchers_are_told_what_fits(machine):
     machine(16, 2)
-    workers.announce()
+    workers.set_environment()
     told = [os.environ.pop(name) for name in ("DASS_EXP_WORKERS", "DASS_EXP_WORKER_CORES", "DASS_EXP_WORKER_GPUS")]
     assert told == ["2", "8", "1"]
 
@@ -67,7 +67,7 @@ def test_the_launchers_are_told_what_fits(machine):
 def test_the_user_has_the_last_word(machine, monkeypatch):
     machine(16)
     monkeypatch.setenv("DASS_EXP_WORKERS", "3")
-    workers.announce()
+    workers.set_environment()
     assert workers.workers() == 3
     assert os.environ.pop("DASS_EXP_WORKER_CORES") == "5"
     assert os.environ.pop("DASS_EXP_WORKER_GPUS") == "0"
@@ -78,7 +78,7 @@ def test_a_number_of_workers_that_is_none_is_told(machine, monkeypatch, value):
     machine(16)
     monkeypatch.setenv("DASS_EXP_WORKERS", value)
     with pytest.raises(UserError, match=f"DASS_EXP_WORKERS='{value}'"):
-        workers.announce()
+        workers.set_environment()
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_number_of_workers_that_is_none_is_told(machine, monkeypatch, value):
 )
 def test_workers_share_the_cores(machine, tmp_path, cores, jobs, threads):
     machine(cores)
-    workers.join({**JOBLIB, "n_jobs": jobs}, tmp_path)
+    workers.acquire_slot({**JOBLIB, "n_jobs": jobs}, tmp_path)
     assert torch.get_num_threads() == threads
 
 
@@ -94,14 +94,14 @@ def test_a_model_that_stays_is_not_taken_for_a_leak(machine, tmp_path, monkeypat
     loky = importlib.import_module(workers._LOKY)
     monkeypatch.setattr(loky, "_MAX_MEMORY_LEAK_SIZE", loky._MAX_MEMORY_LEAK_SIZE)
     machine(2)
-    workers.join({**JOBLIB, "n_jobs": 2}, tmp_path)
+    workers.acquire_slot({**JOBLIB, "n_jobs": 2}, tmp_path)
     assert sys.maxsize == loky._MAX_MEMORY_LEAK_SIZE
 
 
 def test_a_process_that_was_given_fewer_threads_keeps_to_them(machine, tmp_path):
     machine(16)
     torch.set_num_threads(2)
-    workers.join({**JOBLIB, "n_jobs": 2}, tmp_path)
+    workers.acquire_slot({**JOBLIB, "n_jobs": 2}, tmp_path)
     assert torch.get_num_threads() == 2
 
 
@@ -109,14 +109,14 @@ def test_each_worker_has_a_gpu_of_its_own_for_as_long_as_it_lives(machine, tmp_p
     chosen = machine(16, gpus=4)
     with FileLock(tmp_path / ".slots" / "0.lock"), FileLock(tmp_path / ".slots" / "1.lock"):  # two other workers
         for _ in range(2):  # two cells of this one
-            workers.join({**JOBLIB, "n_jobs": 4}, tmp_path)
+            workers.acquire_slot({**JOBLIB, "n_jobs": 4}, tmp_path)
     assert chosen == [2]
     assert torch.get_num_threads() == 4
 
 
 def test_a_machine_with_one_gpu_leaves_it_chosen(machine, tmp_path):
     assert machine(16, gpus=1) == []
-    workers.join({**JOBLIB, "n_jobs": 2}, tmp_path)
+    workers.acquire_slot({**JOBLIB, "n_jobs": 2}, tmp_path)
     assert torch.get_num_threads() == 8
 
 
@@ -125,14 +125,14 @@ def test_a_machine_with_one_gpu_leaves_it_chosen(machine, tmp_path):
 )
 def test_other_launchers_hand_out_their_own_shares(machine, tmp_path, launcher):
     machine(2)
-    workers.join({"_target_": launcher}, tmp_path)
+    workers.acquire_slot({"_target_": launcher}, tmp_path)
     assert torch.get_num_threads() == 8
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_ray_task_keeps_to_the_cores_that_it_was_given(machine, tmp_path):
     machine(8)
-    workers.join({"_target_": "x.RayLauncher", "ray": {"remote": {"num_cpus": 3}}}, tmp_path)
+    workers.acquire_slot({"_target_": "x.RayLauncher", "ray": {"remote": {"num_cpus": 3}}}, tmp_path)
     assert torch.get_num_threads() == 3
 
 
@@ -166,7 +166,7 @@ from pathlib import Path
 from dass_exp import __main__ as entry
 from dass_exp.runs import workers
 print("waiting", flush=True)
-workers.join({"_target_": "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher"}, Path(sys.argv[1]))
+workers.acquire_slot({"_target_": "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher"}, Path(sys.argv[1]))
 print("has", Path(workers._HELD[0].lock_file).stem)
 """
 

@@ -19,7 +19,7 @@ from dass_exp.runs.journal import Journal
 from dass_exp.runs.memory import BASE
 from dass_exp.runs.plan import plan
 from dass_exp.runs.run import run
-from dass_exp.storage.records import Store
+from dass_exp.storage.records import RecordStore
 
 STREAM, RESIDENT = "model.placement=stream", "model.placement=resident"
 TASKS = ["eval=mini", "eval.perplexity.context=32", "eval.perplexity.max_windows=4", "eval.zeroshot.limit=2"]
@@ -114,7 +114,7 @@ def test_a_found_record_leaves_the_state_of_a_run_in_progress_alone(cell, tmp_pa
 
 def test_a_finished_record_is_given_out_while_it_is_made_again(cell, results):
     key = run_with(*cell).record["key"]
-    with Store(results).lock(key):
+    with RecordStore(results).lock(key):
         done = []
         thread = threading.Thread(target=lambda: done.append(run_with(*cell)))
         thread.start()
@@ -217,7 +217,7 @@ def test_killed_before_its_record_a_streamed_run_reads_nothing_again(cell, tmp_p
         return write(store, record, *rest)
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(Store, "write", fragile)
+        patched.setattr(RecordStore, "write", fragile)
         run_with(*cell, STREAM)
     monkeypatch.setattr(Journal, "note", lambda *arguments: pytest.fail("pruned again"))
     found = run_with(*cell, STREAM)

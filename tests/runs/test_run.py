@@ -35,7 +35,7 @@ from dass_exp.runs import pruning as pruning_module
 from dass_exp.runs import run as run_module
 from dass_exp.runs.run import run
 from dass_exp.storage.mask_file import load_masks
-from dass_exp.storage.records import Store
+from dass_exp.storage.records import RecordStore
 
 pytestmark = pytest.mark.usefixtures("short_texts")
 
@@ -380,7 +380,7 @@ def test_a_failed_rerun_keeps_the_record(cell, pruning):
     pruning.error = NumericalError("no")
     with pytest.raises(NumericalError):
         run_with(*cell, "rerun=true")
-    assert Store(first.path.parents[2]).find(first.record["key"]) == first.record
+    assert RecordStore(first.path.parents[2]).find(first.record["key"]) == first.record
 
 
 def test_weights_that_are_not_finite_stop_the_run_with_the_layer(tiny, tmp_path, results):
