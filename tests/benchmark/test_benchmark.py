@@ -56,9 +56,10 @@ def test_a_comparison_has_every_method_and_part_and_leaves_the_model_dense(tiny_
     assert len(lines) == 2 * (1 + len(METHODS))
     for name, seconds in compared["methods"].items():
         assert len(seconds["runs"]) == 2
-        assert (seconds["forward"] > 0) == (seconds["statistics"] > 0) == (name != "magnitude")
+        assert (seconds["statistics"] > 0) == (name != "magnitude")
         assert min(seconds[part] for part in ("total", "solve", "write", "verify")) > 0
         assert seconds["peak_rss_bytes"] > 1e6
+    assert compared["methods"]["magnitude"]["forward"] < compared["methods"]["dass"]["forward"] / 2
 
 
 def test_the_parts_of_a_run_add_up(tiny_model, tokens):
