@@ -115,8 +115,6 @@ def _mistyped() -> str | None:
         folder = project_root() / "conf" / group
         if choice.replace("_", "").isdigit() and folder.is_dir():
             return f"{override}: Hydra reads {choice} as a number; the choices of {group} are the files in {folder}"
-        if group.lstrip("+") == "sweeps/cells":
-            return f"{override}: this group is now called variant; write variant={choice}"
         plugin = _LAUNCHERS.get(choice) if group == "hydra/launcher" else None
         if plugin and importlib.util.find_spec(f"hydra_plugins.hydra_{plugin}_launcher") is None:
             extra = _EXTRAS[plugin]
@@ -125,6 +123,15 @@ def _mistyped() -> str | None:
                 f"-e '.[{extra}]')"
             )
     return None
+
+
+def _current(override: str) -> str:
+    """An override under its present name."""
+    name, equals, value = override.partition("=")
+    if name.lstrip("+") != "sweeps/cells":
+        return override
+    log.warning("%s is now called variant", name)
+    return f"variant{equals}{value}"
 
 
 def _explain(error: Exception) -> int:
@@ -160,6 +167,7 @@ def main() -> None:
     except UserError as error:
         log.error("%s", error)
         raise SystemExit(2) from None
+    sys.argv[1:] = [_current(override) for override in sys.argv[1:]]
     os.environ["DASS_EXP_PLUGINS"] = " ".join(_ADMITTED)  # a worker of a launcher has another command line
     if _names_a_sweep() and not {"-m", "--multirun"} & {*sys.argv}:
         sys.argv.insert(1, "--multirun")  # the sweep's file says so too, but then Hydra hides mistakes in the overrides

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from dass_exp.engine.block_report import BlockReport
 from support import CONF
 from torch import Tensor, nn
 
 from dass_exp.config.components import build, choice
-from dass_exp.engine.block_report import BlockReport
 from dass_exp.engine.prune import Options, prune_model
 from dass_exp.masks import NM, Pattern
 from dass_exp.methods.base import Pruner

@@ -33,8 +33,8 @@ NO_EFFECT = {"no_effect": True}  # of a field that changes no number: it enters 
 class ModelConfig:
     """Which model to prune: ``path`` is a hub id, a folder, ``offline:NAME`` or ``tiny:NAME``.
 
-    ``placement`` is ``resident`` (in memory), ``stream`` (block by block from disk) or ``auto``. ``training_seed`` picks
-    one of several trainings of a tiny model; tables average over them. docs/settings.md describes every field.
+    ``placement`` is ``resident`` (in memory), ``stream`` (block by block from disk) or ``auto``. ``training_seed``
+    picks one of several trainings of a tiny model; tables average over them. docs/settings.md describes every field.
     """
 
     name: str = field(default=MISSING, metadata=NO_EFFECT)
@@ -52,13 +52,18 @@ class ModelConfig:
     parameters: float | None = field(default=None, metadata=NO_EFFECT)
     context: int | None = field(default=None, metadata=NO_EFFECT)
 
+    def __post_init__(self) -> None:
+        one_of("model.dtype", self.dtype, ("auto", *DTYPES))
+        one_of("model.placement", self.placement, ("auto", *PLACEMENTS))
+        one_of("model.bos", self.bos, ("auto", *BOS_POLICIES))
+
 
 @dataclass
 class CalibrationConfig:
     """Which token sequences a method calibrates on.
 
-    ``sampling`` is ``joined``, random windows of all documents joined by ``separator``, or ``document``, a random window
-    of a random document that is longer than it; both draw as the Wanda code does. ``seq_len`` includes a
+    ``sampling`` is ``joined``, random windows of all documents joined by ``separator``, or ``document``, a random
+    window of a random document that is longer than it; both draw as the Wanda code does. ``seq_len`` includes a
     beginning-of-sequence token. ``cache`` is where activations wait between two blocks: ``device``, ``cpu``, ``disk``.
     """
 

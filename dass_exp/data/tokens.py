@@ -6,16 +6,14 @@ import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dass_exp.config.settings import CalibrationConfig
 from dass_exp.data.texts import Text
 from dass_exp.errors import UserError
-
-if TYPE_CHECKING:
-    from dass_exp.config.settings import CalibrationConfig
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from dass_exp.config.settings import ACTIVATION_CACHES
 from dass_exp.errors import one_of
 from dass_exp.storage.durable import write_tensors
-
-CACHES = ("device", "cpu", "disk")
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class ActivationCache:
     """Stores tensors on their ``device``, in ``cpu`` memory, or on ``disk`` in a folder that is created on demand."""
 
     def __init__(self, kind: str = "device", folder: Path | None = None) -> None:
-        one_of("calibration.cache", kind, CACHES)
+        one_of("calibration.cache", kind, ACTIVATION_CACHES)
         if kind == "disk" and folder is None:
             raise ValueError("an activation cache on disk needs a folder")
         self._kind, self._folder, self._numbers = kind, folder, count()

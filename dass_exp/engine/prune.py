@@ -190,7 +190,7 @@ def _pass_on(module: nn.Module, index: int, batches: list[Batch], dense: deque[C
     off = total = 0.0
     for batch in batches:
         cached = dense.popleft()  # a dense output is released as soon as it is compared
-        reference = cached.get()
+        reference = cached.load()
         output = batch.run_block(module, index) if changed else reference
         batch.cached = batch.cache.store(output) if changed else cached
         off += (output - reference).float().square_().sum().item()

@@ -90,7 +90,7 @@ def _verify_linear(linear: LinearView, result: MaskResult, pattern: Pattern, err
         )
     if not bool(torch.isfinite(weight).all()):
         raise NumericalError(f"{name}: its pruned weights hold numbers that are not finite")
-    slabs = keep.split(result.columns, dim=1) if result.columns else (keep,)
+    slabs = keep.split(result.slab_width, dim=1) if result.slab_width else (keep,)
     if wrong := sum(pattern.violations(slab, result.dim) for slab in slabs):
         axis = AXES[result.dim]
         raise VerificationError(
@@ -114,6 +114,6 @@ def _verify_linear(linear: LinearView, result: MaskResult, pattern: Pattern, err
         score_high=result.high,
         block_error=error,
         seconds=result.seconds,
-        damping_retries=result.retries,
+        damping_retries=result.damping_retries,
         tokens=linear.tokens,
     )

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from dass_exp.engine.callbacks import BlockReport, Callback, Loop, Stopwatch
-from dass_exp.engine.capture import Batch, finish_forward, capture, eval_mode, restore_hidden
+from dass_exp.engine.capture import Batch, capture, eval_mode, finish_forward, restore_hidden
 from dass_exp.engine.prune import EngineOptions
-from dass_exp.evaluate.head import compare_head, token_losses
-from dass_exp.evaluate.perplexity import Perplexity
+from dass_exp.evaluate.head import compare_head
+from dass_exp.evaluate.perplexity import Perplexity, window_nll
 from dass_exp.models.decoder import decoder_of
 
 
@@ -108,11 +108,9 @@ class StreamedPerplexity(Callback):
                 batch.hidden = batch.run_block(self._blocks[index], index)
 
     def _perplexity(self, batches: list[Batch]) -> Perplexity:
-        window_nll: list[float] = []
+        nll: list[float] = []
         with eval_mode(self._model):
             for batch, part in zip(batches, self._windows.split(self._batch_size), strict=True):
                 ids = part.to(batch.cached.device)
-                hidden = finish_forward(self._model, self._blocks, batch, ids)[:, :-1]
-                nll = token_losses(self._model, hidden.reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1))
-                window_nll += nll.view(len(ids), -1).double().mean(1).tolist()
-        return Perplexity(window_nll, self._windows.shape[1] - 1)
+                nll += window_nll(self._model, finish_forward(self._model, self._blocks, batch, ids), ids)
+        return Perplexity(nll, self._windows.shape[1] - 1)

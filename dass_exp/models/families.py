@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from dass_exp.config.settings import SCOPES
 from dass_exp.errors import UserError, one_of
 
 
@@ -31,8 +32,7 @@ Q, K, V, O, GATE, UP, DOWN, FC1, FC2 = Role  # noqa: E741
 
 ATTENTION, GLU, PLAIN = frozenset({Q, K, V, O}), frozenset({GATE, UP, DOWN}), frozenset({FC1, FC2})
 
-ROLES_IN_SCOPE: dict[str, frozenset[Role]] = {"mlp": GLU | PLAIN, "attention": ATTENTION, "all": frozenset(Role)}
-SCOPES = ROLES_IN_SCOPE
+ROLES_IN_SCOPE = dict(zip(SCOPES, (GLU | PLAIN, ATTENTION, frozenset(Role)), strict=True))
 
 # Roles with the same entry read the very same tensor, so it is observed once.
 INPUT_OF: dict[Role, str] = {
@@ -45,7 +45,6 @@ INPUT_OF: dict[Role, str] = {
 # The linear of an MLP that reads the neurons which this one computes.
 READER_OF: dict[Role, Role] = {GATE: DOWN, UP: DOWN, FC1: FC2}
 
-BOS_POLICIES = ("never", "stream", "window")
 
 Rows = slice | Sequence[int]
 

@@ -6,23 +6,19 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 from torch import nn
 
-from dass_exp.errors import UserError, one_of
+from dass_exp.config.settings import ModelConfig
+from dass_exp.errors import UserError
 from dass_exp.models.decoder import decoder_of
-from dass_exp.models.families import BOS_POLICIES, Family, family_of
+from dass_exp.models.families import Family, family_of
 from dass_exp.models.locate import ModelSource, files_of, locate, quiet_libraries, readable_errors
 from dass_exp.models.shards import Shards
 from dass_exp.models.streamed import StreamedBlocks, empty_model
-
-if TYPE_CHECKING:
-    from dass_exp.config.settings import ModelConfig
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +61,6 @@ def identify(config: ModelConfig) -> ModelSpec:
         UserError: no such model, no access to it, no network, an unaccepted licence, an unknown dtype or device.
     """
     device = _device(config.device)
-    one_of("model.dtype", config.dtype, ("auto", *_DTYPES))
-    one_of("model.bos", config.bos, ("auto", *BOS_POLICIES))
-    one_of("model.placement", config.placement, ("auto", "resident", "stream"))
     source = locate(config)
     spec = ModelSpec(
         **vars(source),
@@ -173,7 +166,7 @@ def _device(setting: str) -> torch.device:
 def _dtype(setting: str, config: Any, device: torch.device) -> torch.dtype:
     """``auto`` is float32 on a CPU, so that numbers do not depend on the processor; else the checkpoint's dtype."""
     if setting != "auto":
-        return _DTYPES[setting]
+        return getattr(torch, setting)
     if device.type == "cpu":
         return torch.float32
     stored = getattr(config.get_text_config(), "dtype", None)

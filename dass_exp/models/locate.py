@@ -10,20 +10,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from dass_exp.config.settings import ModelConfig
 from dass_exp.data import assets
 from dass_exp.errors import UserError
 from dass_exp.models import tiny
 from dass_exp.storage.mask_file import MASKS
-
-if TYPE_CHECKING:
-    from dass_exp.config.settings import ModelConfig
 
 OFFLINE = "offline:"  # prefix of a path that names a model of assets.py
 TINY = "tiny:"  # prefix of a path that names a model of tiny.py

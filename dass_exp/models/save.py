@@ -16,7 +16,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from dass_exp.errors import UserError
 from dass_exp.models.locate import MANIFEST, manifest_of
 from dass_exp.models.shards import INDEX
-from dass_exp.storage.durable import as_os_error, sync, write_json, write_tensors
+from dass_exp.storage.durable import as_os_error, fsync, write_json, write_tensors
 from dass_exp.storage.mask_file import MASKS, PackedMask, write_masks
 
 REPLACED = "before"  # in a partial folder: the checkpoint that is being replaced, which must not be deleted

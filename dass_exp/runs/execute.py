@@ -19,8 +19,7 @@ from dass_exp.engine.prune import EngineOptions, prune_model
 from dass_exp.engine.verify import Verification
 from dass_exp.evaluate.perplexity import perplexity
 from dass_exp.evaluate.streamed import StreamedPerplexity
-from dass_exp.evaluate.zeroshot import ZeroShotOptions
-from dass_exp.evaluate.zeroshot import ZeroShotResult, zero_shot
+from dass_exp.evaluate.zeroshot import ZeroShotOptions, ZeroShotResult, zero_shot
 from dass_exp.models import load
 from dass_exp.models.decoder import decoder_of
 from dass_exp.models.save import CheckpointWriter, check_room, save_checkpoint, target_of
@@ -127,7 +126,7 @@ def _run_blocks(
         scorer = StreamedPerplexity(model, windows.ids, batch_size, options, stopwatch, run.method.prunes)
     masks = MaskFiles(run.work_folder, done) if run.keeps_masks else None
     if writer is not None and isinstance(blocks, StreamedBlocks):
-        writer.begin(blocks.names.stored, len(decoder.blocks), done)
+        writer.begin(blocks.names.to_checkpoint, len(decoder.blocks), done)
         saver = SaveBlocks(writer)
     resume = ResumeState(run, earlier, verification, scorer, stopwatch)
     phase = f"pruning with {run.method.name}"
@@ -183,7 +182,7 @@ def _earlier_state(run: ResolvedRun) -> State | None:
     return state
 
 
-def _activation_cache(run: ResolvedRun) -> Cache:
+def _activation_cache(run: ResolvedRun) -> ActivationCache:
     """A cache in a folder of this start alone: a tensor of an earlier one deletes its own file only."""
     for folder in run.work_folder.glob("activations-*"):
         shutil.rmtree(folder, ignore_errors=True)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dass_exp.engine.callbacks import BlockReport, Callback, Loop, Stopwatch
-from dass_exp.engine.capture import put
+from dass_exp.engine.capture import restore_hidden
 from dass_exp.engine.verify import Layer, Verification
 from dass_exp.errors import UserError
 from dass_exp.evaluate.streamed import StreamedPerplexity
@@ -199,7 +199,7 @@ class ResumeState(Callback):
         if (earlier := self._earlier) is None:
             return
         if loop.batches:
-            put(loop.batches, earlier.hidden["calibration"])
+            restore_hidden(loop.batches, earlier.hidden["calibration"])
         if self._scorer is not None:
             self._scorer.hidden = earlier.hidden
         if not self._run.streams:

@@ -82,19 +82,3 @@ def remove_partial_files(folder: Path) -> None:
     for path in folder.rglob("*") if folder.is_dir() else ():
         if path.is_file() and (path.name.startswith(".tmp") or path.suffix == ".partial"):
             path.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON under a temporary name, make it durable, then rename it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        settle(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def now() -> str:
-    """The time, ISO 8601 in UTC."""
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dass_exp.engine.block_report import BlockReport, Spent
 from torch import Tensor, nn
 
-from dass_exp.engine.block_report import BlockReport, Spent
 from dass_exp.engine.verify import Layer, verify
 from dass_exp.errors import UserError
 from dass_exp.masks import NM, Pattern, Unstructured

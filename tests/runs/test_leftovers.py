@@ -7,15 +7,14 @@ import threading
 import pytest
 import torch
 import transformers
+from dass_exp.runs.journal import Journal
 from safetensors.torch import load_file
 from support import Killed, contains, run_with, settings_of, stopped_behind
 
-from dass_exp.engine.activation_cache import ActivationCache
 from dass_exp.errors import UserError
 from dass_exp.models import save as checkpoint
 from dass_exp.runs import progress
 from dass_exp.runs.context import Shelf
-from dass_exp.runs.journal import Journal
 from dass_exp.runs.memory import BASE
 from dass_exp.runs.plan import plan
 from dass_exp.runs.run import run

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from dass_exp.runs.journal import Journal
 from safetensors.torch import load_file
 from support import Killed, contains, run_with, save_tiny, stopped_behind, tiny_config, tiny_overrides
 
@@ -18,7 +19,6 @@ from dass_exp.engine.prune import prune_model
 from dass_exp.errors import UserError
 from dass_exp.models.shards import Shards
 from dass_exp.runs import progress
-from dass_exp.runs.journal import Journal
 
 STREAM = "model.placement=stream"
 RESIDENT = "model.placement=resident"
