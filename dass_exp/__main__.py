@@ -1,7 +1,5 @@
 """The command ``dass-exp``: Hydra composes the settings, we validate and run."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import logging

@@ -1,7 +1,5 @@
 """The Python interface: load, prune and score without Hydra."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

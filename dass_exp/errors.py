@@ -1,7 +1,5 @@
 """Errors with a message for the user, and checks of settings that raise them."""
 
-from __future__ import annotations
-
 import math
 
 

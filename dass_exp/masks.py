@@ -3,8 +3,6 @@
 Ties are broken in favour of the lower index, so the sparsity is exact: weights of 4-bit checkpoints often tie.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any

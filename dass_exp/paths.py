@@ -1,7 +1,5 @@
 """The folder with conf/ and sweeps/, and the cache of offline models and data."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

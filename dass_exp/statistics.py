@@ -3,8 +3,6 @@
 Every statistic accumulates in float32, one sequence after the other, so the batch size does not change it.
 """
 
-from __future__ import annotations
-
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Train the models of models/tiny.py from scratch on the offline text: ``make tiny-models``."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

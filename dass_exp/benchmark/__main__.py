@@ -1,7 +1,5 @@
 """``make bench``: measure, compare with the targets, write ``results/bench/<date>.json``, a table and a figure."""
 
-from __future__ import annotations
-
 import argparse
 import copy
 import logging

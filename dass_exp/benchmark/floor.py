@@ -1,7 +1,5 @@
 """The floor: the forward passes that no calibrated one-shot method can avoid, and nothing else."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

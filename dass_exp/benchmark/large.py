@@ -1,7 +1,5 @@
 """Disk, memory and arithmetic that models need which fit in no memory, from their shapes alone. Nothing is run."""
 
-from __future__ import annotations
-
 import statistics
 import sys
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Time methods and the floor side by side: in one process, one after the other, in several rounds."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections import Counter

@@ -1,7 +1,5 @@
 """The results of ``make bench`` as a Markdown page, each next to its target, and as a figure."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any

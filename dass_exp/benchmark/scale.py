@@ -1,7 +1,5 @@
 """Peak memory of streamed runs on random LLaMA-shaped checkpoints of several sizes, each run in its own process."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

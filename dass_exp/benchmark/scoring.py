@@ -1,7 +1,5 @@
 """Time perplexity and zero-shot tasks against plain forward passes over the same tokens."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any

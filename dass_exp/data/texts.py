@@ -1,7 +1,5 @@
 """Sources of text: the offline assets, or a data set of the hub. The only import of ``datasets``."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import re

@@ -1,7 +1,5 @@
 """Store activations between two blocks: on their device, in CPU memory or on disk."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass

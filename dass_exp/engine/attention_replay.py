@@ -1,7 +1,5 @@
 """Record a block's attention in its first pass and replay it in the second: pruning the MLP does not change it."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext

@@ -1,7 +1,5 @@
 """Collect statistics at the inputs of a block's linears while tokens pass through it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any

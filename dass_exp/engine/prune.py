@@ -4,8 +4,6 @@ Each block runs twice: once dense with observers on, once pruned with observers 
 The second pass leaves out what pruning has not changed: attention where only the MLP is pruned, and the last block.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence

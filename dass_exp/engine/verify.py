@@ -1,7 +1,5 @@
 """Check what a method did: masks exactly as sparse as asked, weights at least, no over-full N:M group."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Score a model's last hidden states with its head, a few positions at a time, so that logits need little memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Log-likelihoods of continuations, in pure torch: what a multiple-choice task asks of a model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

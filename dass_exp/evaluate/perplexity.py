@@ -1,7 +1,5 @@
 """Perplexity over token windows, in pure torch."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Perplexity of the dense and of the pruned model while blocks are streamed: windows pass each twice."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 Offline tasks are lm-eval's own, read from local files: a generated YAML includes the installed one.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import tempfile

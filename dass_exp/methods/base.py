@@ -1,7 +1,5 @@
 """What a pruning method is: a :class:`Pruner` may change weights, a :class:`ScorePruner` scores, ranks and zeroes."""
 
-from __future__ import annotations
-
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection

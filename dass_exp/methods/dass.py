@@ -1,7 +1,5 @@
 """DaSS: dependency-aware semi-structured sparsity of GLU MLPs (arXiv 2405.01943)."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """No pruning: the model as it is."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

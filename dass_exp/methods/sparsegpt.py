@@ -1,7 +1,5 @@
 """SparseGPT (arXiv 2301.00774)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

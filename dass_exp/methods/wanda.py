@@ -1,7 +1,5 @@
 """Wanda (arXiv 2306.11695)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

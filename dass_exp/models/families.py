@@ -3,8 +3,6 @@
 Methods ask for roles, never for names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum

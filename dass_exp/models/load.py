@@ -1,7 +1,5 @@
 """Load a model and its tokenizer, and say exactly which model it is."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Where a model is and which one it is: on the hub, in a folder, an offline model or a tiny one."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

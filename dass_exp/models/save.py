@@ -1,7 +1,5 @@
 """Save a pruned model as ``from_pretrained`` loads it: safetensors with zeros, tokenizer, packed masks, manifest."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress

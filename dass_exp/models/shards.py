@@ -1,7 +1,5 @@
 """Read a checkpoint folder tensor by tensor. No file stays open: an open mapping keeps its touched pages in memory."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

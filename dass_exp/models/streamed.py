@@ -1,7 +1,5 @@
 """Where the engine gets a model's blocks from: memory, or a checkpoint that is read block by block."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -4,8 +4,6 @@ A controlled experiment: does a method depend on the activation, or on the MLP b
 number of steps are the same.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

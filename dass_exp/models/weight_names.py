@@ -1,7 +1,5 @@
 """Translate between the tensors of a model and those of its checkpoint: other names, and fused tensors in pieces."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy

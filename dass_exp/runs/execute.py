@@ -1,7 +1,5 @@
 """Execute a run: prune, score and save its model, in memory or while its blocks are streamed."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 import time

@@ -1,7 +1,5 @@
 """What a failed cell of a sweep was meant to be, for tables that list it as failed until it has a record."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any

@@ -1,7 +1,5 @@
 """How much memory a run needs, from shapes alone, and where its model is placed accordingly."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a run would do: whether its record exists, what it needs, and how long it would take."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """One run: resolve, find or execute, record, track."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Experiment trackers; the only import of ``wandb``. Records are written first: a failing tracker costs one warning."""
 
-from __future__ import annotations
-
 import logging
 import os
 from abc import ABC, abstractmethod

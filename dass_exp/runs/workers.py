@@ -1,7 +1,5 @@
 """Divide a machine among the cells that a launcher runs at once: each gets a slot, with its threads and its GPU."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import sys

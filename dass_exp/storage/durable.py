@@ -1,7 +1,5 @@
 """Write tensors and JSON so that they survive a crash, with an OSError for a full disk."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator, Mapping

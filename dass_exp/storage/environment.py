@@ -1,7 +1,5 @@
 """The software and hardware of this process, and its peak memory."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

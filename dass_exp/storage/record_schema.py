@@ -1,7 +1,5 @@
 """The fields of a record that its readers rely on, and a validation that says what is wrong with an invalid one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, NotRequired

@@ -1,7 +1,5 @@
 """One result.json per run, written atomically and found by its key."""
 
-from __future__ import annotations
-
 import json
 import traceback
 from collections.abc import Iterator, Mapping
