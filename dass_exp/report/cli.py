@@ -8,7 +8,6 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -28,29 +27,10 @@ log = logging.getLogger("dass_exp.report")
 _DESCRIPTION = (
     "Write the tables and pictures of sweeps from their records; or compare two records: dass-report compare KEY KEY"
 )
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "sweeps": {
-        "nargs": "*",
-        "metavar": "SWEEP",
-        "help": "names of sweeps (all that were run, if none is given), or: compare KEY KEY",
-    },
-    "--results": {"default": "results", "help": "the results folder (default: results)"},
-    "--output": {
-        "metavar": "DIR",
-        "help": "where tables/, figures/ and report.html are written (default: the results folder)",
-    },
-    "--mix": {
-        "action": "store_true",
-        "help": "put records of different protocols into one table, with what differs beside each row",
-    },
-    "--layers": {
-        "action": "store_true",
-        "help": "also draw the error and sparsity of every block, one picture per pruned record",
-    },
-    "--wandb": {
-        "action": "store_true",
-        "help": "log tables and pictures to Weights & Biases, one summary run per sweep",
-    },
+_SWITCHES = {
+    "--mix": "put records of different protocols into one table, with what differs beside each row",
+    "--layers": "also draw the error and sparsity of every block, one picture per pruned record",
+    "--wandb": "log tables and pictures to Weights & Biases, one summary run per sweep",
 }
 
 
@@ -59,21 +39,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("fontTools", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    parser = argparse.ArgumentParser(prog="dass-report", description=_DESCRIPTION)
-    for name, option in _OPTIONS.items():
-        parser.add_argument(name, **option)
-    options = parser.parse_intermixed_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     try:
         if options.sweeps[:1] == ["compare"]:
             _compare(Path(options.results), options.sweeps[1:])
         elif not _report(options):
             sys.exit(1)
-    except UserError as error:
-        log.error("%s", error)
+    except (UserError, OSError) as error:
+        message = "a file cannot be read or written: %s; check --results and --output"
+        log.error("%s" if isinstance(error, UserError) else message, error)
         sys.exit(2)
-    except OSError as error:
-        log.error("a file cannot be read or written: %s; check --results and --output", error)
-        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dass-report", description=_DESCRIPTION)
+    sweeps = "names of sweeps (all that were run, if none is given), or: compare KEY KEY"
+    output = "where tables/, figures/ and report.html are written (default: the results folder)"
+    parser.add_argument("sweeps", nargs="*", metavar="SWEEP", help=sweeps)
+    parser.add_argument("--results", default="results", help="the results folder (default: results)")
+    parser.add_argument("--output", metavar="DIR", help=output)
+    for switch, text in _SWITCHES.items():
+        parser.add_argument(switch, action="store_true", help=text)
+    return parser
 
 
 def _report(options: argparse.Namespace) -> bool:
@@ -88,15 +75,13 @@ def _report(options: argparse.Namespace) -> bool:
     refused = False
     for name in names:
         try:
-            table = _table(name, loaded, results, options.mix)
+            if (table := _table(name, loaded, results, options.mix)) is not None:
+                tables.append(table)
+            elif options.sweeps:
+                log.warning("%s: %s", name, _why_no_table(name, results))
         except UserError as error:
             log.error("%s", error)
             refused = True
-            continue
-        if table is not None:
-            tables.append(table)
-        elif options.sweeps:
-            log.warning("%s", _why_no_table(name, results))
     if not tables and not refused:
         raise UserError(f"nothing to report in {results}: run a sweep first, for example dass-exp sweeps=perplexity")
     _write(tables, results, loaded.problems, options)
@@ -116,10 +101,10 @@ def _table(name: str, loaded: LoadedRecords, results: Path, mix: bool) -> Result
 
 
 def _why_no_table(name: str, results: Path) -> str:
-    if cells_of(results, name):
-        why = "this sweep has no table of its own; its cells stand in the comparison.md of its folder in"
-        return f"{name}: {why} {results / 'hydra'}"
-    return f"{name}: no cell of this sweep was run into {results}; run dass-exp sweeps={name}"
+    if not cells_of(results, name):
+        return f"no cell of this sweep was run into {results}; run dass-exp sweeps={name}"
+    why = "this sweep has no table of its own; its cells stand in the comparison.md of its folder in"
+    return f"{why} {results / 'hydra'}"
 
 
 def _dense_of(records: list[Record], loaded: LoadedRecords) -> list[Record]:
@@ -143,9 +128,8 @@ def _write(tables: list[ResultTable], results: Path, problems: list[str], option
         counterparts = published.counterparts(table.records, rows)
         written = write_table(table, output / "tables", _notes(table, counterparts), published.as_rows(counterparts))
         pictures = draw(table, output / "figures")
-        if options.layers:
-            for record in table.records:
-                pictures += draw_layers(record, output / "figures")
+        for record in table.records if options.layers else ():
+            pictures += draw_layers(record, output / "figures")
         sections.append(Section(table, caption(table), pictures, counterparts))
         for path in (*written, *pictures):
             log.info("wrote %s", path)
@@ -178,9 +162,8 @@ def _compare(results: Path, keys: list[str]) -> None:
 def _only(start: str, records: dict[str, Record]) -> Record:
     matching = [record for key, record in records.items() if key.startswith(start)]
     if len(matching) != 1:
-        raise UserError(
-            f"record {start}: {len(matching)} records begin so; give more of the key (results/runs lists them)"
-        )
+        count = len(matching)
+        raise UserError(f"record {start}: {count} records begin so; give more of the key (results/runs lists them)")
     return matching[0]
 
 

@@ -146,12 +146,7 @@ def calibration_label(record: Record) -> str:
 
 
 def caption(record: Record, others: Sequence[Record] = ()) -> str:
-    """How the numbers of a record were made.
-
-    Args:
-        record: whose model and protocol are described.
-        others: shown with it; calibration and seed are mentioned only if they are the same in all.
-    """
+    """How the numbers of a record were made; calibration and seed only if ``others``, shown with it, share them."""
     protocol = record["protocol"]
     note = f", {protocol['model_note']}" if protocol["model_note"] else ""
     parts = [f"Model {record['identity']['model']}{note}, {protocol['dtype']}"]

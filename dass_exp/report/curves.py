@@ -12,12 +12,7 @@ Curves = dict[str, dict[float, TableValue]]
 
 
 def curves_of(table: ResultTable, x_axis: str) -> tuple[Curves, dict[str, TableValue]]:
-    """Curves by label and x, pooled over seeds; and levels by label, of the records without the setting x.
-
-    Args:
-        table: with its records.
-        x_axis: dotted path into their config.
-    """
+    """Curves by label and x, pooled over seeds; and levels by label, of the records without the setting x."""
     scores = {record["key"]: (record, _score(record, table.metric)) for record in table.records}
     scored = [(record, score) for record, score in scores.values() if score is not None]
     labels = _labels(table, [record for record, _ in scored], x_axis)

@@ -8,13 +8,13 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from dass_exp.errors import one_of
 from dass_exp.report.console import method_label, pattern_label, scope_label
 from dass_exp.report.curves import curves_of
 from dass_exp.report.load import Record, block_of, model_name
-from dass_exp.report.table import ResultTable, TableValue
+from dass_exp.report.table import ResultTable, TableValue, is_finite
 from dass_exp.report.write import format_value
 
 if TYPE_CHECKING:
@@ -49,14 +49,9 @@ _DENSE: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.3}
 
 
 def draw(table: ResultTable, folder: Path) -> list[Path]:
-    """Draw the picture that a table's sweep asks for; no file if it asks for none or no number is finite.
+    """Draw a table as its ``figure`` asks: ``{kind: bars}`` or ``{kind: line, x: <dotted path into the config>}``.
 
-    Args:
-        table: its ``figure`` is ``{kind: bars}`` or ``{kind: line, x: <dotted path into the config>}``.
-        folder: where ``<name>.svg`` and ``<name>.png`` are written.
-
-    Raises:
-        UserError: the kind of figure is unknown.
+    Writes no file if it asks for none or if no number is finite; raises UserError for an unknown kind.
     """
     if table.figure is None:
         return []
@@ -67,12 +62,7 @@ def draw(table: ResultTable, folder: Path) -> list[Path]:
 
 
 def draw_layers(record: Record, folder: Path) -> list[Path]:
-    """Draw the relative error of each block's output and the sparsity of its linears; no file for dense.
-
-    Args:
-        record: of one run.
-        folder: where ``layers-<key>.svg`` and ``.png`` are written.
-    """
+    """Draw the relative error of each block's output and the sparsity of its linears; no file for dense."""
     errors: dict[int, float] = {}
     sparsities: dict[str, dict[int, float]] = {}
     for layer in record["sparsity"]["layers"]:
@@ -101,7 +91,7 @@ def draw_layers(record: Record, folder: Path) -> list[Path]:
 
 def _draw_bars(table: ResultTable, figure: Figure) -> bool:
     """One panel per model, one group per column, one bar per row; dense as dashed lines."""
-    if not any(_finite(value) for value in table.cells.values()):
+    if not any(is_finite(value) for value in table.cells.values()):
         return False
     models = dict.fromkeys(map(model_name, table.records))
     by_model = {model: [row for row in table.rows if row.startswith(f"{model} ")] for model in models}
@@ -118,7 +108,7 @@ def _draw_bars(table: ResultTable, figure: Figure) -> bool:
         pane.set_title(model, fontsize="medium")
         _draw_panel(pane, table, model, rows, several=len(panels) > 1)
         _name_columns(pane, table.columns, figure.get_figwidth())
-        shown = [value for (row, _), value in table.cells.items() if row in rows and _finite(value)]
+        shown = [value for (row, _), value in table.cells.items() if row in rows and is_finite(value)]
         _set_scale(pane, table.metric, shown, floor=True)
     _add_legend(figure, *panes)
     return True
@@ -130,12 +120,9 @@ def _draw_panel(pane: Axes, table: ResultTable, model: str, rows: Sequence[str],
     width = 0.8 / max(len(pruned), 1)
     for number, row in enumerate(pruned):
         shift = (number - (len(pruned) - 1) / 2) * width
-        values = {
-            place + shift: value
-            for place, column in enumerate(table.columns)
-            if (value := table.cells.get((row, column))) is not None
-        }
-        bars = {x: value for x, value in values.items() if _finite(value)}
+        cells = {place + shift: table.cells.get((row, column)) for place, column in enumerate(table.columns)}
+        values = {x: value for x, value in cells.items() if value is not None}
+        bars = {x: value for x, value in values.items() if is_finite(value)}
         style: Any = {"color": COLOURS[number % len(COLOURS)], "hatch": HATCHES[number % len(HATCHES)]}
         means = [value.mean for value in bars.values()]
         label = " " + row.removeprefix(f"{model} ")
@@ -145,11 +132,8 @@ def _draw_panel(pane: Axes, table: ResultTable, model: str, rows: Sequence[str],
             if x not in bars:
                 _write_word(pane, x, format_value(value, table.metric))
     for row in (row for row in rows if row.endswith("dense")):
-        levels = {
-            place: value.mean
-            for place, column in enumerate(table.columns)
-            if _finite(value := table.cells.get((row, column)))
-        }
+        dense = {place: table.cells.get((row, column)) for place, column in enumerate(table.columns)}
+        levels = {place: value.mean for place, value in dense.items() if is_finite(value)}
         _draw_dense(pane, "dense" if several else row, levels, several)
 
 
@@ -200,9 +184,8 @@ def _draw_lines(table: ResultTable, x_axis: str, figure: Figure) -> bool:
         pane.set_xticks(ticks, [f"{x:.6g}" for x in ticks])
         pane.xaxis.minorticks_off()
     pane.set_xlabel(_AXES.get(name, name.replace("_", " ")))
-    _set_scale(
-        pane, table.metric, [*(value for curve in curves.values() for value in curve.values()), *levels.values()]
-    )
+    values = [value for curve in curves.values() for value in curve.values()]
+    _set_scale(pane, table.metric, [*values, *levels.values()])
     _add_legend(figure, pane)
     return True
 
@@ -217,10 +200,6 @@ def _line_style(number: int) -> dict[str, Any]:
         "markeredgecolor": "black",
         "markeredgewidth": 0.6,
     }
-
-
-def _finite(value: TableValue | str | None) -> TypeGuard[TableValue]:
-    return isinstance(value, TableValue) and math.isfinite(value.mean)
 
 
 def _draw_spread(pane: Axes, values: Mapping[float, TableValue]) -> None:
@@ -254,14 +233,9 @@ def _add_legend(figure: Figure, *panes: Axes) -> None:
     handles = {label: handle for pane in panes for handle, label in zip(*pane.get_legend_handles_labels(), strict=True)}
     widest = 8 + max(map(len, handles), default=0)  # in characters, of which about 13 fit in an inch; 8 for the handle
     rows = math.ceil(len(handles) * widest / (13 * figure.get_figwidth()))
-    figure.legend(
-        list(handles.values()),
-        [label[1:] for label in handles],  # matplotlib skips labels that begin with _, so all begin with a space
-        loc="outside lower center",
-        ncols=math.ceil(len(handles) / rows),
-        frameon=False,
-        handlelength=3.2,
-    )
+    labels = [label[1:] for label in handles]  # matplotlib skips labels that begin with _, so all begin with a space
+    style: Any = {"loc": "outside lower center", "frameon": False, "handlelength": 3.2}
+    figure.legend(list(handles.values()), labels, ncols=math.ceil(len(handles) / rows), **style)
 
 
 @contextmanager

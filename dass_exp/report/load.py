@@ -14,6 +14,7 @@ from dass_exp.storage.record_schema import flattened, is_config, problem_of
 Record = dict[str, Any]
 
 _NO_EFFECT = settings_without_effect()
+_UNREADABLE = (OSError, ValueError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -26,21 +27,13 @@ class LoadedRecords:
 
 @dataclass(frozen=True)
 class SweepCell:
-    """How a cell of a sweep last ended.
+    """How a cell of a sweep last ended."""
 
-    Args:
-        overrides: that tell it from other cells of the sweep.
-        status: ``done`` or ``failed``.
-        key: of its record; None if the run failed before its key was known.
-        error: in one line.
-        config: intended settings of a failed cell, in the form of a record's ``config``; empty if unknown.
-    """
-
-    overrides: tuple[str, ...]
-    status: str
-    key: str | None
+    overrides: tuple[str, ...]  # that tell it from other cells
+    status: str  # done or failed
+    key: str | None  # of its record; None if the run failed before its key was known
     error: str | None
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)  # of a failed cell, in the form of a record's; may be empty
 
 
 def load(results: Path) -> LoadedRecords:
@@ -50,13 +43,13 @@ def load(results: Path) -> LoadedRecords:
     for path in sorted(results.glob("runs/*/result.json")):
         try:
             record = _json_object(path)
-        except (OSError, ValueError, RecursionError) as error:
+        except _UNREADABLE as error:
             problems.append(f"{path}: not read ({error})")
             continue
-        if (problem := problem_of(record, path.parent.name)) is not None:
+        if (problem := problem_of(record, path.parent.name)) is None:
+            records[path.parent.name] = record
+        else:
             problems.append(f"{path}: not a record of this project ({problem})")
-            continue
-        records[path.parent.name] = record
     return LoadedRecords(records, problems)
 
 
@@ -70,7 +63,7 @@ def cells_of(results: Path, sweep: str) -> list[SweepCell]:
     for path in _notes(results):
         try:
             note = _json_object(path)
-        except (OSError, ValueError, RecursionError):
+        except _UNREADABLE:
             continue  # the process was killed while writing; the next launch of the cell writes another note
         overrides = note.get("overrides")
         if not isinstance(overrides, list) or f"sweeps={sweep}" not in overrides:
@@ -169,13 +162,12 @@ def documents(results: Path, key: str) -> dict[str, dict[str, list[float]]]:
     """Outcomes by task, metric and document; empty if the run scored no tasks."""
     try:
         outcomes = _json_object(results / "runs" / key / "documents.json")
-    except (OSError, ValueError, RecursionError):
+    except _UNREADABLE:
         return {}
-    valid = all(
-        isinstance(task, dict) and all(isinstance(values, list) for values in task.values())
-        for task in outcomes.values()
+    tasks_valid = (
+        isinstance(task, dict) and all(isinstance(v, list) for v in task.values()) for task in outcomes.values()
     )
-    return outcomes if valid else {}
+    return outcomes if all(tasks_valid) else {}
 
 
 def block_of(layer: str) -> str:

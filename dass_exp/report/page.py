@@ -25,18 +25,11 @@ from dass_exp.report.write import format_value, write_text
 
 @dataclass(frozen=True)
 class Section:
-    """What the page shows of one table.
-
-    Args:
-        table: the table.
-        caption: how its numbers were made.
-        pictures: files; the SVG ones are embedded.
-        published: published numbers that have a counterpart in it.
-    """
+    """What the page shows of one table."""
 
     table: ResultTable
     caption: str
-    pictures: Sequence[Path] = ()
+    pictures: Sequence[Path] = ()  # the SVG ones are embedded
     published: Sequence[Published] = ()
 
     @property
@@ -46,16 +39,9 @@ class Section:
 
 
 def write_page(sections: list[Section], problems: list[str], target: Path, results: Path | None = None) -> Path:
-    """Write the report of several tables.
+    """Write the report of several tables, and the messages about files that could not be read as records.
 
-    Args:
-        sections: in the order in which they are shown.
-        problems: messages about files that could not be read as records.
-        target: the file to write.
-        results: the results folder, to which the page links by relative paths; by default the folder of ``target``.
-
-    Raises:
-        OSError: a picture cannot be read, or the page cannot be written.
+    Records are linked by relative paths into ``results``, by default the folder of ``target``.
     """
     records = list({record["key"]: record for section in sections for record in section.table.records}.values())
     environments = {_canonical(record): record["environment"] for record in records}
@@ -72,13 +58,8 @@ def write_page(sections: list[Section], problems: list[str], target: Path, resul
 
 
 def _template() -> Any:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters |= {"csp_hash": _csp_hash, "format_value": format_value}
     environment.globals["isfinite"] = math.isfinite
     return environment.get_template("page.html")

@@ -62,17 +62,12 @@ class Protocols:
         """The records among which a setting must be equal; empty for all."""
         settings, model = self._settings[key], model_name(self.records[key])
         if name == _WINDOWS:  # one model and one evaluation must give the same windows
-            return str(
-                (model, *(settings[own] for own in settings if own.startswith("eval.perplexity") or own == "bos"))
-            )
+            evaluation = [value for own, value in settings.items() if own == "bos" or own.startswith("eval.perplexity")]
+            return f"{model} {evaluation}"
         return model if name.partition(".")[0] in _PER_MODEL else ""
 
     def conflicts(self, cells: Iterable[Collection[str]]) -> dict[str, set[str]]:
-        """Settings that differ between records in one cell of a table, which then are no repetitions of one run.
-
-        Args:
-            cells: the keys of the records in each cell.
-        """
+        """Settings that differ between the records, given by key, in one cell: they are no repetitions of one run."""
         conflicts: dict[str, set[str]] = {}
         for keys in cells:
             protocols = [self._settings[key] for key in keys]

@@ -23,20 +23,13 @@ _NO_VERDICT = ("not stated", "not verified", "disagrees")
 
 @dataclass(frozen=True)
 class Published:
-    """One published number and its counterpart among ours.
+    """One published number and its counterpart among ours."""
 
-    Args:
-        label: model, method, pattern and data set.
-        ours, value: the two numbers.
-        source: where it was published.
-        verdict: whether they agree within the tolerance, or why that cannot be said.
-    """
-
-    label: str
+    label: str  # model, method, pattern and data set
     ours: float
     value: float
     source: str
-    verdict: str
+    verdict: str  # whether they agree within the tolerance, or why that cannot be said
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -67,19 +60,14 @@ def _checked(row: dict[str, str], place: str) -> dict[str, str]:
 
 def counterparts(records: list[Record], rows: list[dict[str, str]]) -> list[Published]:
     """Every published number that has a counterpart among the records."""
-    return [
-        Published(
-            f"{row['model']} {row['method']} {row['pattern']} {row['dataset']}",
-            ours,
-            float(row["value"]),
-            row["source"],
-            _verdict(row, ours),
-        )
-        for record in records
-        for described, ours in _scores(record)
-        for row in rows
-        if _describes(row, described)
-    ]
+    matches = []
+    for record in records:
+        for described, ours in _scores(record):
+            for row in rows:
+                if _describes(row, described):
+                    label = f"{row['model']} {row['method']} {row['pattern']} {row['dataset']}"
+                    matches.append(Published(label, ours, float(row["value"]), row["source"], _verdict(row, ours)))
+    return matches
 
 
 def _scores(record: Record) -> Iterator[tuple[dict[str, str], float]]:
@@ -118,10 +106,10 @@ def _verdict(row: dict[str, str], ours: float) -> str:
     if any(words in note for words in _NO_VERDICT):
         return f"no verdict: {note}"
     if row["metric"] == "perplexity":
-        off, tolerance = abs(ours / value - 1), PERPLEXITY_TOLERANCE
-        return f"{'within' if off <= tolerance else 'outside'} {tolerance:.0%} ({off:.1%})"
-    off, tolerance = abs(ours - value), ACCURACY_TOLERANCE
-    return f"{'within' if off <= tolerance else 'outside'} {tolerance:g} point ({off:.1f})"
+        off = abs(ours / value - 1)
+        return f"{'within' if off <= PERPLEXITY_TOLERANCE else 'outside'} {PERPLEXITY_TOLERANCE:.0%} ({off:.1%})"
+    off = abs(ours - value)
+    return f"{'within' if off <= ACCURACY_TOLERANCE else 'outside'} {ACCURACY_TOLERANCE:g} point ({off:.1f})"
 
 
 def as_rows(published: list[Published]) -> list[list[str]]:

@@ -31,8 +31,8 @@ class Sweep:
         if cls.started is None:
             return
         folder = Path(cls.started.hydra.sweep.dir)
-        paths = [path for path in folder.glob(f"*/{CELL}") if path.parent.name.isdecimal()]
-        cells = [_read(path) for path in sorted(paths, key=lambda path: int(path.parent.name))]
+        numbers = sorted(int(path.parent.name) for path in folder.glob(f"*/{CELL}") if path.parent.name.isdecimal())
+        cells = [_read(folder / str(number) / CELL) for number in numbers]
         if planned := [cell for cell in cells if cell["status"] == "planned"]:
             show_plan(planned)
         paths_of_records = dict.fromkeys(cell["record"] for cell in cells if cell["status"] == "done")

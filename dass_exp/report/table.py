@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from dass_exp.errors import UserError
 from dass_exp.report.load import Record, SweepCell, documents, is_dense, model_name, setting, varying_settings
@@ -26,21 +26,13 @@ _COSTS = {
 
 @dataclass(frozen=True)
 class TableValue:
-    """One value of a table.
-
-    Args:
-        values: one number per seed or repeat.
-        stderr: standard error of a single accuracy, in the unit of the values.
-        keys: of its records.
-        outcomes: per window or document, for a paired test; empty for several seeds.
-        mark: ``best``, ``second`` or empty; set only outside the noise.
-    """
+    """One value of a table, over seeds or repeats."""
 
     values: tuple[float, ...]
-    stderr: float | None = None
-    keys: tuple[str, ...] = ()
-    outcomes: tuple[float, ...] = field(default=(), repr=False)
-    mark: str = ""
+    stderr: float | None = None  # of a single accuracy, in the unit of the values
+    keys: tuple[str, ...] = ()  # of its records
+    outcomes: tuple[float, ...] = field(default=(), repr=False)  # of a single record, by window or document
+    mark: str = ""  # best or second, only if it differs from the next beyond noise
 
     @property
     def mean(self) -> float:
@@ -58,35 +50,30 @@ class TableValue:
         return self.sd if self.sd is not None else self.stderr
 
 
+def is_finite(value: TableValue | str | None) -> TypeGuard[TableValue]:
+    """Whether a value is a finite number."""
+    return isinstance(value, TableValue) and math.isfinite(value.mean)
+
+
 Cells = dict[tuple[str, str], TableValue | str]
 
 
 @dataclass(frozen=True)
 class ResultTable:
-    """A table of a sweep.
-
-    Args:
-        name, title, metric, figure, note: as the sweep's file has them.
-        rows, columns: labels, in order.
-        cells: by row and column a :class:`TableValue`, or a word such as ``failed``.
-        records: all that it shows.
-        failed: cells of the sweep without a record.
-        mixed: settings in which its records differ, though no axis shows them.
-        axes: settings that its rows and columns show.
-    """
+    """A table of a sweep; title, metric, figure and note are those of the sweep's file."""
 
     name: str
     title: str
     metric: str
     rows: list[str]
     columns: list[str]
-    cells: Cells
+    cells: Cells  # by row and column: a value, or a word such as "failed"
     records: list[Record]
-    failed: list[SweepCell]
+    failed: list[SweepCell]  # cells without a record
     figure: Mapping[str, Any] | None
-    mixed: tuple[str, ...] = ()
+    mixed: tuple[str, ...] = ()  # settings in which the records differ, though no axis shows them
     note: str = ""
-    axes: tuple[str, ...] = ()
+    axes: tuple[str, ...] = ()  # settings that rows and columns show
 
 
 def build_table(
@@ -97,28 +84,18 @@ def build_table(
     results: Path,
     mix: bool = False,
 ) -> ResultTable:
-    """Lay records out as a table.
-
-    Args:
-        name: of the sweep.
-        layout: its ``sweep`` block: title, rows, columns, metric, figure.
-        records: of its cells, dense ones included.
-        failed: its failed cells.
-        results: the results folder, for the outcomes of documents.
-        mix: accept records of different protocols; the names of their rows show what differs.
+    """Lay the records of a sweep out as a table, as the ``sweep`` block of its file says.
 
     Raises:
-        UserError: the records differ in a setting that no axis shows, and ``mix`` is False.
+        UserError: the records differ in a setting that no axis shows. With ``mix`` the names of the rows show it.
     """
     grid = _Grid(layout, records, failed, results)
     differing = grid.protocols.differing(grid.axes)
     differing |= grid.protocols.conflicts(scores.keys() for scores in grid.scores(tuple(differing)).values())
     if differing and not mix:
         shown = "; ".join(f"{where}: {', '.join(sorted(values))}" for where, values in differing.items())
-        raise UserError(
-            f"{name}: its records were not made alike ({shown}); "
-            "run one of them into another results_dir, or ask for --mix"
-        )
+        advice = "run one of them into another results_dir, or ask for --mix"
+        raise UserError(f"{name}: its records were not made alike ({shown}); {advice}")
     mixed = tuple(differing)
     scores = grid.scores(mixed)
     cells: Cells = {(place.row, place.column): _pooled(found) for place, found in scores.items()}
@@ -132,20 +109,8 @@ def build_table(
     for group in dict.fromkeys(groups.values()):
         ranked = [row for row in rows if groups.get(row) == group and not row.endswith("dense")]
         marked |= _marks(cells, ranked, columns, HIGHER_IS_BETTER[grid.metric])
-    return ResultTable(
-        name,
-        str(layout["title"]),
-        grid.metric,
-        rows,
-        columns,
-        marked,
-        records,
-        failed,
-        layout.get("figure"),
-        mixed,
-        str(layout.get("note") or "").strip(),
-        grid.axes,
-    )
+    title, figure, note = str(layout["title"]), layout.get("figure"), str(layout.get("note") or "").strip()
+    return ResultTable(name, title, grid.metric, rows, columns, marked, records, failed, figure, mixed, note, grid.axes)
 
 
 class _Place(NamedTuple):
@@ -260,13 +225,7 @@ def _pooled(scores: Mapping[str, _Score]) -> TableValue:
 
 
 def axis_label(record: Mapping[str, Any], axis: str, varying: Mapping[str, list[str]]) -> str:
-    """A record's label along an axis; empty where it has none.
-
-    Args:
-        record: or the config of a failed cell.
-        axis: ``method``, ``pattern``, or a dotted path into the config.
-        varying: by method the hyper-parameters that are shown with its name.
-    """
+    """A record's label along an axis: ``method`` with its varying hyper-parameters, ``pattern``, or any setting."""
     config = record["config"]
     if axis == "method":
         method = config["method"]
@@ -282,11 +241,7 @@ def _marks(cells: Cells, rows: list[str], columns: list[str], higher: bool) -> C
     """The best and the second of these rows in each column, each only if it differs from the next beyond noise."""
     marked: Cells = {}
     for column in columns:
-        finite = [
-            (row, value)
-            for row in rows
-            if isinstance(value := cells.get((row, column)), TableValue) and math.isfinite(value.mean)
-        ]
+        finite = [(row, value) for row in rows if is_finite(value := cells.get((row, column)))]
         ranked = sorted(finite, key=lambda pair: pair[1].mean, reverse=higher)
         for (row, value), (_, following), mark in zip(ranked, ranked[1:], ("best", "second"), strict=False):
             if not _differ(value, following):

@@ -169,14 +169,7 @@ def tex(text: str) -> str:
 
 
 def write_table(table: ResultTable, folder: Path, notes: str, published: list[list[str]]) -> list[Path]:
-    """Write a table as Markdown, CSV and LaTeX.
-
-    Args:
-        table: what to write.
-        folder: where to.
-        notes: Markdown that follows the caption: published numbers, failures, footnotes.
-        published: published numbers beside ours, a header first, for CSV and LaTeX.
-    """
+    """Write a table as Markdown, with notes behind its caption, CSV and LaTeX, with published numbers beside ours."""
     made_by = f"Made by `dass-report {table.name}`."
     contents = {
         f"{table.name}.md": "\n\n".join([f"# {table.title}", markdown(table), caption(table), made_by, notes]).rstrip()
