@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import pandas as pd
 from rich.table import Table
@@ -86,7 +85,7 @@ def _differences(record: Record) -> Iterator[str]:
             f"{len(starved)} experts saw too few calibration tokens for statistics of their own: "
             "their inputs were taken for equally important"
         )
-    yield from _tokens_differ(config, protocol, record["calibration"])
+    yield from _tokens_differ(record)
     if protocol.get("limit"):
         yield (
             f"zero-shot: the first {protocol['limit']} documents of each task; the paper: all. "
@@ -99,17 +98,15 @@ def _differences(record: Record) -> Iterator[str]:
         yield f"scope {config['scope']}; the paper prunes the MLP only"
 
 
-def _tokens_differ(
-    config: dict[str, Any], protocol: dict[str, Any], calibration: dict[str, Any] | None
-) -> Iterator[str]:
+def _tokens_differ(record: Record) -> Iterator[str]:
     """Calibration and perplexity tokens other than the paper's."""
+    protocol, calibration = record["protocol"], record["calibration"]
     paper_calibration, paper_eval = choice("calibration", "c4"), choice("eval", "ppl_paper")["perplexity"]
     if calibration:
         name, samples, length = (paper_calibration[field] for field in ("name", "num_samples", "seq_len"))
         if (calibration["name"], calibration["num_samples"], calibration["seq_len"]) != (name, samples, length):
-            ours = calibration_label({"calibration": calibration})
-            yield f"calibration: {ours}; the paper: {samples} x {length} of {name}"
-    asked = config["eval"].get("perplexity") or {}
+            yield f"calibration: {calibration_label(record)}; the paper: {samples} x {length} of {name}"
+    asked = record["config"]["eval"].get("perplexity") or {}
     if "dataset" in protocol:
         name, context = paper_eval["name"], paper_eval["context"]
         if (protocol["dataset"], protocol["context"], asked.get("max_windows")) != (name, context, None):

@@ -145,6 +145,16 @@ def calibration_label(record: Record) -> str:
     return f"{used['num_samples']} x {used['seq_len']} tokens of {used['name']}" if used else ""
 
 
+def windows_label(protocol: dict[str, Any]) -> str:
+    """``16 windows of 512 tokens of wikipedia_mini (even)``."""
+    return "{windows} windows of {context} tokens of {dataset} ({split})".format_map(protocol)
+
+
+def documents_label(protocol: dict[str, Any]) -> str:
+    """``the first 20 documents of each task``, or all."""
+    return f"the first {protocol['limit']} documents of each task" if protocol["limit"] else "all documents"
+
+
 def caption(record: Record, others: Sequence[Record] = ()) -> str:
     """How the numbers of a record were made; calibration and seed only if ``others``, shown with it, share them."""
     protocol = record["protocol"]
@@ -155,10 +165,8 @@ def caption(record: Record, others: Sequence[Record] = ()) -> str:
     if len(calibrations) == 1:
         parts.append(f"calibration {calibrations.pop()}" + (f", seed {seeds.pop()}" if len(seeds) == 1 else ""))
     if "dataset" in protocol:
-        windows = f"{protocol['windows']} windows of {protocol['context']} tokens"
-        parts.append(f"perplexity over {windows} of {protocol['dataset']} ({protocol['split']})")
+        parts.append(f"perplexity over {windows_label(protocol)}")
     if "lm_eval" in protocol:
-        limit = f"the first {protocol['limit']} documents of each task" if protocol["limit"] else "all documents"
-        parts.append(f"zero-shot by lm-eval {protocol['lm_eval']} on {limit}")
+        parts.append(f"zero-shot by lm-eval {protocol['lm_eval']} on {documents_label(protocol)}")
     parts.append(f"beginning-of-sequence token: {protocol['bos']}")
     return "; ".join(parts) + "."

@@ -45,6 +45,7 @@ _STYLE = {
     "axes.axisbelow": True,
     "hatch.linewidth": 0.6,
 }
+_LINE = {"linewidth": 1.6, "markersize": 6, "markeredgecolor": "black", "markeredgewidth": 0.6}
 _DENSE: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.3}
 
 
@@ -191,15 +192,8 @@ def _draw_lines(table: ResultTable, x_axis: str, figure: Figure) -> bool:
 
 
 def _line_style(number: int) -> dict[str, Any]:
-    return {
-        "color": COLOURS[number % len(COLOURS)],
-        "linestyle": _DASHES[number % len(_DASHES)],
-        "linewidth": 1.6,
-        "marker": _MARKERS[number % len(_MARKERS)],
-        "markersize": 6,
-        "markeredgecolor": "black",
-        "markeredgewidth": 0.6,
-    }
+    own = {"color": COLOURS, "linestyle": _DASHES, "marker": _MARKERS}
+    return {**_LINE, **{name: choices[number % len(choices)] for name, choices in own.items()}}
 
 
 def _draw_spread(pane: Axes, values: Mapping[float, TableValue]) -> None:

@@ -74,7 +74,7 @@ def _scores(record: Record) -> Iterator[tuple[dict[str, str], float]]:
     """Each score of a record, described in the columns of the reference file."""
     config, metrics, tasks = record["config"], record["metrics"], record["metrics"].get("tasks", {})
     described = {
-        "model": model_name(record),
+        "model": _plain(model_name(record)),
         "method": config["method"]["name"],
         "pattern": config["pattern"]["name"] if config["pattern"] else "dense",
         **({} if is_dense(record) else {"scope": config["scope"]}),
@@ -92,13 +92,12 @@ def _scores(record: Record) -> Iterator[tuple[dict[str, str], float]]:
 
 
 def _describes(row: dict[str, str], described: dict[str, str]) -> bool:
-    same_model = _plain(row["model"]) == _plain(described["model"])
-    return same_model and all(row[name] == value for name, value in described.items() if name != "model")
+    return described.items() <= {**row, "model": _plain(row["model"])}.items()
 
 
-def _plain(name: str) -> str:
+def _plain(model: str) -> str:
     """``llama3.1_8b`` and ``llama31_8b`` are one model."""
-    return name.replace(".", "").lower()
+    return model.replace(".", "").lower()
 
 
 def _verdict(row: dict[str, str], ours: float) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dass_exp.report.console import calibration_label
+from dass_exp.report.console import calibration_label, documents_label, windows_label
 from dass_exp.report.load import by_model_note, is_dense, model_of
 from dass_exp.report.table import ResultTable, TableValue
 
@@ -59,11 +59,10 @@ def caption(table: ResultTable) -> str:
         seeds = {record["config"]["seed"] for record in pruned if record["config"]["seed"] is not None}
         parts.append(f"calibration {_joined(calibrations)}, seeds {_joined(sorted(seeds))}")
     if "dataset" in protocol and table.metric == "perplexity":
-        windows = f"{protocol['windows']} windows of {protocol['context']} tokens"
-        parts.append(f"{windows} of {protocol['dataset']} ({protocol['split']})")
+        parts.append(windows_label(protocol))
     if "lm_eval" in protocol and table.metric.startswith("acc"):
-        limit = f"the first {protocol['limit']} documents of each task" if protocol["limit"] else "all documents"
-        parts.append(f"{table.metric} by lm-eval {protocol['lm_eval']}, zero-shot, {limit}, ± standard error")
+        documents = documents_label(protocol)
+        parts.append(f"{table.metric} by lm-eval {protocol['lm_eval']}, zero-shot, {documents}, ± standard error")
     parts.append(f"beginning-of-sequence token: {_joined(record['protocol']['bos'] for record in pruned)}")
     several = any(isinstance(value, TableValue) and value.sd is not None for value in table.cells.values())
     spread = " ± is the standard deviation over seeds." if several else ""

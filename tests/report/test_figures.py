@@ -1,4 +1,4 @@
-"""Pictures: both files are there and not blank, what they say, their scales and error bars, the same bytes each time."""
+"""Pictures: both files are there and not blank, what they say, scales and error bars, the same bytes each time."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Tables of sweeps from hand-made records: layout, noise, marks, refusal to mix, failures, the written forms."""
 
 import csv
-import json
 import shutil
 import subprocess
 
