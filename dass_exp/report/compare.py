@@ -1,27 +1,28 @@
-"""Several records side by side, and what separates their protocol from the paper's."""
+"""Several records side by side, and how their protocol differs from the paper's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 from rich.table import Table
 
 from dass_exp.config.components import choice
 from dass_exp.report.console import calibration_label, method_label, pattern_label, scope_label, with_error
-from dass_exp.report.load import Record, varying_settings
+from dass_exp.report.load import Record, by_model_note, model_name, varying_settings
+from dass_exp.report.write import markdown_table
 
 PAPER_MODELS = ("llama2_7b", "llama2_13b", "llama2_70b", "mistral_7b", "gemma_7b", "llama31_8b")
 _LABELS = ("model", "method", "pattern", "scope", "calibration", "seed")
 
 
 def comparison(records: list[Record]) -> pd.DataFrame:
-    """One row a record, best perplexity first (best mean accuracy where no perplexity was scored); every cell is text.
+    """One row per record as text, best perplexity first (best mean accuracy if no perplexity was scored).
 
     Labels that are the same in all records are left out, the method excepted.
     """
-    rows = sorted(records, key=_rank)
     varying = varying_settings(records)
+    rows = sorted(records, key=_rank)
     frame = pd.DataFrame([_row(record, varying.get(record["config"]["method"]["name"], ())) for record in rows])
     same = [name for name in _LABELS if name != "method" and name in frame and len(set(frame[name]) - {""}) < 2]
     return frame.drop(columns=same).fillna("")
@@ -29,107 +30,90 @@ def comparison(records: list[Record]) -> pd.DataFrame:
 
 def _rank(record: Record) -> tuple[float, float]:
     metrics = record["metrics"]
-    scored = metrics.get("perplexity") or {"": float("inf")}
-    return sum(scored.values()), -metrics.get("mean_acc", 0.0)
+    perplexities = metrics.get("perplexity") or {"": float("inf")}
+    return sum(perplexities.values()), -metrics.get("mean_acc", 0.0)
 
 
 def _row(record: Record, shown: Sequence[str]) -> dict[str, str]:
-    config, metrics = record["config"], record["metrics"]
-    method = " ".join([config["method"]["name"], *(f"{key}={config['method'][key]}" for key in shown)])
-    seed = "" if config["seed"] is None else str(config["seed"])
+    config, metrics, cost = record["config"], record["metrics"], record["cost"]
     row = {
-        "model": config["model"]["name"],
-        "method": method,
+        "model": model_name(record),
+        "method": " ".join([config["method"]["name"], *(f"{key}={config['method'][key]}" for key in shown)]),
         "pattern": pattern_label(config),
         "scope": config["scope"] or "",
         "calibration": calibration_label(record),
-        "seed": seed,
+        "seed": "" if config["seed"] is None else str(config["seed"]),
     }
-    if scored := metrics.get("perplexity"):
-        row["perplexity"] = " ".join(f"{value:.2f}" for value in scored.values())
+    if perplexities := metrics.get("perplexity"):
+        row["perplexity"] = " ".join(f"{value:.2f}" for value in perplexities.values())
     row |= {task: with_error(scores, "acc") for task, scores in metrics.get("tasks", {}).items()}
-    row |= {
-        label: f"{100 * metrics[name]:.1f}"
-        for name, label in (("mean_acc", "mean acc"), ("mean_acc_norm", "mean acc_norm"))
-        if name in metrics
-    }
-    return row | {
-        "prune s": f"{record['cost']['prune_s']:.1f}",
-        "peak GB": f"{record['cost']['peak_rss_bytes'] / 1e9:.1f}",
-        "record": record["key"][:8],
-    }
+    for name, label in (("mean_acc", "mean acc"), ("mean_acc_norm", "mean acc_norm")):
+        if name in metrics:
+            row[label] = f"{100 * metrics[name]:.1f}"
+    row |= {"prune s": f"{cost['prune_s']:.1f}", "peak GB": f"{cost['peak_rss_bytes'] / 1e9:.1f}"}
+    return row | {"record": record["key"][:8]}
 
 
 def settings_line(records: list[Record]) -> str:
     """What the rows leave out because it is the same in all: pattern, scope, and the methods' hyper-parameters."""
-    labels = [
-        {pattern_label(record["config"]) for record in records} - {""},
-        {scope_label(record["config"]) for record in records} - {""},
-    ]
+    configs = [record["config"] for record in records]
+    labels = [{label(config) for config in configs} - {""} for label in (pattern_label, scope_label)]
     shared = [label.pop() for label in labels if len(label) == 1]
-    methods = dict.fromkeys(method_label(record["config"]) for record in records)
-    told = [*shared, *(label for label in methods if "=" in label)]
-    return f"Settings: {'; '.join(told)}." if told else ""
+    shared += [label for label in dict.fromkeys(map(method_label, configs)) if "=" in label]
+    return f"Settings: {'; '.join(shared)}." if shared else ""
 
 
 def footnotes(records: list[Record]) -> list[str]:
     """How the protocol of these records differs from that of the paper (arXiv 2405.01943), each difference once."""
-    found: dict[str, None] = {}
-    noted: dict[str, dict[str, None]] = {}
+    notes: dict[str, None] = {}
+    others = [record for record in records if model_name(record) not in PAPER_MODELS]
+    for note, noted in by_model_note(others).items():
+        names = list(dict.fromkeys(map(model_name, noted)))
+        models = f"{'the models are' if len(names) > 1 else 'the model is'} {', '.join(names)}"
+        notes[f"{models}{f' ({note})' if note else ''}; the paper prunes {', '.join(PAPER_MODELS)}"] = None
     for record in records:
-        if (name := record["config"]["model"]["name"]) not in PAPER_MODELS:
-            noted.setdefault(record["protocol"]["model_note"], {})[name] = None
-    for note, names in noted.items():
-        told = f"{'the models are' if len(names) > 1 else 'the model is'} {', '.join(names)}" + (
-            f" ({note})" if note else ""
-        )
-        found[f"{told}; the paper prunes {', '.join(PAPER_MODELS)}"] = None
-    for record in records:
-        found |= dict.fromkeys(_differences(record))
-    return list(found)
+        notes |= dict.fromkeys(_differences(record))
+    return list(notes)
 
 
-def _differences(record: Record) -> list[str]:
-    config, protocol, calibration = record["config"], record["protocol"], record["calibration"]
-    paper_calibration, paper_eval = choice("calibration", "c4"), choice("eval", "ppl_paper")
-    found = []
+def _differences(record: Record) -> Iterator[str]:
+    config, protocol = record["config"], record["protocol"]
     if protocol.get("method_note"):
-        found.append(protocol["method_note"])
+        yield protocol["method_note"]
     if starved := record.get("solver", {}).get("starved_experts"):
-        found.append(
-            f"{len(starved)} experts saw too few calibration tokens for statistics of their own: their inputs were taken for equally important"
+        yield (
+            f"{len(starved)} experts saw too few calibration tokens for statistics of their own: "
+            "their inputs were taken for equally important"
         )
-    ours = calibration and (calibration["name"], calibration["num_samples"], calibration["seq_len"])
-    theirs = (paper_calibration["name"], paper_calibration["num_samples"], paper_calibration["seq_len"])
-    if ours and ours != theirs:
-        found.append(
-            f"calibration: {ours[1]} x {ours[2]} tokens of {ours[0]}; the paper: {theirs[1]} x {theirs[2]} of {theirs[0]}"
-        )
-    scored = paper_eval["perplexity"]
-    asked = config["eval"].get("perplexity") or {}
-    if "dataset" in protocol and (protocol["dataset"], protocol["context"], asked.get("max_windows")) != (
-        scored["name"],
-        scored["context"],
-        None,
-    ):
-        found.append(
-            f"perplexity: {protocol['windows']} windows of {protocol['context']} tokens of {protocol['dataset']}; "
-            f"the paper: all windows of {scored['context']} of {scored['name']}, test split"
-        )
+    yield from _tokens_differ(record)
     if protocol.get("limit"):
-        found.append(
-            f"zero-shot: the first {protocol['limit']} documents of each task; the paper: all. Beside each accuracy stands its standard error"
+        yield (
+            f"zero-shot: the first {protocol['limit']} documents of each task; the paper: all. "
+            "Beside each accuracy stands its standard error"
         )
-    splits = {
-        task: scores["split"]
-        for task, scores in record["metrics"].get("tasks", {}).items()
-        if task.startswith("arc") and scores["split"] != "test"
-    }
-    if splits:
-        found.append(f"{' and '.join(splits)} are scored on the validation split; lm-eval's default is test")
+    tasks = record["metrics"].get("tasks", {})
+    if splits := [task for task in tasks if task.startswith("arc") and tasks[task]["split"] != "test"]:
+        yield f"{' and '.join(splits)} are scored on the validation split; lm-eval's default is test"
     if config["scope"] not in (None, "mlp"):
-        found.append(f"scope {config['scope']}; the paper prunes the MLP only")
-    return found
+        yield f"scope {config['scope']}; the paper prunes the MLP only"
+
+
+def _tokens_differ(record: Record) -> Iterator[str]:
+    """Calibration and perplexity tokens other than the paper's."""
+    protocol, calibration = record["protocol"], record["calibration"]
+    paper_calibration, paper_eval = choice("calibration", "c4"), choice("eval", "ppl_paper")["perplexity"]
+    if calibration:
+        name, samples, length = (paper_calibration[field] for field in ("name", "num_samples", "seq_len"))
+        if (calibration["name"], calibration["num_samples"], calibration["seq_len"]) != (name, samples, length):
+            yield f"calibration: {calibration_label(record)}; the paper: {samples} x {length} of {name}"
+    asked = record["config"]["eval"].get("perplexity") or {}
+    if "dataset" in protocol:
+        name, context = paper_eval["name"], paper_eval["context"]
+        if (protocol["dataset"], protocol["context"], asked.get("max_windows")) != (name, context, None):
+            yield (
+                f"perplexity: {protocol['windows']} windows of {protocol['context']} tokens of {protocol['dataset']}; "
+                f"the paper: all windows of {context} of {name}, test split"
+            )
 
 
 def as_rich(frame: pd.DataFrame, title: str) -> Table:
@@ -138,11 +122,10 @@ def as_rich(frame: pd.DataFrame, title: str) -> Table:
     for column in frame.columns:
         table.add_column(str(column), justify="left" if column in (*_LABELS, "record") else "right")
     for row in frame.itertuples(index=False):
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*map(str, row))
     return table
 
 
 def as_markdown(frame: pd.DataFrame) -> str:
     """The table in Markdown."""
-    lines = ["| " + " | ".join(map(str, frame.columns)) + " |", "|" + "---|" * len(frame.columns)]
-    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in frame.itertuples(index=False))])
+    return markdown_table(list(map(str, frame.columns)), [list(map(str, row)) for row in frame.itertuples(index=False)])

@@ -4,34 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dass_exp.report.load import Record, block_of, documents
 from dass_exp.report.significance import bootstrap
+<<<<<<< HEAD
 from dass_exp.storage.mask_file import iter_masks, mask_names
+=======
+from dass_exp.report.write import markdown_table
+from dass_exp.storage.mask_file import iter_masks, mask_names
+>>>>>>> aaa9476a7b807230022d0ce1fff83d43adaa1c69
 
 
-def pair(first: Record, second: Record, results: Path) -> str:
-    """Markdown that compares two records."""
-    lines = [f"# {first['key']} and {second['key']}", "", "## Settings that differ", ""]
-    lines += _table(("setting", first["key"], second["key"]), _differences(first["identity"], second["identity"]))
+def compare_records(first: Record, second: Record, results: Path) -> str:
+    """Compare two records, as Markdown."""
+    keys = (first["key"], second["key"])
+    lines = [f"# {keys[0]} and {keys[1]}", "", "## Settings that differ", ""]
+    lines += _table(("setting", *keys), _differences(first["identity"], second["identity"]))
     lines += ["", "## Scores", ""]
-    lines += _table(
-        ("score", first["key"], second["key"], "difference", "95 % interval (paired bootstrap)"),
-        _scores(first, second, results),
-    )
-    lines += ["", "## Masks", "", *_overlap(first, second, results)]
+    header = ("score", *keys, "difference", "95 % interval (paired bootstrap)")
+    lines += _table(header, [_score_row(score) for score in _scores(first, second, results)])
+    lines += ["", "## Masks", "", *_mask_overlap(first, second, results)]
     return "\n".join(lines) + "\n"
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    if not rows:
-        return ["none"]
-    return [
-        "| " + " | ".join(header) + " |",
-        "|" + "---|" * len(header),
-        *("| " + " | ".join(row) + " |" for row in rows),
-    ]
+    return [markdown_table(header, rows)] if rows else ["none"]
 
 
 def _differences(first: Any, second: Any, path: str = "") -> list[tuple[str, ...]]:
@@ -44,45 +42,58 @@ def _differences(first: Any, second: Any, path: str = "") -> list[tuple[str, ...
     return [] if first == second else [(path, str(first), str(second))]
 
 
-def _scores(first: Record, second: Record, results: Path) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for name, one, other, pairs in _paired(first, second, results):
-        interval = "see nats per token" if name.startswith("perplexity") else "not paired"
-        if pairs is not None:
-            _, low, high = bootstrap(*pairs)
-            interval = f"{low:+.4f} to {high:+.4f}"
-        rows.append((name, f"{one:.4f}", f"{other:.4f}", f"{one - other:+.4f}", interval))
-    return rows
+class _Score(NamedTuple):
+    """One score of both records; ``pairs`` are its outcomes where both were scored on the same windows or documents."""
+
+    name: str
+    first: float
+    second: float
+    pairs: tuple[list[float], list[float]] | None
 
 
-def _paired(
-    first: Record, second: Record, results: Path
-) -> Iterator[tuple[str, float, float, tuple[list[float], list[float]] | None]]:
-    """Name, both values, and the paired outcomes where both were scored on the same windows or documents."""
+def _score_row(score: _Score) -> tuple[str, ...]:
+    if score.pairs is not None:
+        _, low, high = bootstrap(*score.pairs)
+        interval = f"{low:+.4f} to {high:+.4f}"
+    else:
+        interval = "see nats per token" if score.name.startswith("perplexity") else "not paired"
+    return score.name, f"{score.first:.4f}", f"{score.second:.4f}", f"{score.first - score.second:+.4f}", interval
+
+
+def _scores(first: Record, second: Record, results: Path) -> Iterator[_Score]:
     ours, theirs = first["metrics"], second["metrics"]
     for name in set(ours.get("perplexity", {})) & set(theirs.get("perplexity", {})):
-        same = first["protocol"]["windows_sha256"] == second["protocol"]["windows_sha256"]
+        same_windows = first["protocol"]["windows_sha256"] == second["protocol"]["windows_sha256"]
         nll = ours["window_nll"][name], theirs["window_nll"][name]
-        yield f"perplexity {name}", ours["perplexity"][name], theirs["perplexity"][name], None
-        yield f"nats per token {name}", sum(nll[0]) / len(nll[0]), sum(nll[1]) / len(nll[1]), nll if same else None
-    one, other = documents(results, first["key"]), documents(results, second["key"])
+        means = (sum(nll[0]) / len(nll[0]), sum(nll[1]) / len(nll[1]))
+        yield _Score(f"perplexity {name}", ours["perplexity"][name], theirs["perplexity"][name], None)
+        yield _Score(f"nats per token {name}", *means, nll if same_windows else None)
+    our_documents, their_documents = documents(results, first["key"]), documents(results, second["key"])
     for task in sorted(set(ours.get("tasks", {})) & set(theirs.get("tasks", {}))):
+        our_scores, their_scores = ours["tasks"][task], theirs["tasks"][task]
         for metric in ("acc", "acc_norm"):
-            if metric in ours["tasks"][task] and metric in theirs["tasks"][task]:
-                outcomes = one.get(task, {}).get(metric, []), other.get(task, {}).get(metric, [])
-                paired = outcomes if len(outcomes[0]) == len(outcomes[1]) > 0 else None
-                yield f"{task} {metric}", ours["tasks"][task][metric], theirs["tasks"][task][metric], paired
+            if metric in our_scores and metric in their_scores:
+                pairs = our_documents.get(task, {}).get(metric, []), their_documents.get(task, {}).get(metric, [])
+                paired = pairs if len(pairs[0]) == len(pairs[1]) > 0 else None
+                yield _Score(f"{task} {metric}", our_scores[metric], their_scores[metric], paired)
 
 
-def _overlap(first: Record, second: Record, results: Path) -> list[str]:
-    """Jaccard overlap of the kept weights, a line a block and a column a role."""
+def _mask_overlap(first: Record, second: Record, results: Path) -> list[str]:
+    """Jaccard overlap of the kept weights, one row per block and one column per role."""
     paths = [results / "runs" / record["key"] / "masks.safetensors" for record in (first, second)]
     if missing := [record["key"] for record, path in zip((first, second), paths, strict=True) if not path.is_file()]:
         return [f"No masks were kept for {' and '.join(missing)}: run it again with `save_masks=true`."]
     common = sorted({*mask_names(paths[0])} & {*mask_names(paths[1])})
+    if not common:
+        return ["The two records have no linear in common."]
     roles = {layer["name"]: layer["role"] for layer in first["sparsity"]["layers"]}
+<<<<<<< HEAD
     counts: dict[tuple[str, str], tuple[int, int]] = {}
     for (name, keep), (_, other) in zip(iter_masks(paths[0], common), iter_masks(paths[1], common), strict=True):
+=======
+    counts: dict[tuple[str, str], tuple[int, int]] = {}  # weights that both keep, and that either keeps
+    for (name, keep), (_, other) in zip(iter_masks(paths[0], common), iter_masks(paths[1], common), strict=True):
+>>>>>>> aaa9476a7b807230022d0ce1fff83d43adaa1c69
         if keep.shape != other.shape:
             return [f"{name} has another shape in {second['key']}: there is no overlap to speak of."]
         both, either = int((keep & other).sum()), int((keep | other).sum())
@@ -90,19 +101,13 @@ def _overlap(first: Record, second: Record, results: Path) -> list[str]:
         for place in ((block, role), (block, "all"), ("all", role), ("all", "all")):
             before = counts.get(place, (0, 0))
             counts[place] = before[0] + both, before[1] + either
-    if not counts:
-        return ["The two records have no linear in common."]
-    blocks = sorted(
-        {block for block, _ in counts}, key=lambda block: (block != "all", int(block) if block.isdigit() else -1)
-    )
+    # all blocks first, then those outside the decoder, then by index
+    blocks = sorted({row for row, _ in counts}, key=lambda row: (row != "all", int(row) if row.isdigit() else -1))
     columns = [*dict.fromkeys(role for role in roles.values() if ("all", role) in counts), "all"]
-    lines = [(block, *(_jaccard(counts.get((block, column))) for column in columns)) for block in blocks]
-    return [
-        "Jaccard overlap: weights that both keep / weights that either keeps.",
-        "",
-        *_table(("block", *columns), lines),
-    ]
+    rows = [(block, *(_jaccard(*counts.get((block, column), (0, 0))) for column in columns)) for block in blocks]
+    explanation = "Jaccard overlap: weights that both keep / weights that either keeps."
+    return [explanation, "", *_table(("block", *columns), rows)]
 
 
-def _jaccard(counted: tuple[int, int] | None) -> str:
-    return "" if counted is None or not counted[1] else f"{counted[0] / counted[1]:.4f}"
+def _jaccard(both: int, either: int) -> str:
+    return f"{both / either:.4f}" if either else ""

@@ -1,4 +1,4 @@
-"""What a person sees: the progress of a run and its summary."""
+"""What a user sees in the terminal: the progress of a run, its summary, a plan."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from dass_exp.report.load import Record
+from dass_exp.report.load import Record, model_name
 
 _PLAIN_WIDTH = 160  # columns for a pipe or a file, which have no width of their own
+_SPARSITIES = {
+    "scope": "sparsity of the scope %",
+    "decoder": "of the decoder's linears %",
+    "model": "of the whole model %",
+}
+_SECONDS = {"load_s": "seconds to load", "prune_s": "to prune", "eval_s": "to evaluate"}
 
 
 def console(stderr: bool = False) -> Console:
@@ -24,7 +30,7 @@ def console(stderr: bool = False) -> Console:
 
 
 class TerminalReporter:
-    """Shows the phases of a run on standard error: live on a terminal, one line each elsewhere."""
+    """Shows the phases of a run on standard error: live on a terminal, else one line each."""
 
     @contextmanager
     def phase(self, name: str, steps: int | None = None) -> Iterator[Callable[[], None]]:
@@ -34,13 +40,8 @@ class TerminalReporter:
             screen.print(f"{name} ...")
             yield lambda: None
             return
-        columns = [
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            *([MofNCompleteColumn()] if steps else []),
-            TimeElapsedColumn(),
-        ]
+        counter = [MofNCompleteColumn()] if steps else []
+        columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), *counter, TimeElapsedColumn()]
         with Progress(*columns, console=screen, transient=True) as progress:
             task = progress.add_task(name, total=steps)
             yield lambda: progress.advance(task)
@@ -49,19 +50,15 @@ class TerminalReporter:
 def show(record: Record, dense: Record | None, path: Path, found: bool) -> None:
     """Print the summary of a run: pruned beside dense, and where the record is."""
     config = record["config"]
-    title = " · ".join(
-        part
-        for part in (config["model"]["name"], method_label(config), pattern_label(config), scope_label(config))
-        if part
-    )
-    table = Table(title=title, title_justify="left")
+    labels = (model_name(record), method_label(config), pattern_label(config), scope_label(config))
+    table = Table(title=" · ".join(filter(None, labels)), title_justify="left")
     table.add_column("")
-    columns = [record] if dense is None else [dense, record]
-    for column in columns:
+    records = [record] if dense is None else [dense, record]
+    for column in records:
         table.add_column(column["config"]["method"]["name"], justify="right")
-    cells = [_rows(column) for column in columns]
-    for label in cells[-1]:
-        table.add_row(label, *(column.get(label, "") for column in cells))
+    columns = [_summary(column) for column in records]
+    for label in columns[-1]:
+        table.add_row(label, *(column.get(label, "") for column in columns))
     screen = console()
     screen.print(table)
     screen.print(caption(record))
@@ -81,51 +78,40 @@ def show_plan(cells: list[dict[str, Any]]) -> None:
         seen.add(cell["key"])
         seconds = 0.0 if again else cell["seconds"]
         total, unknown = total + (seconds or 0.0), unknown + (seconds is None)
-        state = (
-            "done"
-            if cell["done"]
-            else "same record as above"
-            if again
-            else "would run"
-            if cell["key"]
-            else "not at hand"
-        )
+        if cell["done"]:
+            state = "done"
+        elif again:
+            state = "same record as above"
+        else:
+            state = "would run" if cell["key"] else "not at hand"
         basis = "" if cell["done"] or again else cell["basis"]
         name = " ".join(override for override in cell["overrides"] if override not in common)
         table.add_row(name, cell["key"], state, "?" if seconds is None else f"{seconds:.0f}", basis)
     screen = console()
     screen.print(table)
-    more = f", and {unknown} cells of unknown cost" if unknown else ""
     for needed in dict.fromkeys(filter(None, (cell["needs"] for cell in cells))):
         screen.print(f"needs: {needed}")
     if unknown == len(cells):
         screen.print("no like record yet: how long it takes is not known")
         return
+    more = f", and {unknown} cells of unknown cost" if unknown else ""
     screen.print(
-        f"about {total / 60:.0f} min in one process{more}; loading the model, and a dense record that is not there yet, are not counted"
+        f"about {total / 60:.0f} min in one process{more}; "
+        "loading the model, and a dense record that is not there yet, are not counted"
     )
 
 
-def _rows(record: Record) -> dict[str, str]:
+def _summary(record: Record) -> dict[str, str]:
+    """The rows of a run's summary by label."""
     metrics, cost = record["metrics"], record["cost"]
     rows = {f"perplexity {name}": f"{value:.2f}" for name, value in metrics.get("perplexity", {}).items()}
     for task, scores in metrics.get("tasks", {}).items():
         rows |= {f"{task} {name} %": with_error(scores, name) for name in ("acc", "acc_norm") if name in scores}
-    rows |= {
-        f"{name.replace('_', ' ', 1)} %": f"{100 * metrics[name]:.1f}"
-        for name in ("mean_acc", "mean_acc_norm")
-        if name in metrics
-    }
-    for name, label in (
-        ("scope", "sparsity of the scope %"),
-        ("decoder", "of the decoder's linears %"),
-        ("model", "of the whole model %"),
-    ):
-        rows[label] = f"{100 * record['sparsity'][name]:.1f}"
-    rows |= {
-        label: f"{cost[name]:.1f}"
-        for name, label in (("load_s", "seconds to load"), ("prune_s", "to prune"), ("eval_s", "to evaluate"))
-    }
+    for name in ("mean_acc", "mean_acc_norm"):
+        if name in metrics:
+            rows[f"{name.replace('_', ' ', 1)} %"] = f"{100 * metrics[name]:.1f}"
+    rows |= {label: f"{100 * record['sparsity'][name]:.1f}" for name, label in _SPARSITIES.items()}
+    rows |= {label: f"{cost[name]:.1f}" for name, label in _SECONDS.items()}
     rows["peak memory GB"] = f"{cost['peak_rss_bytes'] / 1e9:.2f}"
     if cost.get("peak_gpu_bytes") is not None:
         rows["peak GPU memory GB"] = f"{cost['peak_gpu_bytes'] / 1e9:.2f}"
@@ -139,45 +125,48 @@ def with_error(scores: dict[str, Any], name: str) -> str:
 
 def method_label(config: dict[str, Any]) -> str:
     """The method with its hyper-parameters: ``dass alpha=0.5 granularity=input``."""
-    return " ".join(
-        [config["method"]["name"], *(f"{key}={value}" for key, value in config["method"].items() if key != "name")]
-    )
+    method = config["method"]
+    return " ".join([method["name"], *(f"{key}={value}" for key, value in method.items() if key != "name")])
 
 
 def pattern_label(config: dict[str, Any]) -> str:
-    """``2:4``, ``50%``, or nothing for dense."""
+    """``2:4``, ``50%``, or empty for dense."""
     return config["pattern"]["name"] if config["pattern"] else ""
 
 
 def scope_label(config: dict[str, Any]) -> str:
-    """``scope mlp``, or nothing for dense."""
+    """``scope mlp``, or empty for dense."""
     return f"scope {config['scope']}" if config["scope"] else ""
 
 
 def calibration_label(record: Record) -> str:
-    """``16 x 512 tokens of c4_mini``, or nothing for what uses no calibration."""
-    found = record["calibration"]
-    return f"{found['num_samples']} x {found['seq_len']} tokens of {found['name']}" if found else ""
+    """``16 x 512 tokens of c4_mini``, or empty for a method without calibration."""
+    used = record["calibration"]
+    return f"{used['num_samples']} x {used['seq_len']} tokens of {used['name']}" if used else ""
+
+
+def windows_label(protocol: dict[str, Any]) -> str:
+    """``16 windows of 512 tokens of wikipedia_mini (even)``."""
+    return "{windows} windows of {context} tokens of {dataset} ({split})".format_map(protocol)
+
+
+def documents_label(protocol: dict[str, Any]) -> str:
+    """``the first 20 documents of each task``, or all."""
+    return f"the first {protocol['limit']} documents of each task" if protocol["limit"] else "all documents"
 
 
 def caption(record: Record, others: Sequence[Record] = ()) -> str:
-    """How the numbers of a record, and of others that are shown with it, were made: calibration and seed only where they are the same in all."""
+    """How the numbers of a record were made; calibration and seed only if ``others``, shown with it, share them."""
     protocol = record["protocol"]
-    parts = [
-        f"Model {record['identity']['model']}"
-        + (f", {protocol['model_note']}" if protocol["model_note"] else "")
-        + f", {protocol['dtype']}"
-    ]
+    note = f", {protocol['model_note']}" if protocol["model_note"] else ""
+    parts = [f"Model {record['identity']['model']}{note}, {protocol['dtype']}"]
     calibrations = {label for one in (record, *others) if (label := calibration_label(one))}
     seeds = {one["config"]["seed"] for one in (record, *others)} - {None}
     if len(calibrations) == 1:
         parts.append(f"calibration {calibrations.pop()}" + (f", seed {seeds.pop()}" if len(seeds) == 1 else ""))
     if "dataset" in protocol:
-        parts.append(
-            f"perplexity over {protocol['windows']} windows of {protocol['context']} tokens of {protocol['dataset']} ({protocol['split']})"
-        )
+        parts.append(f"perplexity over {windows_label(protocol)}")
     if "lm_eval" in protocol:
-        limit = f"the first {protocol['limit']} documents of each task" if protocol["limit"] else "all documents"
-        parts.append(f"zero-shot by lm-eval {protocol['lm_eval']} on {limit}")
+        parts.append(f"zero-shot by lm-eval {protocol['lm_eval']} on {documents_label(protocol)}")
     parts.append(f"beginning-of-sequence token: {protocol['bos']}")
     return "; ".join(parts) + "."

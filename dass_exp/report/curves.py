@@ -1,84 +1,74 @@
-"""What a line picture shows of a sheet: a curve for each thing that varies besides x, and a level for what has no x."""
+"""What a line picture shows of a table: a curve for each row or column other than x; levels for records without x."""
 
 from __future__ import annotations
 
 import math
-from functools import reduce
-from typing import Any
 
-from dass_exp.report.load import Record
-from dass_exp.report.protocol_check import made_by
-from dass_exp.report.table import Entry, ResultTable
+from dass_exp.report.load import Record, is_dense, model_name, setting, varying_settings
+from dass_exp.report.protocol_check import Protocols
+from dass_exp.report.table import ResultTable, TableValue, axis_label
 
-_TELLING = (
-    "model.name",
-    "method.name",
-    "pattern.name",
-    "scope",
-    "calibration.name",
-    "calibration.num_samples",
-    "calibration.seq_len",
-)
+Curves = dict[str, dict[float, TableValue]]
 
 
-def curves_of(sheet: ResultTable, axis: str) -> tuple[dict[str, dict[float, Entry]], dict[str, Entry]]:
-    """Values over seeds by label and x; and, for the records without the setting, by label.
+def curves_of(table: ResultTable, x_axis: str) -> tuple[Curves, dict[str, TableValue]]:
+    """Curves by label and x, pooled over seeds; and levels by label, of the records without the setting x."""
+    scores = {record["key"]: (record, _score(record, table.metric)) for record in table.records}
+    scored = [(record, score) for record, score in scores.values() if score is not None]
+    labels = _labels(table, [record for record, _ in scored], x_axis)
+    points: dict[str, dict[float, list[float]]] = {}
+    levels: dict[str, list[float]] = {}
+    for record, score in scored:
+        x, label = _x_of(record, x_axis), labels[record["key"]]
+        if x is None:
+            levels.setdefault(label, []).append(score)
+        else:
+            points.setdefault(label, {}).setdefault(x, []).append(score)
+    curves = {label: {x: TableValue(tuple(curve[x])) for x in sorted(curve)} for label, curve in points.items()}
+    dense_first = sorted(levels.items(), key=lambda level: not level[0].endswith("dense"))
+    return curves, {label: TableValue(tuple(values)) for label, values in dense_first}
 
-    Args:
-        sheet: with its records.
-        axis: dotted path into their config of what is drawn along x.
-    """
-    scored = {record["key"]: record for record in sheet.records if _score(record, sheet.metric) is not None}
-    pruned = [record for record in scored.values() if record["config"]["method"]["name"] != "dense"]
-    own = dict.fromkeys(f"method.{name}" for record in pruned for name in record["config"]["method"] if name != "name")
-    parts = [
-        part
-        for part in (*_TELLING[:2], *own, *_TELLING[2:])
-        if part != axis and len({str(_setting(record, part)) for record in pruned} - {"None"}) > 1
-    ]
-    curves: dict[str, dict[float, tuple[float, ...]]] = {}
-    levels: dict[str, tuple[float, ...]] = {}
-    for record in scored.values():
-        x, value = _setting(record, axis), _score(record, sheet.metric)
-        name, numeric = record["config"]["method"]["name"], isinstance(x, (int, float)) and not isinstance(x, bool)
-        shown = [
-            part for part in parts if part != "pattern.name" or not (numeric and axis.startswith("pattern."))
-        ]  # there x is the pattern
-        told = [
-            str(text) if part.endswith("name") else f"{part.rsplit('.', 1)[-1]}={text}"
-            for part in shown
-            if (text := _setting(record, part)) is not None
-        ]
-        told += [
-            f"{field}={made_by(record)[field]}"
-            for field in sheet.mixed
-            if field in made_by(record) and field not in shown and field != axis
-        ]
-        label = " ".join(dict.fromkeys([*told, name] if name == "dense" or not told else told))
-        place: dict[Any, tuple[float, ...]] = curves.setdefault(label, {}) if numeric else levels
-        where = x * (100 if axis.endswith("sparsity") else 1) if numeric else label
-        place[where] = (*place.get(where, ()), value or 0.0)
-    in_order = {label: {x: Entry(curve[x]) for x in sorted(curve)} for label, curve in curves.items()}
-    return in_order, {
-        label: Entry(values)
-        for label, values in sorted(levels.items(), key=lambda level: not level[0].endswith("dense"))
+
+def _labels(table: ResultTable, records: list[Record], x_axis: str) -> dict[str, str]:
+    """By key: the record's labels along the axes of the table, as far as they vary, and the settings that it mixes."""
+    pruned = [record for record in records if not is_dense(record)]
+    # x itself tells the points of a curve apart, not the curves
+    varying = {
+        method: [name for name in names if f"method.{name}" != x_axis]
+        for method, names in varying_settings(pruned).items()
     }
+    axes = ["model.name", *(axis for axis in table.axes if axis not in (x_axis, "model.name"))]
+    axes = [axis for axis in axes if len({axis_label(record, axis, varying) for record in pruned} - {""}) > 1]
+    protocols = Protocols(records)
+    mixed = [name for name in table.mixed if name != x_axis]
+    labels = {}
+    for record in records:
+        has_x = _x_of(record, x_axis) is not None
+        shown = [axis for axis in axes if not (has_x and x_axis.startswith(f"{axis}.") and axis != "method")]
+        if is_dense(record):
+            parts = [model_name(record) if "model.name" in axes else "", protocols.label(record, mixed), "dense"]
+        else:
+            parts = [axis_label(record, axis, varying) for axis in shown]
+            if not any(parts) or not (has_x or "method" in shown):
+                parts.insert(0, axis_label(record, "method", varying))
+            parts.append(protocols.label(record, mixed))
+        labels[record["key"]] = " ".join(filter(None, parts))
+    return labels
 
 
-def _setting(record: Record, path: str) -> Any:
-    return reduce(
-        lambda found, part: found.get(part) if isinstance(found, dict) else None, path.split("."), record["config"]
-    )
+def _x_of(record: Record, x_axis: str) -> float | None:
+    value = setting(record["config"], x_axis)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return value * 100 if x_axis.endswith("sparsity") else value
 
 
 def _score(record: Record, metric: str) -> float | None:
     """The one finite number of a record that a line shows: perplexity, or mean accuracy in percent."""
     metrics = record["metrics"]
-    found = (
-        next(iter(metrics.get("perplexity", {}).values()), None)
-        if metric == "perplexity"
-        else metrics.get(f"mean_{metric}")
-    )
-    return (
-        None if found is None or not math.isfinite(found) else float(found) if metric == "perplexity" else 100 * found
-    )
+    if metric == "perplexity":
+        score = next(iter(metrics.get("perplexity", {}).values()), None)
+    else:
+        mean = metrics.get(f"mean_{metric}")
+        score = None if mean is None else 100 * mean
+    return float(score) if score is not None and math.isfinite(score) else None

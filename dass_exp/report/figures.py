@@ -1,11 +1,11 @@
-"""Pictures of a sheet and of the layers of one record, as SVG and PNG, readable in black and white."""
+"""Pictures of a table and of the layers of one record, as SVG and PNG, readable in black and white."""
 
 from __future__ import annotations
 
 import math
 import os
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,35 +13,20 @@ from typing import TYPE_CHECKING, Any
 from dass_exp.errors import one_of
 from dass_exp.report.console import method_label, pattern_label, scope_label
 from dass_exp.report.curves import curves_of
-from dass_exp.report.load import Record, block_of
-from dass_exp.report.table import Entry, ResultTable
-from dass_exp.report.write import format_entry
+from dass_exp.report.load import Record, block_of, model_name
+from dass_exp.report.table import ResultTable, TableValue, is_finite
+from dass_exp.report.write import format_value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#56B4E9",
-    "#CC79A7",
-    "#F0E442",
-    "#BBBBBB",
-)  # Okabe and Ito: told apart by the colour-blind
-HATCHES = (
-    "",
-    "///",
-    "\\\\\\",
-    "xxx",
-    "---",
-    "|||",
-    "+++",
-    "/",
-)  # straight lines: circles make an SVG ten times as large
+# Okabe and Ito: distinguishable by the colour-blind
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#BBBBBB")
+# straight lines: circles make an SVG ten times as large
+HATCHES = ("", "///", "\\\\\\", "xxx", "---", "|||", "+++", "/")
 _DASHES: tuple[Any, ...] = ("-", "-.", ":", (0, (7, 1)), (0, (3, 1, 1, 1, 1, 1)))
+_MARKERS = "os^DvPX*"
 _UNITS = {
     "perplexity": "perplexity",
     "acc": "accuracy %",
@@ -49,231 +34,185 @@ _UNITS = {
     "cost": "seconds or GB",
 }
 _AXES = {"num_samples": "calibration sequences", "seq_len": "tokens per calibration sequence", "sparsity": "sparsity %"}
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "dass_exp",
+    "text.parse_math": False,
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.h_pad": 0.1,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "hatch.linewidth": 0.6,
+}
+_LINE = {"linewidth": 1.6, "markersize": 6, "markeredgecolor": "black", "markeredgewidth": 0.6}
+_DENSE: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.3}
 
 
-def draw(sheet: ResultTable, folder: Path) -> list[Path]:
-    """Draw the picture that a sheet asks for; no file where it asks for none or holds no finite number.
+def draw(table: ResultTable, folder: Path) -> list[Path]:
+    """Draw a table as its ``figure`` asks: ``{kind: bars}`` or ``{kind: line, x: <dotted path into the config>}``.
 
-    Args:
-        sheet: what to draw; its ``figure`` says how: ``{kind: bars}`` or ``{kind: line, x: <dotted path into the config>}``.
-        folder: where ``<name>.svg`` and ``<name>.png`` are written.
-
-    Raises:
-        UserError: the kind of figure is unknown.
+    Writes no file if it asks for none or if no number is finite; raises UserError for an unknown kind.
     """
-    if sheet.figure is None:
+    if table.figure is None:
         return []
-    kind = one_of(f"{sheet.name}: figure.kind", sheet.figure.get("kind"), ("bars", "line"))
+    kind = one_of(f"{table.name}: figure.kind", table.figure.get("kind"), ("bars", "line"))
     with canvas() as figure:
-        drawn = _bars(sheet, figure) if kind == "bars" else _lines(sheet, str(sheet.figure["x"]), figure)
-        return save(figure, sheet.title, folder / sheet.name) if drawn else []
+        drawn = _draw_bars(table, figure) if kind == "bars" else _draw_lines(table, str(table.figure["x"]), figure)
+        return save(figure, table.title, folder / table.name) if drawn else []
 
 
 def draw_layers(record: Record, folder: Path) -> list[Path]:
-    """Draw the relative error of each block's output and the sparsity of its linears by block; no file for a record without pruned layers.
-
-    Args:
-        record: of one run.
-        folder: where ``layers-<key>.svg`` and ``.png`` are written.
-    """
+    """Draw the relative error of each block's output and the sparsity of its linears; no file for dense."""
     errors: dict[int, float] = {}
     sparsities: dict[str, dict[int, float]] = {}
     for layer in record["sparsity"]["layers"]:
-        block = int(found) if (found := block_of(layer["name"])).isdigit() else 0
+        block = int(index) if (index := block_of(layer["name"])).isdigit() else 0
         sparsities.setdefault(layer["role"], {})[block] = 100 * layer["zeros"] / layer["size"]
         errors[block] = math.nan if layer.get("block_error") is None else layer["block_error"]
-    alike: dict[
-        tuple[tuple[int, float], ...], list[str]
-    ] = {}  # roles with the same sparsity everywhere share a line: they would hide each other
-    for role, series in sparsities.items():
-        alike.setdefault(tuple(sorted(series.items())), []).append(role)
-    if not alike:
+    if not errors:
         return []
+    # roles with the same sparsity in all blocks share a line: their lines would hide each other
+    roles: dict[tuple[tuple[int, float], ...], list[str]] = {}
+    for role, series in sparsities.items():
+        roles.setdefault(tuple(sorted(series.items())), []).append(role)
     config = record["config"]
-    title = (config["model"]["name"], method_label(config), pattern_label(config), scope_label(config))
+    title = (model_name(record), method_label(config), pattern_label(config), scope_label(config))
     with canvas() as figure:
         upper, lower = figure.subplots(2, 1, sharex=True)
-        upper.plot(*zip(*sorted(errors.items()), strict=True), **_look(0))
+        upper.plot(*zip(*sorted(errors.items()), strict=True), **_line_style(0))
         upper.set(ylabel="relative error of\nthe block's output", ylim=(0, None))
-        for number, (points, roles) in enumerate(alike.items()):
-            lower.plot(*zip(*points, strict=True), label=" " + ", ".join(roles), **_look(number))
+        for number, (points, names) in enumerate(roles.items()):
+            lower.plot(*zip(*points, strict=True), label=" " + ", ".join(names), **_line_style(number))
         lower.set(xlabel="index of the block", ylabel="sparsity %", ylim=(0, 105))
         lower.xaxis.get_major_locator().set_params(integer=True)
-        _legend(figure, lower)
+        _add_legend(figure, lower)
         return save(figure, ", ".join(filter(None, title)), folder / f"layers-{record['key']}")
 
 
-def _bars(sheet: ResultTable, figure: Figure) -> bool:
-    """One panel a model, one group a column, one bar a row; dense as dashed lines."""
-    models = list(dict.fromkeys(record["config"]["model"]["name"] for record in sheet.records))
-    panels = {
-        model: found for model in models if (found := [row for row in sheet.rows if row.startswith(f"{model} ")])
-    } or {"": sheet.rows}
-    finite = {
-        place: entry for place, entry in sheet.cells.items() if isinstance(entry, Entry) and math.isfinite(entry.mean)
-    }
-    if not finite:
+def _draw_bars(table: ResultTable, figure: Figure) -> bool:
+    """One panel per model, one group per column, one bar per row; dense as dashed lines."""
+    if not any(is_finite(value) for value in table.cells.values()):
         return False
+    models = dict.fromkeys(map(model_name, table.records))
+    by_model = {model: [row for row in table.rows if row.startswith(f"{model} ")] for model in models}
+    panels = {model: rows for model, rows in by_model.items() if rows} or {"": table.rows}
     across = 1 if len(panels) < 3 else 2
     down = math.ceil(len(panels) / across)
-    width = max(6.4 if across == 1 else 5.2, 2 + 0.28 * max(map(len, panels.values())) * len(sheet.columns))
+    width = max(6.4 if across == 1 else 5.2, 2 + 0.28 * max(map(len, panels.values())) * len(table.columns))
     figure.set_size_inches(min(13, across * width), 1.3 + 3.2 * down)
     panes = list(figure.subplots(down, across, squeeze=False).flat)
     for spare in panes[len(panels) :]:
         spare.set_axis_off()
     del panes[len(panels) :]
     for pane, (model, rows) in zip(panes, panels.items(), strict=True):
-        pruned = [row for row in rows if not row.endswith("dense")]
-        for number, row in enumerate(pruned):
-            shift, width = (number - (len(pruned) - 1) / 2) * 0.8 / len(pruned), 0.8 / len(pruned)
-            drawn = {
-                place + shift: finite[(row, column)]
-                for place, column in enumerate(sheet.columns)
-                if (row, column) in finite
-            }
-            look = {
-                "color": COLOURS[number % len(COLOURS)],
-                "hatch": HATCHES[number % len(HATCHES)],
-                "edgecolor": "black",
-                "linewidth": 0.8,
-            }
-            pane.bar(
-                list(drawn),
-                [entry.mean for entry in drawn.values()],
-                width,
-                label=" " + row.removeprefix(f"{model} "),
-                **look,
-            )
-            _error_bars(pane, drawn)
-            for place, entry in enumerate(sheet.cells.get((row, column)) for column in sheet.columns):
-                if entry is not None and place + shift not in drawn:
-                    at, box = pane.get_xaxis_transform(), {"facecolor": "white", "edgecolor": "none", "pad": 1}
-                    pane.text(
-                        place + shift,
-                        0.03,
-                        format_entry(entry, sheet.metric),
-                        transform=at,
-                        rotation=90,
-                        ha="center",
-                        va="bottom",
-                        bbox=box,
-                    )
         pane.set_title(model, fontsize="medium")
-        for row in (row for row in rows if row.endswith("dense")):
-            _dense(
-                pane,
-                "dense" if len(panels) > 1 else row,
-                [finite.get((row, column)) for column in sheet.columns],
-                several=len(panels) > 1,
-            )
-        _name_columns(pane, sheet.columns, figure.get_figwidth())
-        _scale(pane, sheet.metric, [entry for (row, _), entry in finite.items() if row in rows], floor=True)
-    _legend(figure, *panes)
+        _draw_panel(pane, table, model, rows, several=len(panels) > 1)
+        _name_columns(pane, table.columns, figure.get_figwidth())
+        shown = [value for (row, _), value in table.cells.items() if row in rows and is_finite(value)]
+        _set_scale(pane, table.metric, shown, floor=True)
+    _add_legend(figure, *panes)
     return True
 
 
-def _dense(pane: Axes, label: str, found: Sequence[Entry | None], several: bool) -> None:
-    at = {place: entry.mean for place, entry in enumerate(found) if entry is not None}
-    if len(set(at.values())) == 1:
-        level = next(iter(at.values()))
-        pane.axhline(
-            level,
-            color="black",
-            linestyle="--",
-            linewidth=1.3,
-            label=f" {label}" if several else f" {label} ({level:.4g})",
-        )
-        if several:  # one legend for all panels: each says its own level
+def _draw_panel(pane: Axes, table: ResultTable, model: str, rows: Sequence[str], several: bool) -> None:
+    """The bars of one model and its dense lines; ``several``: there are panels of other models."""
+    pruned = [row for row in rows if not row.endswith("dense")]
+    width = 0.8 / max(len(pruned), 1)
+    for number, row in enumerate(pruned):
+        shift = (number - (len(pruned) - 1) / 2) * width
+        cells = {place + shift: table.cells.get((row, column)) for place, column in enumerate(table.columns)}
+        values = {x: value for x, value in cells.items() if value is not None}
+        bars = {x: value for x, value in values.items() if is_finite(value)}
+        style: Any = {"color": COLOURS[number % len(COLOURS)], "hatch": HATCHES[number % len(HATCHES)]}
+        means = [value.mean for value in bars.values()]
+        label = " " + row.removeprefix(f"{model} ")
+        pane.bar(list(bars), means, width, label=label, edgecolor="black", linewidth=0.8, **style)
+        _draw_spread(pane, bars)
+        for x, value in values.items():
+            if x not in bars:
+                _write_word(pane, x, format_value(value, table.metric))
+    for row in (row for row in rows if row.endswith("dense")):
+        dense = {place: table.cells.get((row, column)) for place, column in enumerate(table.columns)}
+        levels = {place: value.mean for place, value in dense.items() if is_finite(value)}
+        _draw_dense(pane, "dense" if several else row, levels, several)
+
+
+def _write_word(pane: Axes, x: float, word: str) -> None:
+    """A word in the place of a bar, such as ``failed``."""
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    at = pane.get_xaxis_transform()
+    pane.text(x, 0.03, word, transform=at, rotation=90, ha="center", va="bottom", bbox=box)
+
+
+def _draw_dense(pane: Axes, label: str, levels: Mapping[int, float], several: bool) -> None:
+    if len(set(levels.values())) == 1:
+        level = next(iter(levels.values()))
+        pane.axhline(level, label=f" {label}" if several else f" {label} ({level:.4g})", **_DENSE)
+        if several:  # all panels share one legend, so each shows its own level
             pane.set_title(f"{pane.get_title()}, dense {level:.4g}", fontsize="medium")
-    elif at:
-        pane.hlines(
-            list(at.values()),
-            [x - 0.47 for x in at],
-            [x + 0.47 for x in at],
-            colors="black",
-            linestyles="--",
-            linewidth=1.3,
-            label=f" {label}",
-        )
+    elif levels:
+        left, right = [x - 0.47 for x in levels], [x + 0.47 for x in levels]
+        style = {f"{name}s": value for name, value in _DENSE.items() if name != "linewidth"}
+        pane.hlines(list(levels.values()), left, right, linewidth=_DENSE["linewidth"], label=f" {label}", **style)
 
 
 def _name_columns(pane: Axes, columns: Sequence[str], inches: float) -> None:
     room = max(int(11 * (inches - 1) / max(len(columns), 1)), 8)  # characters of the default font that fit in a group
     names = [textwrap.fill(column, room, break_long_words=False) for column in columns]
     crowded = any(len(line) > room for name in names for line in name.splitlines())
-    pane.set_xticks(
-        range(len(columns)),
-        names,
-        rotation=30 if crowded else 0,
-        ha="right" if crowded else "center",
-        va="top",
-        rotation_mode="anchor",
-    )
+    place: Any = {"rotation": 30, "ha": "right"} if crowded else {"rotation": 0, "ha": "center"}
+    pane.set_xticks(range(len(columns)), names, va="top", rotation_mode="anchor", **place)
     pane.set_xlim(-0.55, len(columns) - 0.45)
 
 
-def _lines(sheet: ResultTable, axis: str, figure: Figure) -> bool:
-    """One line for what varies besides ``axis``; what has no such setting, dense first of all, is a level."""
-    curves, levels = curves_of(sheet, axis)
+def _draw_lines(table: ResultTable, x_axis: str, figure: Figure) -> bool:
+    """One line per curve; records without the setting ``x_axis``, such as dense, are levels."""
+    curves, levels = curves_of(table, x_axis)
     if not curves:
         return False
     pane = figure.subplots()
     for number, (label, curve) in enumerate(curves.items()):
-        pane.plot(list(curve), [entry.mean for entry in curve.values()], label=f" {label}", **_look(number))
-        _error_bars(pane, curve)
-    for number, (label, entry) in enumerate(levels.items()):
-        pane.axhline(
-            entry.mean,
-            label=f" {label} ({entry.mean:.4g})",
-            linestyle=(0, (5 + 4 * number, 3)),
-            color="black",
-            linewidth=1.3,
-        )
-    ticks, name = sorted({x for curve in curves.values() for x in curve}), axis.rsplit(".", 1)[-1]
+        pane.plot(list(curve), [value.mean for value in curve.values()], label=f" {label}", **_line_style(number))
+        _draw_spread(pane, curve)
+    for number, (label, level) in enumerate(levels.items()):
+        style = {**_DENSE, "linestyle": (0, (5 + 4 * number, 3))}
+        pane.axhline(level.mean, label=f" {label} ({level.mean:.4g})", **style)
+    ticks, name = sorted({x for curve in curves.values() for x in curve}), x_axis.rsplit(".", 1)[-1]
     if name == "num_samples" and ticks[0] > 0:
         pane.set_xscale("log", base=2)
     if len(ticks) <= 10:
         pane.set_xticks(ticks, [f"{x:.6g}" for x in ticks])
         pane.xaxis.minorticks_off()
     pane.set_xlabel(_AXES.get(name, name.replace("_", " ")))
-    _scale(pane, sheet.metric, [*(entry for curve in curves.values() for entry in curve.values()), *levels.values()])
-    _legend(figure, pane)
+    values = [value for curve in curves.values() for value in curve.values()]
+    _set_scale(pane, table.metric, [*values, *levels.values()])
+    _add_legend(figure, pane)
     return True
 
 
-def _look(number: int) -> dict[str, Any]:
-    marks = {"marker": "os^DvPX*"[number % 8], "markersize": 6, "markeredgecolor": "black", "markeredgewidth": 0.6}
-    return {
-        "color": COLOURS[number % len(COLOURS)],
-        "linestyle": _DASHES[number % len(_DASHES)],
-        "linewidth": 1.6,
-        **marks,
-    }
+def _line_style(number: int) -> dict[str, Any]:
+    own = {"color": COLOURS, "linestyle": _DASHES, "marker": _MARKERS}
+    return {**_LINE, **{name: choices[number % len(choices)] for name, choices in own.items()}}
 
 
-def _spread(entry: Entry) -> float | None:
-    return entry.sd if entry.sd is not None else entry.stderr
-
-
-def _error_bars(pane: Axes, drawn: dict[float, Entry]) -> None:
-    known = [(x, entry.mean, spread) for x, entry in drawn.items() if (spread := _spread(entry)) is not None]
+def _draw_spread(pane: Axes, values: Mapping[float, TableValue]) -> None:
+    known = [(x, value.mean, value.spread) for x, value in values.items() if value.spread is not None]
     if known:
         places, means, spreads = zip(*known, strict=True)
         pane.errorbar(places, means, spreads, fmt="none", ecolor="black", elinewidth=1, capsize=3)
 
 
-def _scale(pane: Axes, metric: str, entries: Sequence[Entry], floor: bool = False) -> None:
-    """Name the y axis with what its error bars are, and make it logarithmic where the range asks for it."""
+def _set_scale(pane: Axes, metric: str, values: Sequence[TableValue], floor: bool = False) -> None:
+    """Label the y axis with what its error bars are, and make it logarithmic where the range asks for it."""
     from matplotlib.ticker import LogLocator
 
-    low, high = min((entry.mean for entry in entries), default=1), max((entry.mean for entry in entries), default=1)
-    kinds = dict.fromkeys(
-        "standard deviation" if entry.sd is not None else "standard error"
-        for entry in entries
-        if _spread(entry) is not None
-    )
+    means = [value.mean for value in values] or [1]
+    low, high = min(means), max(means)
+    spread = [value for value in values if value.spread is not None]
+    kinds = ["standard deviation" if value.sd is not None else "standard error" for value in spread]
     logarithmic = low > 0 and high / low > 20
-    notes = [*(["log scale"] if logarithmic else []), *(f"± {kind}" for kind in kinds)]
+    notes = [*(["log scale"] if logarithmic else []), *(f"± {kind}" for kind in dict.fromkeys(kinds))]
     pane.set_ylabel(_UNITS[metric] + (f"\n({', '.join(notes)})" if notes else ""))
     if logarithmic:
         pane.set_yscale("log")
@@ -284,19 +223,13 @@ def _scale(pane: Axes, metric: str, entries: Sequence[Entry], floor: bool = Fals
     pane.grid(axis="y", color="#DDDDDD", linewidth=0.6)
 
 
-def _legend(figure: Figure, *panes: Axes) -> None:
-    found = {label: handle for pane in panes for handle, label in zip(*pane.get_legend_handles_labels(), strict=True)}
-    widest = 8 + max(map(len, found), default=0)  # in characters, of which about 13 fit in an inch; 8 for the handle
-    rows = math.ceil(len(found) * widest / (13 * figure.get_figwidth()))
-    names = [label[1:] for label in found]  # matplotlib leaves out labels that begin with _, so all have a space before
-    figure.legend(
-        list(found.values()),
-        names,
-        loc="outside lower center",
-        ncols=math.ceil(len(found) / rows),
-        frameon=False,
-        handlelength=3.2,
-    )
+def _add_legend(figure: Figure, *panes: Axes) -> None:
+    handles = {label: handle for pane in panes for handle, label in zip(*pane.get_legend_handles_labels(), strict=True)}
+    widest = 8 + max(map(len, handles), default=0)  # in characters, of which about 13 fit in an inch; 8 for the handle
+    rows = math.ceil(len(handles) * widest / (13 * figure.get_figwidth()))
+    labels = [label[1:] for label in handles]  # matplotlib skips labels that begin with _, so all begin with a space
+    style: Any = {"loc": "outside lower center", "frameon": False, "handlelength": 3.2}
+    figure.legend(list(handles.values()), labels, ncols=math.ceil(len(handles) / rows), **style)
 
 
 @contextmanager
@@ -305,32 +238,17 @@ def canvas() -> Iterator[Figure]:
     import matplotlib.style
     from matplotlib.figure import Figure
 
-    own = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "dass_exp",
-        "text.parse_math": False,
-        "figure.constrained_layout.use": True,
-    }
-    looks = {
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.axisbelow": True,
-        "hatch.linewidth": 0.6,
-        "figure.constrained_layout.h_pad": 0.1,
-    }
-    with matplotlib.style.context(["default", {**own, **looks}]):
+    with matplotlib.style.context(["default", _STYLE]):
         yield Figure(figsize=(7, 5))
 
 
 def save(figure: Figure, title: str, path: Path) -> list[Path]:
-    """Write the SVG, the same byte for byte each time, and the PNG; each under a temporary name first."""
+    """Write a figure as SVG, byte for byte the same each time, and as PNG; each atomically."""
     figure.suptitle(textwrap.fill(title, int(10 * figure.get_figwidth())))
     path.parent.mkdir(parents=True, exist_ok=True)
+    svg = {"Date": None, "Creator": None, "Format": None, "Type": None}
     written: list[Path] = []
-    for ending, metadata in (
-        ("svg", {"Date": None, "Creator": None, "Format": None, "Type": None}),
-        ("png", {"Software": None}),
-    ):
+    for ending, metadata in (("svg", svg), ("png", {"Software": None})):
         target, scratch = path.with_name(f"{path.name}.{ending}"), path.with_name(f"{path.name}.{ending}.partial")
         figure.savefig(scratch, format=ending, dpi=150, metadata=metadata)
         os.replace(scratch, target)

@@ -1,4 +1,4 @@
-"""Read records and the cells of a sweep from a results folder. What cannot be read is named and passed over."""
+"""Read records and the cells of a sweep from a results folder; files that cannot be read are reported and skipped."""
 
 from __future__ import annotations
 
@@ -8,177 +8,199 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+<<<<<<< HEAD
 from dass_exp.storage.record_schema import is_config, record_problem
+=======
+from dass_exp.config.settings import settings_without_effect
+from dass_exp.storage.record_schema import flatten, is_config, record_problem
+>>>>>>> aaa9476a7b807230022d0ce1fff83d43adaa1c69
 
 Record = dict[str, Any]
 
-# Settings that do not tell one cell from another.
-_NOT_THE_CELL = {
-    "results_dir",
-    "tracker",
-    "threads",
-    "rerun",
-    "sweeps",
-    "plugins",
-    "save_masks",
-    "save",
-    "plan",
-    "calibration.batch_size",
-    "eval.batch_size",
-}
+_NO_EFFECT = settings_without_effect()
+_UNREADABLE = (OSError, ValueError, RecursionError)
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """Records by key, and a line for each file that is no record."""
+class LoadedRecords:
+    """Records by key, and one message for each file that is not a record."""
 
     records: dict[str, Record]
     problems: list[str]
 
 
 @dataclass(frozen=True)
-class Cell:
-    """How a cell of a sweep last ended: ``done`` with the key of its record, or ``failed`` with its error and what it was meant to be.
+class SweepCell:
+    """How a cell of a sweep last ended."""
 
-    Args:
-        overrides: that tell it from other cells.
-        status: ``done`` or ``failed``.
-        key: of its record.
-        error: in one line.
-        config: of a failed cell, in the form of a record's; empty where it is not known.
-    """
-
-    overrides: tuple[str, ...]
-    status: str
-    key: str | None
+    overrides: tuple[str, ...]  # that tell it from other cells
+    status: str  # done or failed
+    key: str | None  # of its record; None if the run failed before its key was known
     error: str | None
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)  # of a failed cell, in the form of a record's; may be empty
 
 
-def load(results: Path) -> Loaded:
-    """All records of a results folder."""
+def load(results: Path) -> LoadedRecords:
+    """Read all records of a results folder."""
     records: dict[str, Record] = {}
     problems: list[str] = []
     for path in sorted(results.glob("runs/*/result.json")):
         try:
-            found = _object(path)
-        except (OSError, ValueError, RecursionError) as error:
+            record = _json_object(path)
+        except _UNREADABLE as error:
             problems.append(f"{path}: not read ({error})")
             continue
+<<<<<<< HEAD
         if (problem := record_problem(found, path.parent.name)) is not None:
+=======
+        if (problem := record_problem(record, path.parent.name)) is None:
+            records[path.parent.name] = record
+        else:
+>>>>>>> aaa9476a7b807230022d0ce1fff83d43adaa1c69
             problems.append(f"{path}: not a record of this project ({problem})")
-            continue
-        records[path.parent.name] = found
-    return Loaded(records, problems)
+    return LoadedRecords(records, problems)
 
 
-def cells_of(results: Path, sweep: str) -> list[Cell]:
-    """The cells of every launch of a sweep, each as it last ended, in the order of the launch that ran most of them.
+def cells_of(results: Path, sweep: str) -> list[SweepCell]:
+    """The cells of all launches of a sweep, each with its latest outcome, in the order of the largest launch.
 
-    So the order does not tell whether a sweep was interrupted, or on how many workers it ran.
+    So the order depends neither on interruptions nor on the number of workers.
     """
-    found: dict[tuple[str, ...], Cell] = {}
+    cells: dict[tuple[str, ...], SweepCell] = {}
     launches: dict[Path, list[tuple[str, ...]]] = {}
     for path in _notes(results):
         try:
-            note = _object(path)
-        except (OSError, ValueError, RecursionError):
-            continue  # a cell that was killed while it wrote; its next launch writes another
-        cell = (
-            _cell(note)
-            if isinstance(overrides := note.get("overrides"), list) and f"sweeps={sweep}" in overrides
-            else None
-        )
-        if cell is not None:
-            found[cell.overrides] = cell
+            note = _json_object(path)
+        except _UNREADABLE:
+            continue  # the process was killed while writing; the next launch of the cell writes another note
+        overrides = note.get("overrides")
+        if not isinstance(overrides, list) or f"sweeps={sweep}" not in overrides:
+            continue
+        if (cell := _cell(note)) is not None:
+            cells[cell.overrides] = cell
             launches.setdefault(path.parent.parent, []).append(cell.overrides)
     largest_first = sorted(launches.values(), key=len, reverse=True)
-    return [found[named] for named in dict.fromkeys(named for launch in largest_first for named in launch)]
+    return [cells[overrides] for overrides in dict.fromkeys(name for launch in largest_first for name in launch)]
 
 
-def _cell(note: dict[str, Any]) -> Cell | None:
-    """What a note says, None if it is of no finished cell."""
-    texts = [str(override) for override in note["overrides"]]
-    named = tuple(text for text in texts if text.lstrip("+~").partition("=")[0] not in _NOT_THE_CELL)
+def _cell(note: dict[str, Any]) -> SweepCell | None:
+    """The cell that a note describes; None if it neither finished nor failed."""
+    overrides = tuple(text for text in map(str, note["overrides"]) if _tells_cells_apart(text))
     if note.get("status") == "done" and isinstance(record := note.get("record"), str):
-        return Cell(named, "done", Path(record).parent.name, None)
+        return SweepCell(overrides, "done", Path(record).parent.name, None)
     if note.get("status") == "failed":
-        config = note.get("config")
-        return Cell(
-            named,
-            "failed",
-            None,
-            str(note.get("error")),
-            config if isinstance(config, dict) and is_config(config) else {},
-        )
+        key, config = note.get("key"), note.get("config")
+        config = config if isinstance(config, dict) and is_config(config) else {}
+        return SweepCell(overrides, "failed", key if isinstance(key, str) else None, str(note.get("error")), config)
     return None
 
 
-def repaired(cell: Cell, records: Iterable[Record]) -> bool:
-    """Whether a failed cell has a record by now, made with other settings of no consequence (a smaller batch, say)."""
-    meant = _consequent(cell.config)
-    return bool(cell.config) and any(
-        meant == {name: value for name, value in _consequent(record["config"]).items() if name in meant}
-        for record in records
-    )
+def _tells_cells_apart(override: str) -> bool:
+    name = override.lstrip("+~").partition("=")[0]
+    # protocol=paper changes no number itself, but its file selects other calibration and evaluation files
+    return name == "protocol" or not (name == "sweeps" or _without_effect(name))
 
 
-def _consequent(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that tell what a cell is, in a record's config or in what a failed cell was meant to be."""
-    found = {
-        name: config[name] for name in ("method", "pattern", "scope", "seed", "calibration", "eval") if name in config
+def _without_effect(name: str) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:end]) in _NO_EFFECT for end in range(1, len(parts) + 1))
+
+
+def repaired(cell: SweepCell, records: Iterable[Record]) -> bool:
+    """Whether a failed cell has a record by now: of its key, or, where no key is known, of the same effective settings.
+
+    A setting of its model that was not resolved yet when it failed (null or ``auto``) matches any value.
+    """
+    if cell.key is not None:
+        return any(record["key"] == cell.key for record in records)
+    intended = _effective_settings(cell.config)
+    return bool(intended) and any(_matches(intended, record["config"]) for record in records)
+
+
+def _matches(intended: Mapping[str, str], config: Mapping[str, Any]) -> bool:
+    actual = _effective_settings(config)
+    unresolved = {name for name in intended if name.startswith("model.") and intended[name] in ("None", "auto")}
+    sections = {name.partition(".")[0] for name in intended}
+    names = {name for name in (*intended, *actual) if name.partition(".")[0] in sections} - unresolved
+    return all(intended.get(name) == actual.get(name) for name in names)
+
+
+def _effective_settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """The settings that can change a number, by dotted name; classes by name alone, for their modules may move."""
+    return {
+        name: value.rsplit(".", 1)[-1] if name.endswith("._target_") else value
+        for name, value in flatten(config).items()
+        if not _without_effect(name)
     }
-    for name in ("calibration", "eval"):
-        if isinstance(found.get(name), dict):
-            found[name] = {key: value for key, value in found[name].items() if key != "batch_size"}
-    if "model" in config:
-        found["model"] = {name: config["model"].get(name) for name in ("name", "path", "training_seed", "roles")}
-    return found
+
+
+def is_dense(record: Mapping[str, Any]) -> bool:
+    """Whether a record is of the unpruned model."""
+    return bool(record["config"]["method"]["name"] == "dense")
+
+
+def model_name(record: Mapping[str, Any]) -> str:
+    """The name of a record's model, as in conf/model."""
+    return str(record["config"]["model"]["name"])
 
 
 def model_of(record: Record) -> str:
-    """Which weights a record is about; of a model that was trained several times, the recipe: its trainings are repetitions."""
+    """The weights of a record's model; if it was trained several times, the recipe: trainings are repetitions."""
     identity = record["identity"]
     return str(identity["trained"]["recipe"] if identity.get("trained") else identity["model"])
 
 
+def by_model_note(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Records by what their protocol says of their model (that it was dequantised, say)."""
+    notes: dict[str, list[Record]] = {}
+    for record in records:
+        notes.setdefault(record["protocol"]["model_note"], []).append(record)
+    return notes
+
+
+def setting(config: Mapping[str, Any], path: str) -> Any:
+    """The value of a setting by its dotted name; None if there is no such setting."""
+    value: Any = config
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
 def documents(results: Path, key: str) -> dict[str, dict[str, list[float]]]:
-    """Outcomes by task, metric and document; empty where the run scored no tasks."""
+    """Outcomes by task, metric and document; empty if the run scored no tasks."""
     try:
-        found = _object(results / "runs" / key / "documents.json")
-    except (OSError, ValueError, RecursionError):
+        outcomes = _json_object(results / "runs" / key / "documents.json")
+    except _UNREADABLE:
         return {}
-    return (
-        found
-        if all(
-            isinstance(task, dict) and all(isinstance(one, list) for one in task.values()) for task in found.values()
-        )
-        else {}
+    tasks_valid = (
+        isinstance(task, dict) and all(isinstance(v, list) for v in task.values()) for task in outcomes.values()
     )
+    return outcomes if all(tasks_valid) else {}
 
 
 def block_of(layer: str) -> str:
-    """The index of a layer's decoder block, read from its full name; ``other`` where it has none."""
+    """The index of a layer's decoder block, from its full name; ``other`` if it is in none."""
     return next((part for part in layer.split(".") if part.isdigit()), "other")
 
 
-def varying_settings(records: list[Record]) -> dict[str, list[str]]:
+def varying_settings(records: Iterable[Record]) -> dict[str, list[str]]:
     """By method: the hyper-parameters that are not the same in all its records."""
-    seen: dict[str, dict[str, set[str]]] = {}
+    values: dict[str, dict[str, set[str]]] = {}
     for record in records:
-        for key, value in record["config"]["method"].items():
-            seen.setdefault(record["config"]["method"]["name"], {}).setdefault(key, set()).add(str(value))
-    return {name: [key for key, values in fields.items() if len(values) > 1] for name, fields in seen.items()}
+        method = record["config"]["method"]
+        for name, value in method.items():
+            values.setdefault(method["name"], {}).setdefault(name, set()).add(str(value))
+    return {method: [name for name, seen in fields.items() if len(seen) > 1] for method, fields in values.items()}
 
 
 def _notes(results: Path) -> Iterator[Path]:
-    """The cell notes of all sweeps, oldest launch first."""
+    """The notes of all cells, oldest launch first."""
     paths = [path for path in results.glob("hydra/*/*/*/cell.json") if path.parts[-2].isdecimal()]
     yield from sorted(paths, key=lambda path: (path.parts[-4], path.parts[-3], int(path.parts[-2])))
 
 
-def _object(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
+def _json_object(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
         raise ValueError("it holds no JSON object")
-    return found
+    return content

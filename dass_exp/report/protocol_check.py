@@ -1,37 +1,36 @@
-"""Whether records were made alike, so that one table may hold them, and what differs where they were not."""
+"""Which settings differ between the records of one table. Derived from their identities (dass_exp/runs/identity.py).
+
+Whatever can change a number must be equal in all rows, unless an axis of the table shows it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+<<<<<<< HEAD
 from dass_exp.report.load import Record, model_of
 from dass_exp.storage.record_schema import flatten
+=======
+from dass_exp.report.load import Record, model_name, model_of, setting
+>>>>>>> aaa9476a7b807230022d0ce1fff83d43adaa1c69
 
-_PER_MODEL = (
-    "weights",
-    "dtype",
-    "bos",
-    "split",
-    "windows_sha256",
-)  # a model may determine these: they must be equal among its own rows only
-_FIXED = (
-    "pattern",
-    "scope",
-    "calibration.sampling",
-    "calibration.name",
-    "calibration.num_samples",
-    "calibration.seq_len",
-    "context",
-    "dataset",
-    "windows",
-    "limit",
-    "tasks",
-    "lm_eval",
-    "device",
-)
+_REPETITIONS = ("seed", "repeat")
+# A model determines these: they may differ between the models of a table, but not within one.
+_PER_MODEL = ("model", "roles", "dtype", "bos", "experts")
+_WINDOWS = "windows_sha256"
+# Parts of an identity that count as one value, with the setting that names it.
+_NAMES = {
+    "pattern": "pattern.name",
+    "calibration.text": "calibration.name",
+    "eval.perplexity.text": "eval.perplexity.name",
+    "eval.zeroshot.tasks": "eval.zeroshot.tasks",
+}
 
 
+<<<<<<< HEAD
 def told(record: Record, differing: tuple[str, ...]) -> str:
     """A record's values of the fields that differ, as rows of a mixed table name them."""
     if not differing:
@@ -53,33 +52,100 @@ def colliding(places: Iterable[Sequence[Record]]) -> dict[str, set[str]]:
             if len(values) > 1 and name not in ("seed", "repeat", "trained.seed"):
                 found.setdefault(name, set()).update(values)
     return found
+=======
+class Protocols:
+    """The settings of each record, by key, that can change a number.
+
+    Texts and patterns go by their short name; where one name stands for different contents, a digest follows it.
+    """
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self.records = {record["key"]: record for record in records}
+        named = {key: {name: value for name, *value in _settings(one)} for key, one in self.records.items()}
+        contents: dict[tuple[str, str], set[str]] = {}
+        for settings in named.values():
+            for name, (value, content) in settings.items():
+                contents.setdefault((name, value), set()).add(content)
+        self._settings = {
+            key: {
+                name: value if len(contents[name, value]) == 1 else f"{value} ({_digest(content)})"
+                for name, (value, content) in settings.items()
+            }
+            for key, settings in named.items()
+        }
+
+    def differing(self, axes: Collection[str]) -> dict[str, set[str]]:
+        """Settings with different values in the rows of a table, other than those its axes or its methods show."""
+        values: dict[tuple[str, str], set[str]] = {}
+        for key, settings in self._settings.items():
+            for name, value in settings.items():
+                values.setdefault((name, self._group(key, name)), set()).add(value)
+        differing: dict[str, set[str]] = {}
+        for (name, _), seen in values.items():
+            if len(seen) > 1 and not name.startswith("method.") and not _is_shown(name, axes):
+                differing.setdefault(name, set()).update(seen)
+        return differing
+
+    def _group(self, key: str, name: str) -> str:
+        """The records among which a setting must be equal; empty for all."""
+        settings, model = self._settings[key], model_name(self.records[key])
+        if name == _WINDOWS:  # one model and one evaluation must give the same windows
+            evaluation = [value for own, value in settings.items() if own == "bos" or own.startswith("eval.perplexity")]
+            return f"{model} {evaluation}"
+        return model if name.partition(".")[0] in _PER_MODEL else ""
+
+    def conflicts(self, cells: Iterable[Collection[str]]) -> dict[str, set[str]]:
+        """Settings that differ between the records, given by key, in one cell: they are no repetitions of one run."""
+        conflicts: dict[str, set[str]] = {}
+        for keys in cells:
+            protocols = [self._settings[key] for key in keys]
+            for name in dict.fromkeys(name for settings in protocols for name in settings if name != _WINDOWS):
+                values = {settings.get(name, "none") for settings in protocols}
+                if len(values) > 1:
+                    conflicts.setdefault(name, set()).update(values)
+        return conflicts
+
+    def label(self, record: Record, names: Sequence[str]) -> str:
+        """A record's values of these settings, as the rows of a mixed table show them: ``context=512``."""
+        settings, last = self._settings[record["key"]], [_last_part(name) for name in names]
+        return ", ".join(
+            f"{short if last.count(short) == 1 else name}={settings[name]}"
+            for name, short in zip(names, last, strict=True)
+            if name in settings
+        )
 
 
-def made_by(record: Record) -> dict[str, Any]:
-    """What must be equal in all rows of one table, as far as the record has it."""
-    config, calibration = record["config"], record["calibration"] or {}
-    known = {
-        "pattern": (config["pattern"] or {}).get("name"),
-        "scope": config["scope"],
-        "weights": model_of(record),
-        "calibration.sampling": (config.get("calibration") or {}).get("sampling"),
-        **{f"calibration.{key}": calibration.get(key) for key in ("name", "num_samples", "seq_len")},
-        **record["protocol"],
-    }
-    return {name: known[name] for name in (*_FIXED, *_PER_MODEL) if known.get(name) is not None}
+def _settings(record: Record) -> Iterator[tuple[str, str, str]]:
+    """Name, short value and full content of every setting, repetitions apart."""
+    identity = {**record["identity"], "model": model_of(record)}
+    for repetition in (*_REPETITIONS, "trained"):
+        identity.pop(repetition, None)
+    yield from _leaves(identity, record["config"], "")
+    if windows := record["protocol"].get(_WINDOWS):
+        yield _WINDOWS, str(windows)[:8], str(windows)
+>>>>>>> aaa9476a7b807230022d0ce1fff83d43adaa1c69
 
 
-def differing_in(records: list[Record], axes: set[str]) -> dict[str, set[str]]:
-    """What is not equal in all rows and is no axis of the table: the field and its values."""
-    seen: dict[tuple[str, str], set[str]] = {}
-    for record in records:
-        for name, value in made_by(record).items():
-            seen.setdefault((name, record["config"]["model"]["name"] if name in _PER_MODEL else ""), set()).add(
-                str(value)
-            )
-    shown = {name for name, _ in seen for axis in axes if axis == name or axis.startswith(f"{name}.")}
-    found: dict[str, set[str]] = {}
-    for (name, _), values in seen.items():
-        if len(values) > 1 and name not in shown:
-            found.setdefault(name, set()).update(values)
-    return found
+def _leaves(node: Any, config: Mapping[str, Any], path: str) -> Iterator[tuple[str, str, str]]:
+    if path in _NAMES:
+        name = path if path == "pattern" else _NAMES[path]
+        yield name, str(setting(config, _NAMES[path])), json.dumps(node, sort_keys=True)
+    elif isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _leaves(value, config, f"{path}.{key}".lstrip("."))
+    else:
+        yield path, str(node), str(node)
+
+
+def _is_shown(name: str, axes: Collection[str]) -> bool:
+    """Whether an axis is this setting, a part of it (``pattern.sparsity``), or the group it is in."""
+    own = [axis.removeprefix("model.") for axis in axes]  # model.dtype is called dtype in an identity
+    return any(axis == name or axis.startswith(f"{name}.") or name.startswith(f"{axis}.") for axis in own)
+
+
+def _last_part(name: str) -> str:
+    return name.removesuffix(".name").rsplit(".", 1)[-1]
+
+
+def _digest(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()[:8]

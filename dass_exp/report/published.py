@@ -1,17 +1,16 @@
-"""Published numbers beside ours: the same model, scope, pattern, method, metric, data set and context, or none."""
+"""Published numbers beside ours, where model, scope, pattern, method, metric, data set and context are the same."""
 
 from __future__ import annotations
 
 import csv
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from dass_exp.errors import UserError
-from dass_exp.report.load import Record
+from dass_exp.report.load import Record, is_dense, model_name
+from dass_exp.report.write import markdown_table
 
 PERPLEXITY_TOLERANCE = 0.02  # relative
 ACCURACY_TOLERANCE = 1.0  # points
@@ -24,141 +23,104 @@ _NO_VERDICT = ("not stated", "not verified", "disagrees")
 
 @dataclass(frozen=True)
 class Published:
-    """One published figure of the same kind as one of ours.
+    """One published number and its counterpart among ours."""
 
-    Args:
-        label: model, method, pattern and metric.
-        ours, value: the two figures.
-        source: the first column of the table.
-        verdict: within the tolerance or not, or why there is none.
-    """
-
-    label: str
+    label: str  # model, method, pattern and data set
     ours: float
     value: float
     source: str
-    verdict: str
+    verdict: str  # whether they agree within the tolerance, or why that cannot be said
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows of published_numbers.csv; a user's own rows (``source=dass-paper``) count like any other.
+    """The rows of published_numbers.csv, with those that a user added (``source=dass-paper``).
 
     Raises:
-        UserError: a column is missing, or a value is no number; the message names the line.
+        UserError: a column is missing, or a value is not a number; the message names the line.
     """
-    with _readable(path) as file:
-        reader = csv.DictReader(file)
-        if missing := [name for name in _COLUMNS if name not in (reader.fieldnames or ())]:
-            raise UserError(f"{path}: no column {', '.join(missing)}; it needs {', '.join(_COLUMNS)}")
-        rows = []
-        for row in reader:
-            if not _is_number(row["value"]) or (row["metric"] == "perplexity" and float(row["value"]) <= 0):
-                raise UserError(
-                    f"{path}, line {reader.line_num}: value={row['value']!r}: expected a number"
-                    + " above 0" * _is_number(row["value"])
-                )
-            rows.append({name: text or "" for name, text in row.items() if name is not None})
-        return rows
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[TextIO]:
-    """The file, with or without the mark that Excel puts at its head."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield file
+        with path.open(encoding="utf-8-sig", newline="") as file:  # Excel puts a byte-order mark first
+            reader = csv.DictReader(file)
+            if missing := [name for name in _COLUMNS if name not in (reader.fieldnames or ())]:
+                raise UserError(f"{path}: no column {', '.join(missing)}; it needs {', '.join(_COLUMNS)}")
+            return [_checked(row, f"{path}, line {reader.line_num}") for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: it is no CSV file in UTF-8 ({error})") from error
 
 
-def _is_number(text: str | None) -> bool:
+def _checked(row: dict[str, str], place: str) -> dict[str, str]:
     try:
-        return math.isfinite(float(text or ""))
+        number = math.isfinite(float(row["value"] or ""))
     except ValueError:
-        return False
+        number = False
+    if not number or (row["metric"] == "perplexity" and float(row["value"]) <= 0):
+        raise UserError(f"{place}: value={row['value']!r}: expected a number{' above 0' if number else ''}")
+    return {name: text or "" for name, text in row.items() if name is not None}
 
 
-def beside(records: list[Record], rows: list[dict[str, str]]) -> list[Published]:
-    """Every published figure that has a counterpart among the records."""
-    return [
-        match
-        for record in records
-        for metric, dataset, context, ours in _figures(record)
-        for match in _matches(record, metric, dataset, context, ours, rows)
-    ]
+def counterparts(records: list[Record], rows: list[dict[str, str]]) -> list[Published]:
+    """Every published number that has a counterpart among the records."""
+    matches = []
+    for record in records:
+        for described, ours in _scores(record):
+            for row in rows:
+                if _describes(row, described):
+                    label = f"{row['model']} {row['method']} {row['pattern']} {row['dataset']}"
+                    matches.append(Published(label, ours, float(row["value"]), row["source"], _verdict(row, ours)))
+    return matches
 
 
-def _figures(record: Record) -> Iterator[tuple[str, str, str, float]]:
-    """Metric, data set, context and value of each score of a record, in the terms of the table."""
-    metrics = record["metrics"]
+def _scores(record: Record) -> Iterator[tuple[dict[str, str], float]]:
+    """Each score of a record, described in the columns of the reference file."""
+    config, metrics, tasks = record["config"], record["metrics"], record["metrics"].get("tasks", {})
+    described = {
+        "model": _plain(model_name(record)),
+        "method": config["method"]["name"],
+        "pattern": config["pattern"]["name"] if config["pattern"] else "dense",
+        **({} if is_dense(record) else {"scope": config["scope"]}),
+    }
     for dataset, value in metrics.get("perplexity", {}).items():
-        yield "perplexity", dataset, str(record["protocol"]["context"]), value
-    tasks = metrics.get("tasks", {})
-    if all(scores["limit"] is None for scores in tasks.values()):
-        for task, scores in tasks.items():
-            yield "accuracy_percent", task, "", 100 * scores["acc"]
-        if len(tasks) == 5:
-            yield "accuracy_percent", "mean5", "", 100 * metrics["mean_acc"]
+        context = str(record["protocol"]["context"])
+        yield {**described, "metric": "perplexity", "dataset": dataset, "context": context}, value
+    if any(scores["limit"] is not None for scores in tasks.values()):
+        return
+    accuracies = {task: scores["acc"] for task, scores in tasks.items()}
+    if len(tasks) == 5:
+        accuracies["mean5"] = metrics["mean_acc"]
+    for task, value in accuracies.items():
+        yield {**described, "metric": "accuracy_percent", "dataset": task, "context": ""}, 100 * value
 
 
-def _matches(
-    record: Record, metric: str, dataset: str, context: str, ours: float, rows: list[dict[str, str]]
-) -> Iterator[Published]:
-    config = record["config"]
-    method, pattern = config["method"]["name"], config["pattern"]["name"] if config["pattern"] else "dense"
-    for row in rows:
-        same = (row["metric"], row["dataset"], row["context"], row["method"], row["pattern"]) == (
-            metric,
-            dataset,
-            context,
-            method,
-            pattern,
-        )
-        if (
-            same
-            and _plain(row["model"]) == _plain(config["model"]["name"])
-            and (method == "dense" or row["scope"] == config["scope"])
-        ):
-            value = float(row["value"])
-            yield Published(
-                f"{row['model']} {method} {pattern} {dataset}",
-                ours,
-                value,
-                row["source"],
-                _verdict(metric, ours, value, row.get("note") or ""),
-            )
+def _describes(row: dict[str, str], described: dict[str, str]) -> bool:
+    return described.items() <= {**row, "model": _plain(row["model"])}.items()
 
 
-def _plain(name: str) -> str:
+def _plain(model: str) -> str:
     """``llama3.1_8b`` and ``llama31_8b`` are one model."""
-    return name.replace(".", "").lower()
+    return model.replace(".", "").lower()
 
 
-def _verdict(metric: str, ours: float, value: float, note: str) -> str:
+def _verdict(row: dict[str, str], ours: float) -> str:
+    note, value = row.get("note") or "", float(row["value"])
     if any(words in note for words in _NO_VERDICT):
         return f"no verdict: {note}"
-    if metric == "perplexity":
-        off, tolerance = abs(ours / value - 1), PERPLEXITY_TOLERANCE
-        return f"{'within' if off <= tolerance else 'outside'} {tolerance:.0%} ({off:.1%})"
-    off, tolerance = abs(ours - value), ACCURACY_TOLERANCE
-    return f"{'within' if off <= tolerance else 'outside'} {tolerance:g} point ({off:.1f})"
+    if row["metric"] == "perplexity":
+        off = abs(ours / value - 1)
+        return f"{'within' if off <= PERPLEXITY_TOLERANCE else 'outside'} {PERPLEXITY_TOLERANCE:.0%} ({off:.1%})"
+    off = abs(ours - value)
+    return f"{'within' if off <= ACCURACY_TOLERANCE else 'outside'} {ACCURACY_TOLERANCE:g} point ({off:.1f})"
 
 
-def as_rows(found: list[Published]) -> list[list[str]]:
-    """A header and one line per figure."""
-    head = ["published", "ours", "theirs", "difference", "source", "verdict"]
-    return [
-        head,
-        *(
-            [row.label, f"{row.ours:.2f}", f"{row.value:.2f}", f"{row.ours - row.value:+.2f}", row.source, row.verdict]
-            for row in found
-        ),
+def as_rows(published: list[Published]) -> list[list[str]]:
+    """A header and one line per published number."""
+    lines = [
+        [row.label, f"{row.ours:.2f}", f"{row.value:.2f}", f"{row.ours - row.value:+.2f}", row.source, row.verdict]
+        for row in published
     ]
+    return [["published", "ours", "theirs", "difference", "source", "verdict"], *lines]
 
 
-def as_markdown(found: list[Published]) -> str:
+def as_markdown(published: list[Published]) -> str:
     """The comparison as a Markdown table, or a line that says that there is nothing to compare with."""
-    if not found:
-        return NOTHING_PUBLISHED
-    head, *rows = as_rows(found)
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+    header, *lines = as_rows(published)
+    return markdown_table(header, lines) if lines else NOTHING_PUBLISHED

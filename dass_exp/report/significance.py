@@ -1,4 +1,4 @@
-"""Whether two results differ by more than noise: by seeds where there are several, else by a paired bootstrap."""
+"""Whether two results differ by more than noise: over seeds where there are several, else by a paired bootstrap."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ LEVEL = 0.95
 
 
 def bootstrap(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
-    """Mean difference ``first - second`` over paired outcomes, and its 95 % interval (percentiles of resampled pairs, fixed seed).
+    """Mean of ``first - second`` over paired outcomes and its 95 % interval (percentile bootstrap, fixed seed).
 
     Args:
         first: outcomes by window or document.
         second: outcomes of the same windows or documents, in the same order.
 
     Raises:
-        ValueError: they are not paired, or there are none.
+        ValueError: their lengths differ, or they are empty.
     """
     if len(first) != len(second) or not first:
         raise ValueError(f"{len(first)} and {len(second)} outcomes cannot be paired")
@@ -30,13 +30,13 @@ def bootstrap(first: Sequence[float], second: Sequence[float]) -> tuple[float, f
 
 
 def seeds_differ(first: Sequence[float], second: Sequence[float]) -> bool:
-    """Whether two sets of seeds differ by more than two standard errors of the difference of their means (Welch)."""
-    spread = np.var(first, ddof=1) / len(first) + np.var(second, ddof=1) / len(second)
-    return bool(abs(np.mean(first) - np.mean(second)) > 2 * np.sqrt(spread))
+    """Whether the means over seeds differ by more than two standard errors of their difference (Welch)."""
+    variance = np.var(first, ddof=1) / len(first) + np.var(second, ddof=1) / len(second)
+    return bool(abs(np.mean(first) - np.mean(second)) > 2 * np.sqrt(variance))
 
 
 def pairs_differ(first: Sequence[float], second: Sequence[float]) -> bool:
-    """Whether the 95 % interval of a paired bootstrap leaves out zero. One pair alone tells nothing."""
+    """Whether the 95 % interval of a paired bootstrap excludes zero; never for fewer than two pairs."""
     if len(first) != len(second) or len(first) < 2:
         return False
     _, low, high = bootstrap(first, second)

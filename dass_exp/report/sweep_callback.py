@@ -1,4 +1,4 @@
-"""After a sweep: its cells side by side, and those that failed."""
+"""After a sweep: a comparison of its cells, and those that failed."""
 
 from __future__ import annotations
 
@@ -20,39 +20,32 @@ CELL = "cell.json"
 
 
 class Sweep:
-    """What the entry point must know of the sweep that this process launches."""
+    """The sweep that this process launches: its config once it has started, and how many cells failed."""
 
     started: ClassVar[DictConfig | None] = None
     failed: ClassVar[int] = 0
 
     @classmethod
     def show_finished(cls) -> None:
-        """Print the cells that have left word so far, and keep their comparison in the sweep's folder."""
+        """Print the cells that have ended so far, and write their comparison into the sweep's folder."""
         if cls.started is None:
             return
         folder = Path(cls.started.hydra.sweep.dir)
-        paths = [path for path in folder.glob(f"*/{CELL}") if path.parent.name.isdecimal()]
-        cells = [
-            json.loads(path.read_text(encoding="utf-8"))
-            for path in sorted(paths, key=lambda path: int(path.parent.name))
-        ]
-        records = {
-            cell["record"]: json.loads(Path(cell["record"]).read_text(encoding="utf-8"))
-            for cell in cells
-            if cell["status"] == "done"
-        }
+        numbers = sorted(int(path.parent.name) for path in folder.glob(f"*/{CELL}") if path.parent.name.isdecimal())
+        cells = [_read(folder / str(number) / CELL) for number in numbers]
         if planned := [cell for cell in cells if cell["status"] == "planned"]:
             show_plan(planned)
+        paths_of_records = dict.fromkeys(cell["record"] for cell in cells if cell["status"] == "done")
+        if records := [_read(Path(path)) for path in paths_of_records]:
+            _show(records, folder, OmegaConf.select(cls.started, "sweep.title"))
         failed = [cell for cell in cells if cell["status"] in ("failed", "unplanned")]
         cls.failed = len(failed)
-        if records:
-            _show(list(records.values()), folder, OmegaConf.select(cls.started, "sweep.title"))
         for cell in failed:
             log.error("failed: %s: %s", " ".join(cell["overrides"]), cell["error"])
 
 
 def note_cell(folder: str | Path, content: dict[str, Any]) -> None:
-    """Leave word in a cell's output folder of how it ended: ``status``, and ``record`` or ``error``."""
+    """Write how a cell ended into its output folder: ``status``, ``overrides``, and ``record`` or ``error``."""
     write_json(Path(folder) / CELL, content)
 
 
@@ -71,16 +64,21 @@ class Comparison(Callback):
         Sweep.show_finished()
 
 
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
 def _show(records: list[dict[str, Any]], folder: Path, title: str | None) -> None:
     frame, notes = comparison(records), footnotes(records)
     heading = title or f"{len(records)} runs"
-    described = next((record for record in records if record["calibration"]), records[0])
-    described_as = f"{caption(described, records)} {settings_line(records)}"
-    lines = [f"# {heading}", "", as_markdown(frame), "", described_as, "", *(f"- {note}" for note in notes), ""]
+    calibrated = next((record for record in records if record["calibration"]), records[0])
+    described = f"{caption(calibrated, records)} {settings_line(records)}"
+    lines = [f"# {heading}", "", as_markdown(frame), "", described, "", *(f"- {note}" for note in notes), ""]
     (folder / "comparison.md").write_text("\n".join(lines), encoding="utf-8")
     screen = console()
     screen.print(as_rich(frame, heading))
-    screen.print(described_as)
+    screen.print(described)
     if notes:
         screen.print("What differs from the paper's protocol:")
         for note in notes:

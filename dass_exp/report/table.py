@@ -1,40 +1,38 @@
-"""A table of a sweep before it is written: rows, columns, values with their noise, and how they were made."""
+"""Lay records of a sweep out as a table: rows, columns, values with their noise, marks."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 from dass_exp.errors import UserError
-from dass_exp.report.load import Cell, Record, documents, varying_settings
-from dass_exp.report.protocol_check import colliding, differing_in, told
+from dass_exp.report.load import Record, SweepCell, documents, is_dense, model_name, setting, varying_settings
+from dass_exp.report.protocol_check import Protocols
 from dass_exp.report.significance import pairs_differ, seeds_differ
 
 HIGHER_IS_BETTER = {"acc": True, "acc_norm": True, "perplexity": False, "cost": False}
-_COSTS = {"prune_s": "seconds to prune", "peak_rss_bytes": "peak memory GB", "peak_gpu_bytes": "peak GPU memory GB"}
+# Columns of a cost table: label and unit of each field of a record's cost.
+_COSTS = {
+    "prune_s": ("seconds to prune", 1.0),
+    "peak_rss_bytes": ("peak memory GB", 1e-9),
+    "peak_gpu_bytes": ("peak GPU memory GB", 1e-9),
+}
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One value of a table.
-
-    Args:
-        values: one number per seed or repeat.
-        stderr: standard error of a single accuracy, in the unit of the values.
-        keys: of the records it came from.
-        outcomes: per window or document, for a paired test; empty where there are several seeds.
-        mark: ``best``, ``second`` or nothing; set only outside the noise.
-    """
+class TableValue:
+    """One value of a table, over seeds or repeats."""
 
     values: tuple[float, ...]
-    stderr: float | None = None
-    keys: tuple[str, ...] = ()
-    outcomes: tuple[float, ...] = field(default=(), repr=False)
-    mark: str = ""
+    stderr: float | None = None  # of a single accuracy, in the unit of the values
+    keys: tuple[str, ...] = ()  # of its records
+    outcomes: tuple[float, ...] = field(default=(), repr=False)  # of a single record, by window or document
+    mark: str = ""  # best or second, only if it differs from the next beyond noise
 
     @property
     def mean(self) -> float:
@@ -46,226 +44,213 @@ class Entry:
         """Sample standard deviation over seeds or repeats, None for one."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
+    @property
+    def spread(self) -> float | None:
+        """What follows the ± sign: the standard deviation, or the standard error of a single value."""
+        return self.sd if self.sd is not None else self.stderr
+
+
+def is_finite(value: TableValue | str | None) -> TypeGuard[TableValue]:
+    """Whether a value is a finite number."""
+    return isinstance(value, TableValue) and math.isfinite(value.mean)
+
+
+Cells = dict[tuple[str, str], TableValue | str]
+
 
 @dataclass(frozen=True)
 class ResultTable:
-    """A table: ``cells`` by row and column label hold an :class:`Entry`, or a word such as ``failed``; ``mixed`` names what its protocols differ in.
-
-    ``note`` is what its sweep says of what it can and cannot show.
-    """
+    """A table of a sweep; title, metric, figure and note are those of the sweep's file."""
 
     name: str
     title: str
     metric: str
     rows: list[str]
     columns: list[str]
-    cells: dict[tuple[str, str], Entry | str]
+    cells: Cells  # by row and column: a value, or a word such as "failed"
     records: list[Record]
-    failed: list[Cell]
+    failed: list[SweepCell]  # cells without a record
     figure: Mapping[str, Any] | None
-    mixed: tuple[str, ...] = ()
+    mixed: tuple[str, ...] = ()  # settings in which the records differ, though no axis shows them
     note: str = ""
+    axes: tuple[str, ...] = ()  # settings that rows and columns show
 
 
-def build(
-    name: str, layout: Mapping[str, Any], records: list[Record], failed: list[Cell], results: Path, mix: bool = False
+def build_table(
+    name: str,
+    layout: Mapping[str, Any],
+    records: list[Record],
+    failed: list[SweepCell],
+    results: Path,
+    mix: bool = False,
 ) -> ResultTable:
-    """Lay records out as a table.
-
-    Args:
-        name: of the sweep.
-        layout: its ``sweep`` block: title, rows, columns, metric, figure.
-        records: of its cells, dense ones included.
-        failed: its failed cells.
-        results: the folder that holds the records, for the outcomes of documents.
-        mix: put records of different protocols into one table, with what differs in the row's name.
+    """Lay the records of a sweep out as a table, as the ``sweep`` block of its file says.
 
     Raises:
-        UserError: the records differ in their protocol, scope or calibration, and ``mix`` was not asked for.
+        UserError: the records differ in a setting that no axis shows. With ``mix`` the names of the rows show it.
     """
-    rows = layout["rows"] if isinstance(layout["rows"], list) else [layout["rows"]]
-    intended: list[Record] = [{"config": cell.config} for cell in failed if cell.config]
-    laid = _Layout(str(layout["metric"]), rows, str(layout["columns"]), records, intended, results)
-    differing = differing_in(records, {*rows, laid.column})
-    places = laid.places(tuple(differing))
-    differing |= colliding([record for record, *_ in found] for found in places.values())
+    grid = _Grid(layout, records, failed, results)
+    differing = grid.protocols.differing(grid.axes)
+    differing |= grid.protocols.conflicts(scores.keys() for scores in grid.scores(tuple(differing)).values())
     if differing and not mix:
-        shown = "; ".join(f"{name}: {', '.join(sorted(values))}" for name, values in differing.items())
-        raise UserError(
-            f"{name}: its records were not made alike ({shown}); run one of them into another results_dir, or ask for --mix"
-        )
-    places = laid.places(tuple(differing))
-    cells: dict[tuple[str, str], Entry | str] = {
-        (row, column): _entry(found) for (_, row, column), found in places.items()
-    }
-    groups = {row: group for group, row, _ in places}
-    columns = list(dict.fromkeys((*laid.columns, *(column for _, column in cells)))) or [""]
-    for cell in intended:
-        row, column = laid.row(cell, ()), laid.label(cell, laid.column) if laid.metric == "perplexity" else ""
-        for place in [column] if column in columns else columns:
-            cells.setdefault((row, place), "failed")
-    models = [record["config"]["model"]["name"] for record in (*records, *intended)]
-    order = {
-        row: next((number for number, model in enumerate(models) if row.startswith(f"{model} ")), 0) for row, _ in cells
-    }
-    labels = sorted(dict.fromkeys(row for row, _ in cells), key=lambda row: (order[row], not row.endswith("dense")))
-    columns = [column for column in columns if any((row, column) in cells for row in labels)]
+        shown = "; ".join(f"{where}: {', '.join(sorted(values))}" for where, values in differing.items())
+        advice = "run one of them into another results_dir, or ask for --mix"
+        raise UserError(f"{name}: its records were not made alike ({shown}); {advice}")
+    mixed = tuple(differing)
+    scores = grid.scores(mixed)
+    cells: Cells = {(place.row, place.column): _pooled(found) for place, found in scores.items()}
+    groups = {place.row: place.group for place in scores}
+    columns = list(dict.fromkeys((*grid.columns, *(column for _, column in cells)))) or [""]
+    for place in grid.failures(columns):
+        cells.setdefault(place, "failed")
+    rows = grid.ordered(row for row, _ in cells)
+    columns = [column for column in columns if any((row, column) in cells for row in rows)]
     marked = dict(cells)
     for group in dict.fromkeys(groups.values()):
-        ranked = [row for row in labels if groups.get(row) == group and not row.endswith("dense")]
-        marked |= _marks(cells, ranked, columns, HIGHER_IS_BETTER[laid.metric])
-    title, note = str(layout["title"]), str(layout.get("note") or "").strip()
-    return ResultTable(
-        name, title, laid.metric, labels, columns, marked, records, failed, layout.get("figure"), tuple(differing), note
-    )
+        ranked = [row for row in rows if groups.get(row) == group and not row.endswith("dense")]
+        marked |= _marks(cells, ranked, columns, HIGHER_IS_BETTER[grid.metric])
+    title, figure, note = str(layout["title"]), layout.get("figure"), str(layout.get("note") or "").strip()
+    return ResultTable(name, title, grid.metric, rows, columns, marked, records, failed, figure, mixed, note, grid.axes)
 
 
-Found = tuple[Record, float, float | None, tuple[float, ...]]
+class _Place(NamedTuple):
+    """Where a value goes; rows of one group are ranked together."""
+
+    group: tuple[str, ...]
+    row: str
+    column: str
 
 
-class _Layout:
+class _Score(NamedTuple):
+    """One number of one record."""
+
+    column: str
+    value: float
+    stderr: float | None = None
+    outcomes: tuple[float, ...] = ()
+
+
+class _Grid:
     """Which record goes where in a table."""
 
     def __init__(
-        self,
-        metric: str,
-        rows: Sequence[str],
-        column: str,
-        records: list[Record],
-        intended: list[Record],
-        results: Path,
+        self, layout: Mapping[str, Any], records: list[Record], failed: list[SweepCell], results: Path
     ) -> None:
-        self.metric, self.rows, self.column, self.records, self.results = metric, rows, column, records, results
-        self.varying = varying_settings([*records, *intended])
-        self.several_models = len({record["config"]["model"]["name"] for record in (*records, *intended)}) > 1
-        self.columns = _columns({"metric": metric, "columns": column}, [*records, *intended])
+        self.metric, self.column, self.records, self.results = layout["metric"], layout["columns"], records, results
+        self.rows = layout["rows"] if isinstance(layout["rows"], list) else [layout["rows"]]
+        self.axes = (*self.rows, self.column)
+        self.protocols = Protocols(records)
+        self.intended: list[Record] = [{"config": cell.config} for cell in failed if cell.config]
+        self.varying = varying_settings([*records, *self.intended])
+        self.models = list(dict.fromkeys(map(model_name, [*records, *self.intended])))
 
-    def places(self, differing: tuple[str, ...]) -> dict[tuple[tuple[str, ...], str, str], list[Found]]:
-        """Values by group of rows that are ranked together, row and column."""
-        found: dict[tuple[tuple[str, ...], str, str], list[Found]] = {}
+    @cached_property
+    def columns(self) -> list[str]:
+        """Labels of the columns in the order of the sweep, where they are settings and not tasks or costs."""
+        if self.metric != "perplexity":
+            return []
+        pruned = [record for record in (*self.records, *self.intended) if not is_dense(record)]
+        return list(dict.fromkeys(filter(None, (axis_label(record, self.column, self.varying) for record in pruned))))
+
+    def scores(self, mixed: tuple[str, ...]) -> dict[_Place, dict[str, _Score]]:
+        """By place: the scores by the key of their record."""
+        places: dict[_Place, dict[str, _Score]] = {}
         for record in self.records:
-            outer = self.label(record, self.rows[0]) if len(self.rows) > 1 else ""
-            group, row = (
-                (record["config"]["model"]["name"], outer, told(record, differing)),
-                self.row(record, differing),
-            )
-            for column, *value in _values(record, self.metric, self.column, self.columns, self.varying, self.results):
-                found.setdefault((group, row, column), []).append((record, *value))  # type: ignore[arg-type]
-        return found
+            outer = axis_label(record, self.rows[0], self.varying) if len(self.rows) > 1 else ""
+            extra = self.protocols.label(record, mixed)
+            group, row = (model_name(record), outer, extra), self._row(record, extra)
+            for score in self._scores(record):
+                places.setdefault(_Place(group, row, score.column), {})[record["key"]] = score
+        return places
 
-    def row(self, record: Record, differing: tuple[str, ...]) -> str:
-        """What a record's row is called."""
-        dense = record["config"]["method"]["name"] == "dense"
-        row = (
-            "dense"
-            if dense
-            else " ".join(filter(None, (self.label(record, axis) for axis in self.rows)))
-            or self.label(record, "method")
-        )
-        if extra := told(record, differing):
-            row = f"{extra} {row}" if dense else f"{row}, {extra}"
-        return f"{record['config']['model']['name']} {row}" if self.several_models else row
+    def failures(self, columns: list[str]) -> Iterator[tuple[str, str]]:
+        """Row and column of each failed cell; all columns where the column is not known before the evaluation."""
+        for record in self.intended:
+            column = axis_label(record, self.column, self.varying) if self.metric == "perplexity" else ""
+            for place in [column] if column in columns else columns:
+                yield self._row(record), place
 
-    def label(self, record: Record, axis: str) -> str:
-        """What a record is called along an axis."""
-        return _label(record, axis, self.varying)
+    def ordered(self, rows: Iterator[str]) -> list[str]:
+        """Rows by model, dense first, each once."""
 
+        def position(row: str) -> tuple[int, bool]:
+            model = next((number for number, name in enumerate(self.models) if row.startswith(f"{name} ")), 0)
+            return model, not row.endswith("dense")
 
-def _entry(found: list[tuple[Record, float, float | None, tuple[float, ...]]]) -> Entry:
-    unique = {record["key"]: (value, stderr, outcomes) for record, value, stderr, outcomes in found}
-    alone = len(unique) == 1
-    _, (_, stderr, outcomes) = next(iter(unique.items()))
-    return Entry(
-        tuple(value for value, _, _ in unique.values()),
-        stderr if alone else None,
-        tuple(unique),
-        outcomes if alone else (),
-    )
+        return sorted(dict.fromkeys(rows), key=position)
 
+    def _row(self, record: Record, extra: str = "") -> str:
+        labels = [label for axis in self.rows if (label := axis_label(record, axis, self.varying))]
+        if is_dense(record):
+            row = f"{extra} dense".lstrip()
+        else:
+            row = " ".join(labels) or axis_label(record, "method", self.varying)
+            row = f"{row}, {extra}" if extra else row
+        return f"{model_name(record)} {row}" if len(self.models) > 1 else row
 
-def _values(
-    record: Record, metric: str, axis: str, all_columns: Sequence[str], varying: Mapping[str, list[str]], results: Path
-) -> list[tuple[str, float, float | None, tuple[float, ...]]]:
-    """The values of a record as column, number, standard error and paired outcomes."""
-    metrics = record["metrics"]
-    if metric == "cost":
-        scale = {"prune_s": 1.0, "peak_rss_bytes": 1e-9, "peak_gpu_bytes": 1e-9}
-        return [
-            (label, record["cost"][name] * scale[name], None, ())
-            for name, label in _COSTS.items()
-            if record["cost"].get(name) is not None
-        ]
-    if metric == "perplexity":
-        column = _label(record, axis, varying)
-        columns = (
-            [column] if column else list(all_columns)
-        )  # dense has no pattern and no calibration: it stands in every column
-        return [
-            (column, value, None, tuple(metrics["window_nll"][dataset]))
-            for column in columns
-            for dataset, value in metrics.get("perplexity", {}).items()
-        ]
-    outcomes, found = documents(results, record["key"]), []
-    for task, scores in metrics.get("tasks", {}).items():
-        name = metric if metric in scores else "acc"
-        paired = tuple(outcomes.get(task, {}).get(name, ()))
-        found.append((task, 100 * scores[name], 100 * scores[f"{name}_stderr"], paired))
-    if found:
-        spread = sum(stderr**2 for _, _, stderr, _ in found) ** 0.5 / len(found)  # the tasks are independent
-        found.append(("mean", 100 * metrics[f"mean_{metric}"], spread, ()))
-    return found
+    def _scores(self, record: Record) -> list[_Score]:
+        metrics, cost = record["metrics"], record["cost"]
+        if self.metric == "cost":
+            return [
+                _Score(label, cost[name] * unit) for name, (label, unit) in _COSTS.items() if cost.get(name) is not None
+            ]
+        if self.metric == "perplexity":
+            label = axis_label(record, self.column, self.varying)
+            columns = [label] if label else self.columns  # dense has no pattern: it is in every column
+            return [
+                _Score(column, value, None, tuple(metrics["window_nll"][dataset]))
+                for column in columns
+                for dataset, value in metrics.get("perplexity", {}).items()
+            ]
+        return self._accuracies(record)
+
+    def _accuracies(self, record: Record) -> list[_Score]:
+        """Accuracies in percent by task, and their mean."""
+        outcomes, scores = documents(self.results, record["key"]), []
+        for task, values in record["metrics"].get("tasks", {}).items():
+            name = self.metric if self.metric in values else "acc"
+            paired = tuple(outcomes.get(task, {}).get(name, ()))
+            scores.append(_Score(task, 100 * values[name], 100 * values[f"{name}_stderr"], paired))
+        if scores:
+            variance = sum(score.stderr**2 for score in scores if score.stderr is not None)  # tasks are independent
+            scores.append(_Score("mean", 100 * record["metrics"][f"mean_{self.metric}"], variance**0.5 / len(scores)))
+        return scores
 
 
-def _columns(layout: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Column labels of the pruned records, in the order in which the sweep ran them."""
-    if layout["metric"] != "perplexity":
-        return []
-    labels = [
-        _label(record, str(layout["columns"]), {})
-        for record in records
-        if record["config"]["method"]["name"] != "dense"
-    ]
-    return list(dict.fromkeys(filter(None, labels)))
+def _pooled(scores: Mapping[str, _Score]) -> TableValue:
+    """One value from the scores of several seeds or repeats; error and outcomes only where there is a single one."""
+    values = tuple(score.value for score in scores.values())
+    single = next(iter(scores.values())) if len(scores) == 1 else _Score("", 0.0)
+    return TableValue(values, single.stderr, tuple(scores), single.outcomes)
 
 
-def _label(record: Mapping[str, Any], axis: str, varying: Mapping[str, list[str]]) -> str:
-    """What a record is called along an axis: ``method``, ``pattern``, or a dotted path into its config."""
+def axis_label(record: Mapping[str, Any], axis: str, varying: Mapping[str, list[str]]) -> str:
+    """A record's label along an axis: ``method`` with its varying hyper-parameters, ``pattern``, or any setting."""
     config = record["config"]
     if axis == "method":
         method = config["method"]
-        return " ".join(
-            [method["name"], *(f"{key}={method[key]}" for key in varying.get(method["name"], ()) if key in method)]
-        )
-    if axis == "pattern":
-        return config["pattern"]["name"] if config["pattern"] else ""
-    found: Any = config
-    for part in axis.split("."):
-        found = found.get(part) if isinstance(found, dict) else None
-    return (
-        "" if found is None else f"{axis.rsplit('.', 1)[-1]}={found}" if isinstance(found, (int, float)) else str(found)
-    )
+        shown = [f"{key}={method[key]}" for key in varying.get(method["name"], ()) if key in method]
+        return " ".join([method["name"], *shown])
+    value = setting(config, "pattern.name" if axis == "pattern" else axis)
+    if value is None:
+        return ""
+    return f"{axis.rsplit('.', 1)[-1]}={value}" if isinstance(value, (int, float)) else str(value)
 
 
-def _marks(
-    cells: Mapping[tuple[str, str], Entry | str], rows: list[str], columns: list[str], higher: bool
-) -> dict[tuple[str, str], Entry | str]:
-    """The best and the second of these rows in each column, each marked only if it stands apart from the next."""
-    marked: dict[tuple[str, str], Entry | str] = {}
+def _marks(cells: Cells, rows: list[str], columns: list[str], higher: bool) -> Cells:
+    """The best and the second of these rows in each column, each only if it differs from the next beyond noise."""
+    marked: Cells = {}
     for column in columns:
-        ranked = [
-            (row, entry)
-            for row in rows
-            if isinstance(entry := cells.get((row, column)), Entry) and math.isfinite(entry.mean)
-        ]
-        ranked.sort(key=lambda pair: pair[1].mean, reverse=higher)
-        for (row, entry), (_, following), mark in zip(ranked, ranked[1:], ("best", "second"), strict=False):
-            if not _apart(entry, following):
+        finite = [(row, value) for row in rows if is_finite(value := cells.get((row, column)))]
+        ranked = sorted(finite, key=lambda pair: pair[1].mean, reverse=higher)
+        for (row, value), (_, following), mark in zip(ranked, ranked[1:], ("best", "second"), strict=False):
+            if not _differ(value, following):
                 break
-            marked[(row, column)] = replace(entry, mark=mark)
+            marked[(row, column)] = replace(value, mark=mark)
     return marked
 
 
-def _apart(first: Entry, second: Entry) -> bool:
+def _differ(first: TableValue, second: TableValue) -> bool:
     if len(first.values) > 1 and len(second.values) > 1:
         return seeds_differ(first.values, second.values)
     return pairs_differ(first.outcomes, second.outcomes)

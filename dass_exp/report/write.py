@@ -1,16 +1,17 @@
-"""Write a sheet as Markdown, CSV and LaTeX, with the caption that says how its numbers were made."""
+"""Write a table as Markdown, CSV and LaTeX, with a caption that says how its numbers were made."""
 
 from __future__ import annotations
 
 import csv
 import io
 import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dass_exp.report.console import calibration_label
-from dass_exp.report.load import model_of
-from dass_exp.report.table import Entry, ResultTable
+from dass_exp.report.console import calibration_label, documents_label, windows_label
+from dass_exp.report.load import by_model_note, is_dense, model_of
+from dass_exp.report.table import ResultTable, TableValue
 
 _UNITS = {
     "perplexity": "perplexity, lower is better",
@@ -18,6 +19,9 @@ _UNITS = {
     "acc_norm": "length-normalised accuracy in %",
     "cost": "cost",
 }
+_MARKS = (
+    " Bold is best and underlined second, only where a paired bootstrap (95 %) or the seeds set it apart from the next."
+)
 _TEX = {
     "\\": r"\textbackslash{}",
     **{mark: f"\\{mark}" for mark in "&%$#_{}"},
@@ -27,153 +31,135 @@ _TEX = {
 }
 
 
-def format_entry(entry: Entry | str, metric: str) -> str:
-    """A value as tables print it: the mean, with the standard deviation over seeds or the standard error where there is one."""
-    if isinstance(entry, str):
-        return entry
+def format_value(value: TableValue | str, metric: str) -> str:
+    """A value as tables print it: the mean, with the standard deviation over seeds or the standard error if known."""
+    if isinstance(value, str):
+        return value
     digits = 1 if metric in ("acc", "acc_norm", "cost") else 2
-    spread = entry.sd if entry.sd is not None else entry.stderr
-    return f"{entry.mean:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+    return f"{value.mean:.{digits}f}" + ("" if value.spread is None else f" ± {value.spread:.{digits}f}")
 
 
-def caption(sheet: ResultTable) -> str:
-    """Model, weights, scope, calibration, context, BOS, dtype, lm-eval and metric of a sheet, and what its marks mean."""
-    if not sheet.records:
+def caption(table: ResultTable) -> str:
+    """How the numbers of a table were made, from its model to its metric, and what its marks mean."""
+    if not table.records:
         return "No cell of this sweep has a record."
-    pruned = [record for record in sheet.records if record["config"]["method"]["name"] != "dense"] or sheet.records
-    shown, parts = pruned[0]["protocol"], []
-    noted: dict[str, dict[str, None]] = {}
-    for record in pruned:
-        noted.setdefault(record["protocol"]["model_note"], {})[model_of(record)] = None
-    models = [f"{', '.join(named)}{_note(note)}" for note, named in noted.items()]
-    trainings = sorted(
-        {record["identity"]["trained"]["seed"] for record in pruned if record["identity"].get("trained")}
+    pruned = [record for record in table.records if not is_dense(record)] or table.records
+    protocol = pruned[0]["protocol"]
+    models = ", ".join(
+        ", ".join(dict.fromkeys(map(model_of, records))) + (f" ({note})" if note else "")
+        for note, records in by_model_note(pruned).items()
     )
-    told = f", training seeds {', '.join(map(str, trainings))}" if trainings else ""
-    parts.append(f"Model {', '.join(models)}{told}, {shown['dtype']}")
-    parts.append("scope " + ", ".join(dict.fromkeys(record["config"]["scope"] or "none" for record in pruned)))
-    calibrations = dict.fromkeys(label for record in pruned if (label := calibration_label(record)))
-    if calibrations:
-        seeds = sorted({record["config"]["seed"] for record in pruned if record["config"]["seed"] is not None})
-        parts.append(f"calibration {', '.join(calibrations)}, seeds {', '.join(map(str, seeds))}")
-    if "dataset" in shown and sheet.metric == "perplexity":
-        parts.append(
-            f"{shown['windows']} windows of {shown['context']} tokens of {shown['dataset']} ({shown['split']})"
-        )
-    if "lm_eval" in shown and sheet.metric.startswith("acc"):
-        limit = f"the first {shown['limit']} documents of each task" if shown["limit"] else "all documents"
-        parts.append(f"{sheet.metric} by lm-eval {shown['lm_eval']}, zero-shot, {limit}, ± standard error")
-    parts.append(
-        "beginning-of-sequence token: " + ", ".join(dict.fromkeys(record["protocol"]["bos"] for record in pruned))
-    )
-    marks = " Bold is best and underlined second, only where a paired bootstrap (95 %) or the seeds set it apart from the next."
-    spread = (
-        " ± is the standard deviation over seeds."
-        if any(isinstance(entry, Entry) and entry.sd is not None for entry in sheet.cells.values())
-        else ""
-    )
-    return (
-        f"{_UNITS[sheet.metric]}. " + "; ".join(parts) + "." + spread + marks + (f" {sheet.note}" if sheet.note else "")
-    )
+    trainings = {record["identity"]["trained"]["seed"] for record in pruned if record["identity"].get("trained")}
+    training = f", training seeds {_joined(sorted(trainings))}" if trainings else ""
+    parts = [
+        f"Model {models}{training}, {protocol['dtype']}",
+        f"scope {_joined(record['config']['scope'] or 'none' for record in pruned)}",
+    ]
+    if calibrations := [label for record in pruned if (label := calibration_label(record))]:
+        seeds = {record["config"]["seed"] for record in pruned if record["config"]["seed"] is not None}
+        parts.append(f"calibration {_joined(calibrations)}, seeds {_joined(sorted(seeds))}")
+    if "dataset" in protocol and table.metric == "perplexity":
+        parts.append(windows_label(protocol))
+    if "lm_eval" in protocol and table.metric.startswith("acc"):
+        documents = documents_label(protocol)
+        parts.append(f"{table.metric} by lm-eval {protocol['lm_eval']}, zero-shot, {documents}, ± standard error")
+    parts.append(f"beginning-of-sequence token: {_joined(record['protocol']['bos'] for record in pruned)}")
+    several = any(isinstance(value, TableValue) and value.sd is not None for value in table.cells.values())
+    spread = " ± is the standard deviation over seeds." if several else ""
+    note = f" {table.note}" if table.note else ""
+    return f"{_UNITS[table.metric]}. {'; '.join(parts)}.{spread}{_MARKS}{note}"
 
 
-def _note(note: str) -> str:
-    return f" ({note})" if note else ""
+def _joined(values: Iterable[Any]) -> str:
+    return ", ".join(map(str, dict.fromkeys(values)))
 
 
-def markdown(sheet: ResultTable) -> str:
+def _marked(table: ResultTable, row: str, escape: Callable[[str], str], best: str, second: str) -> list[str]:
+    """The values of a row, the marked ones inside the templates ``best`` and ``second``."""
+    texts = []
+    for column in table.columns:
+        value = table.cells.get((row, column), "")
+        text, mark = escape(format_value(value, table.metric)), value.mark if isinstance(value, TableValue) else ""
+        texts.append({"best": best, "second": second}.get(mark, "%s") % text)
+    return texts
+
+
+def markdown(table: ResultTable) -> str:
     """The table in Markdown: best in bold, second underlined."""
+    rows = [[_pipe(row), *_marked(table, row, str, "**%s**", "<u>%s</u>")] for row in table.rows]
+    text = markdown_table(["", *map(_pipe, table.columns)], rows)
+    return text.replace("|  |", "| |", 1)  # the empty head of the first column
 
-    def shown(entry: Entry | str) -> str:
-        text, mark = format_entry(entry, sheet.metric), entry.mark if isinstance(entry, Entry) else ""
-        return f"**{text}**" if mark == "best" else f"<u>{text}</u>" if mark == "second" else text
 
-    lines = ["| | " + " | ".join(map(_pipe, sheet.columns)) + " |", "|---|" + "---|" * len(sheet.columns)]
-    for row in sheet.rows:
-        lines.append(
-            f"| {_pipe(row)} | "
-            + " | ".join(shown(sheet.cells.get((row, column), "")) for column in sheet.columns)
-            + " |"
-        )
-    return "\n".join(lines)
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Rows of text as a table in Markdown."""
+    lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
 def _pipe(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def long_form(sheet: ResultTable) -> list[list[Any]]:
-    """A header, and one line per value in full precision: row, column, mean, sd, stderr, n, mark, status, keys of the records."""
+def long_form(table: ResultTable) -> list[list[Any]]:
+    """A header, and one line per value in full precision."""
     lines: list[list[Any]] = [["row", "column", "metric", "mean", "sd", "stderr", "n", "mark", "status", "records"]]
-    for (row, column), entry in sheet.cells.items():
-        if isinstance(entry, Entry):
-            lines.append(
-                [
-                    row,
-                    column,
-                    sheet.metric,
-                    entry.mean,
-                    entry.sd,
-                    entry.stderr,
-                    len(entry.values),
-                    entry.mark,
-                    "done",
-                    " ".join(entry.keys),
-                ]
-            )
+    for (row, column), value in table.cells.items():
+        place = [row, column, table.metric]
+        if isinstance(value, TableValue):
+            numbers = [value.mean, value.sd, value.stderr, len(value.values)]
+            lines.append([*place, *numbers, value.mark, "done", " ".join(value.keys)])
         else:
-            lines.append([row, column, sheet.metric, None, None, None, 0, "", entry, ""])
+            lines.append([*place, None, None, None, 0, "", value, ""])
     return lines
 
 
-def wide_form(sheet: ResultTable) -> list[list[str]]:
+def wide_form(table: ResultTable) -> list[list[str]]:
     """The table as it is printed, its header first."""
-    return [
-        ["row", *sheet.columns],
-        *(
-            [row, *(format_entry(sheet.cells.get((row, column), ""), sheet.metric) for column in sheet.columns)]
-            for row in sheet.rows
-        ),
+    rows = [
+        [row, *(format_value(table.cells.get((row, column), ""), table.metric) for column in table.columns)]
+        for row in table.rows
     ]
+    return [["row", *table.columns], *rows]
 
 
-def comma_separated(sheet: ResultTable) -> str:
-    """:func:`long_form` as CSV."""
-    return _csv(long_form(sheet))
-
-
-def _csv(rows: list[list[Any]]) -> str:
+def to_csv(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as CSV."""
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows(rows)
     return out.getvalue()
 
 
-def latex(sheet: ResultTable) -> str:
+def latex(table: ResultTable) -> str:
     """A table environment; it needs the package booktabs."""
-
-    def shown(entry: Entry | str) -> str:
-        text, mark = tex(format_entry(entry, sheet.metric)), entry.mark if isinstance(entry, Entry) else ""
-        return rf"\textbf{{{text}}}" if mark == "best" else rf"\underline{{{text}}}" if mark == "second" else text
-
-    lines = [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{l{'r' * len(sheet.columns)}}}", r"\toprule"]
-    lines.append(" & ".join(["", *map(tex, sheet.columns)]) + r" \\")
-    lines.append(r"\midrule")
-    for number, row in enumerate(sheet.rows):
-        if row.endswith("dense") and number and lines[-1] != r"\midrule":
+    lines: list[str] = []
+    for number, row in enumerate(table.rows):
+        dense = row.endswith("dense")
+        if dense and lines and lines[-1] != r"\midrule":
             lines.append(r"\midrule")
-        lines.append(
-            " & ".join([tex(row), *(shown(sheet.cells.get((row, column), "")) for column in sheet.columns)]) + r" \\"
-        )
-        if row.endswith("dense") and number + 1 < len(sheet.rows):
+        lines.append(_tex_line([tex(row), *_marked(table, row, tex, r"\textbf{%s}", r"\underline{%s}")]))
+        if dense and number + 1 < len(table.rows):
             lines.append(r"\midrule")
-    lines += [
-        r"\bottomrule",
-        r"\end{tabular}",
-        rf"\caption{{{tex(sheet.title)}. {tex(caption(sheet))}}}",
-        rf"\label{{tab:{sheet.name}}}",
-        r"\end{table}",
-    ]
-    return "\n".join(lines) + "\n"
+    head = _tex_line(["", *map(tex, table.columns)])
+    title = f"{tex(table.title)}. {tex(caption(table))}"
+    return _tex_table(f"l{'r' * len(table.columns)}", head, lines, title, table.name)
+
+
+def latex_published(table: ResultTable, rows: list[list[str]]) -> str:
+    """Published numbers beside ours as a table environment of their own; empty if there are none."""
+    header, *lines = (_tex_line(map(tex, row)) for row in rows)
+    title = f"{tex(table.title)}, beside published numbers."
+    return _tex_table("lrrrll", header, lines, title, f"{table.name}-published") if lines else ""
+
+
+def _tex_line(cells: Iterable[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+def _tex_table(columns: str, header: str, lines: list[str], title: str, label: str) -> str:
+    top = [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", header, r"\midrule"]
+    end = [r"\bottomrule", r"\end{tabular}", rf"\caption{{{title}}}", rf"\label{{tab:{label}}}", r"\end{table}"]
+    return "\n".join([*top, *lines, *end]) + "\n"
 
 
 def tex(text: str) -> str:
@@ -181,64 +167,24 @@ def tex(text: str) -> str:
     return "".join(_TEX.get(mark, mark) for mark in text)
 
 
-def latex_beside(sheet: ResultTable, rows: list[list[str]]) -> str:
-    """Published figures beside ours as a table environment of its own; nothing if there are none."""
-    head, *lines = rows
-    if not lines:
-        return ""
-    parts = [
-        r"\begin{table}",
-        r"\centering",
-        r"\begin{tabular}{lrrrll}",
-        r"\toprule",
-        " & ".join(map(tex, head)) + r" \\",
-        r"\midrule",
-    ]
-    parts += [" & ".join(map(tex, line)) + r" \\" for line in lines]
-    parts += [
-        r"\bottomrule",
-        r"\end{tabular}",
-        rf"\caption{{{tex(sheet.title)}, beside published numbers.}}",
-        rf"\label{{tab:{sheet.name}-published}}",
-    ]
-    return "\n".join([*parts, r"\end{table}"]) + "\n"
-
-
-def write(sheet: ResultTable, folder: Path, notes: str, beside: list[list[str]]) -> list[Path]:
-    """Write the three forms of a sheet, each atomically.
-
-    Args:
-        sheet: what to write.
-        folder: where to.
-        notes: Markdown that follows the caption: published numbers, failures, footnotes.
-        beside: published figures beside ours, a header first, for the other two forms.
-    """
-    lines = [
-        f"# {sheet.title}",
-        "",
-        markdown(sheet),
-        "",
-        caption(sheet),
-        "",
-        f"Made by `dass-report {sheet.name}`.",
-        "",
-        notes,
-    ]
+def write_table(table: ResultTable, folder: Path, notes: str, published: list[list[str]]) -> list[Path]:
+    """Write a table as Markdown, with notes behind its caption, CSV and LaTeX, with published numbers beside ours."""
+    made_by = f"Made by `dass-report {table.name}`."
     contents = {
-        "md": "\n".join(lines).rstrip() + "\n",
-        "csv": comma_separated(sheet),
-        "tex": latex(sheet) + latex_beside(sheet, beside),
+        f"{table.name}.md": "\n\n".join([f"# {table.title}", markdown(table), caption(table), made_by, notes]).rstrip()
+        + "\n",
+        f"{table.name}.csv": to_csv(long_form(table)),
+        f"{table.name}.tex": latex(table) + latex_published(table, published),
     }
-    written = [write_text(folder / f"{sheet.name}.{ending}", content) for ending, content in contents.items()]
-    other = folder / f"{sheet.name}-published.csv"
-    if len(beside) > 1:
-        return [*written, write_text(other, _csv(beside))]
-    other.unlink(missing_ok=True)
-    return written
+    if len(published) > 1:
+        contents[f"{table.name}-published.csv"] = to_csv(published)
+    else:
+        (folder / f"{table.name}-published.csv").unlink(missing_ok=True)
+    return [write_text(folder / name, content) for name, content in contents.items()]
 
 
 def write_text(path: Path, content: str) -> Path:
-    """Write a text file under a temporary name, then rename it into place."""
+    """Write a text file atomically, under a temporary name first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.name}.partial")
     scratch.write_text(content, encoding="utf-8")

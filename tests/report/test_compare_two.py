@@ -1,42 +1,60 @@
-"""Two records side by side: the overlap of masks by hand, per block and role."""
+"""Two records side by side: what differs, paired scores, and the overlap of masks by hand, per block and role."""
 
+import pytest
 import torch
+from factory import record_of, write_record
 
-from dass_exp.report.compare_two import pair
+from dass_exp.report.compare_two import compare_records
 from dass_exp.report.load import block_of
 from dass_exp.storage.mask_file import PackedMask, write_masks
 
-NAMES = {
+ROLES = {
     "model.layers.0.mlp.gate": "gate",
     "model.layers.0.mlp.down": "down",
     "model.layers.10.mlp.gate": "gate",
     "model.layers.2.mlp.gate": "gate",
 }
+FIRST = dict(zip(ROLES, ["1100", "1010", "1100", "0011"], strict=True))
+SECOND = dict(zip(ROLES, ["1010", "1010", "1100", "1100"], strict=True))
 
 
-def record_of(key, masks, tmp_path, names=NAMES):
-    folder = tmp_path / "runs" / key
-    folder.mkdir(parents=True)
+def masked(key, masks, results):
+    """A record with the masks of its linears, a row of bits each."""
+    record = record_of("wanda", key=key)
+    record["sparsity"]["layers"] = [{"name": name, "role": role} for name, role in ROLES.items()]
+    folder = write_record(record, results).parent
     if masks is not None:
+<<<<<<< HEAD
         write_masks(
             {name: PackedMask.pack(torch.tensor([[mark == "1" for mark in bits]])) for name, bits in masks.items()},
             folder / "masks.safetensors",
         )
     layers = [{"name": name, "role": role} for name, role in names.items()]
     return {"key": key, "identity": {"method": key}, "metrics": {}, "protocol": {}, "sparsity": {"layers": layers}}
+=======
+        bits = {name: torch.tensor([[bit == "1" for bit in row]]) for name, row in masks.items()}
+        write_masks({name: PackedMask.pack(keep) for name, keep in bits.items()}, folder / "masks.safetensors")
+    return record
+>>>>>>> aaa9476a7b807230022d0ce1fff83d43adaa1c69
 
 
-ONE = dict(zip(NAMES, ["1100", "1010", "1100", "0011"], strict=True))
-OTHER = dict(zip(NAMES, ["1010", "1010", "1100", "1100"], strict=True))
+def overlap(first, second, results):
+    """The section about masks of a comparison, and the cells of its table."""
+    text = compare_records(first, second, results).partition("## Masks")[2]
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return text, [[cell.strip() for cell in line] for line in lines]
 
 
-def test_the_overlap_is_told_per_block_and_role(tmp_path):
-    text = pair(record_of("one", ONE, tmp_path), record_of("other", OTHER, tmp_path), tmp_path)
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in text.partition("## Masks")[2].splitlines()
-        if line.startswith("|")
-    ]
+def test_settings_and_paired_scores(results):
+    first, second = record_of("wanda", [5.0, 6.0, 7.0], key="one"), record_of("dass", [4.0, 5.0, 6.0], key="two")
+    text = compare_records(first, second, results)
+    assert "| method.class | wanda | dass |" in text
+    assert "| nats per token wikipedia_mini | 6.0000 | 5.0000 | +1.0000 | +1.0000 to +1.0000 |" in text
+    assert "No masks were kept for one and two" in text
+
+
+def test_the_overlap_of_masks_by_block_and_role(results):
+    _, rows = overlap(masked("one", FIRST, results), masked("two", SECOND, results), results)
     # gate of block 0: 1 of 3; down of block 0: 2 of 2; gate of block 10: 2 of 2; gate of block 2: 0 of 4
     assert rows[0] == ["block", "gate", "down", "all"]
     assert rows[2:] == [
@@ -47,50 +65,35 @@ def test_the_overlap_is_told_per_block_and_role(tmp_path):
     ]
 
 
-def test_a_record_overlaps_wholly_with_itself(tmp_path):
-    record = record_of("one", ONE, tmp_path)
-    values = {
-        cell.strip()
-        for line in pair(record, record, tmp_path).partition("## Masks")[2].splitlines()
-        if line[2:3].isdigit()
-        for cell in line.split("|")[2:]
-    }
-    assert values - {""} == {"1.0000"}
+def test_a_record_overlaps_wholly_with_itself(results):
+    record = masked("one", FIRST, results)
+    _, rows = overlap(record, record, results)
+    assert {value for row in rows[2:] for value in row[1:]} - {""} == {"1.0000"}
 
 
-def test_masks_that_were_not_kept_are_named(tmp_path):
-    text = pair(record_of("one", ONE, tmp_path), record_of("other", None, tmp_path), tmp_path)
-    assert "No masks were kept for other: run it again with `save_masks=true`." in text
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        (None, "No masks were kept for two: run it again with `save_masks=true`."),
+        ({"model.layers.0.mlp.up": "1100"}, "no linear in common"),
+        ({**SECOND, "model.layers.0.mlp.gate": "10101010"}, "model.layers.0.mlp.gate has another shape in two"),
+    ],
+)
+def test_masks_that_cannot_be_compared(results, masks, message):
+    text, rows = overlap(masked("one", FIRST, results), masked("two", masks, results), results)
+    assert message in text
+    assert rows == []
 
 
-def test_masks_of_other_linears_have_no_overlap(tmp_path):
-    text = pair(
-        record_of("one", ONE, tmp_path), record_of("other", {"model.layers.0.mlp.up": "1100"}, tmp_path), tmp_path
-    )
-    assert "no linear in common" in text
+def test_two_scopes_overlap_where_both_have_masks(results):
+    first, second = masked("one", FIRST, results), masked("two", SECOND, results)
+    wider = masked("wider", {"model.layers.0.attn.q": "1111", **SECOND}, results)
+    assert overlap(first, wider, results) == overlap(first, second, results)
 
 
-def test_masks_of_another_model_are_told(tmp_path):
-    text = pair(
-        record_of("one", ONE, tmp_path),
-        record_of("other", {**OTHER, "model.layers.0.mlp.gate": "10101010"}, tmp_path),
-        tmp_path,
-    )
-    assert "model.layers.0.mlp.gate has another shape in other" in text
-
-
-def test_two_scopes_overlap_where_both_have_masks(tmp_path):
-    wider = {"model.layers.0.attn.q": "1111", **OTHER}
-    first, second = record_of("one", ONE, tmp_path), record_of("other", wider, tmp_path)
-    assert (
-        pair(first, second, tmp_path).partition("## Masks")[2]
-        == pair(first, record_of("same", OTHER, tmp_path), tmp_path).partition("## Masks")[2]
-    )
-
-
-def test_the_block_is_read_from_the_name():
-    assert [block_of(name) for name in ("model.layers.12.mlp.gate_proj", "transformer.h.0.mlp.c_fc", "lm_head")] == [
-        "12",
-        "0",
-        "other",
-    ]
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [("model.layers.12.mlp.gate_proj", "12"), ("transformer.h.0.mlp.c_fc", "0"), ("lm_head", "other")],
+)
+def test_the_block_is_read_from_the_name(name, block):
+    assert block_of(name) == block

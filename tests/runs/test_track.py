@@ -19,7 +19,7 @@ from wandb.proto import wandb_internal_pb2
 
 from dass_exp.data.texts import OfflineText
 from dass_exp.report.figures import draw
-from dass_exp.report.table import Entry, ResultTable
+from dass_exp.report.table import TableValue, ResultTable
 from dass_exp.report.write import long_form, wide_form
 from dass_exp.runs.run import run
 from dass_exp.runs.track import NullTracker, Tracker, WandbTracker, flat_metrics, track_table
@@ -235,8 +235,8 @@ def test_a_summary_run_holds_the_tables_and_the_picture(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_PROJECT", "of_a_team")
     cells = {
-        ("dense", "2:4"): Entry((20.0,)),
-        ("dass", "2:4"): Entry((50.0, 52.0), keys=("aa", "bb"), mark="best"),
+        ("dense", "2:4"): TableValue((20.0,)),
+        ("dass", "2:4"): TableValue((50.0, 52.0), keys=("aa", "bb"), mark="best"),
         ("wanda", "2:4"): "failed",
     }
     rows, figure = ["dense", "dass", "wanda"], {"kind": "bars"}
