@@ -1,7 +1,5 @@
 """The command ``dass-report``: tables, pictures and one page from records. It runs no model."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging
@@ -133,18 +131,6 @@ def _write(tables: list[ResultTable], results: Path, problems: list[str], option
         sections.append(Section(table, caption(table), pictures, counterparts))
         for path in (*written, *pictures):
             log.info("wrote %s", path)
-<<<<<<< HEAD
-        if asked.wandb:
-            from dass_exp.runs.track import track_table
-
-            track_table(sheet.title, {"table": wide_form(sheet), "values": long_form(sheet)}, pictures, str(results))
-    if sheets:
-        log.info(
-            "wrote %s, which shows %s",
-            page(chapters, problems, output / "report.html", results),
-            ", ".join(sheet.name for sheet in sheets),
-        )
-=======
         if options.wandb:
             from dass_exp.runs.track import track_table
 
@@ -152,7 +138,6 @@ def _write(tables: list[ResultTable], results: Path, problems: list[str], option
     if tables:
         page = write_page(sections, problems, output / "report.html", results)
         log.info("wrote %s, which shows %s", page, ", ".join(table.name for table in tables))
->>>>>>> aaa9476a7b807230022d0ce1fff83d43adaa1c69
 
 
 def _notes(table: ResultTable, counterparts: list[published.Published]) -> str:

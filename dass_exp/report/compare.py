@@ -1,7 +1,5 @@
 """Several records side by side, and how their protocol differs from the paper's."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import pandas as pd
@@ -101,7 +99,10 @@ def _differences(record: Record) -> Iterator[str]:
 def _tokens_differ(record: Record) -> Iterator[str]:
     """Calibration and perplexity tokens other than the paper's."""
     protocol, calibration = record["protocol"], record["calibration"]
-    paper_calibration, paper_eval = choice("calibration", "c4"), choice("eval", "ppl_paper")["perplexity"]
+    paper_calibration, paper_eval = (
+        {"name": "c4", **choice("calibration", "c4")},
+        choice("eval", "ppl_paper")["perplexity"],
+    )
     if calibration:
         name, samples, length = (paper_calibration[field] for field in ("name", "num_samples", "seq_len"))
         if (calibration["name"], calibration["num_samples"], calibration["seq_len"]) != (name, samples, length):

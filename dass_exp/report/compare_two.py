@@ -1,19 +1,13 @@
 """Two records side by side: settings that differ, scores with a paired bootstrap, and the overlap of their masks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dass_exp.report.load import Record, block_of, documents
 from dass_exp.report.significance import bootstrap
-<<<<<<< HEAD
-from dass_exp.storage.mask_file import iter_masks, mask_names
-=======
 from dass_exp.report.write import markdown_table
 from dass_exp.storage.mask_file import iter_masks, mask_names
->>>>>>> aaa9476a7b807230022d0ce1fff83d43adaa1c69
 
 
 def compare_records(first: Record, second: Record, results: Path) -> str:
@@ -87,13 +81,8 @@ def _mask_overlap(first: Record, second: Record, results: Path) -> list[str]:
     if not common:
         return ["The two records have no linear in common."]
     roles = {layer["name"]: layer["role"] for layer in first["sparsity"]["layers"]}
-<<<<<<< HEAD
-    counts: dict[tuple[str, str], tuple[int, int]] = {}
-    for (name, keep), (_, other) in zip(iter_masks(paths[0], common), iter_masks(paths[1], common), strict=True):
-=======
     counts: dict[tuple[str, str], tuple[int, int]] = {}  # weights that both keep, and that either keeps
     for (name, keep), (_, other) in zip(iter_masks(paths[0], common), iter_masks(paths[1], common), strict=True):
->>>>>>> aaa9476a7b807230022d0ce1fff83d43adaa1c69
         if keep.shape != other.shape:
             return [f"{name} has another shape in {second['key']}: there is no overlap to speak of."]
         both, either = int((keep & other).sum()), int((keep | other).sum())

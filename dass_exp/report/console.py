@@ -1,7 +1,5 @@
 """What a user sees in the terminal: the progress of a run, its summary, a plan."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """What a line picture shows of a table: a curve for each row or column other than x; levels for records without x."""
 
-from __future__ import annotations
-
 import math
 
 from dass_exp.report.load import Record, is_dense, model_name, setting, varying_settings

@@ -1,19 +1,13 @@
 """Read records and the cells of a sweep from a results folder; files that cannot be read are reported and skipped."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
-from dass_exp.storage.record_schema import is_config, record_problem
-=======
 from dass_exp.config.settings import settings_without_effect
 from dass_exp.storage.record_schema import flatten, is_config, record_problem
->>>>>>> aaa9476a7b807230022d0ce1fff83d43adaa1c69
 
 Record = dict[str, Any]
 
@@ -50,13 +44,9 @@ def load(results: Path) -> LoadedRecords:
         except _UNREADABLE as error:
             problems.append(f"{path}: not read ({error})")
             continue
-<<<<<<< HEAD
-        if (problem := record_problem(found, path.parent.name)) is not None:
-=======
         if (problem := record_problem(record, path.parent.name)) is None:
             records[path.parent.name] = record
         else:
->>>>>>> aaa9476a7b807230022d0ce1fff83d43adaa1c69
             problems.append(f"{path}: not a record of this project ({problem})")
     return LoadedRecords(records, problems)
 

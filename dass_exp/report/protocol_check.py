@@ -3,19 +3,12 @@
 Whatever can change a number must be equal in all rows, unless an axis of the table shows it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-<<<<<<< HEAD
-from dass_exp.report.load import Record, model_of
-from dass_exp.storage.record_schema import flatten
-=======
 from dass_exp.report.load import Record, model_name, model_of, setting
->>>>>>> aaa9476a7b807230022d0ce1fff83d43adaa1c69
 
 _REPETITIONS = ("seed", "repeat")
 # A model determines these: they may differ between the models of a table, but not within one.
@@ -30,29 +23,6 @@ _NAMES = {
 }
 
 
-<<<<<<< HEAD
-def told(record: Record, differing: tuple[str, ...]) -> str:
-    """A record's values of the fields that differ, as rows of a mixed table name them."""
-    if not differing:
-        return ""
-    made = made_by(record) | flatten(record["identity"])
-    return ", ".join(f"{field}={made[field]}" for field in differing if field in made)
-
-
-def colliding(places: Iterable[Sequence[Record]]) -> dict[str, set[str]]:
-    """What differs between records of one cell beside the seeds and repeat: they are no repetitions of one run."""
-    found: dict[str, set[str]] = {}
-    for records in places:
-        identities = [
-            flatten({**record["identity"], "model": model_of(record)})
-            for record in {record["key"]: record for record in records}.values()
-        ]
-        for name in dict.fromkeys(name for identity in identities for name in identity):
-            values = {identity.get(name, "none") for identity in identities}
-            if len(values) > 1 and name not in ("seed", "repeat", "trained.seed"):
-                found.setdefault(name, set()).update(values)
-    return found
-=======
 class Protocols:
     """The settings of each record, by key, that can change a number.
 
@@ -123,7 +93,6 @@ def _settings(record: Record) -> Iterator[tuple[str, str, str]]:
     yield from _leaves(identity, record["config"], "")
     if windows := record["protocol"].get(_WINDOWS):
         yield _WINDOWS, str(windows)[:8], str(windows)
->>>>>>> aaa9476a7b807230022d0ce1fff83d43adaa1c69
 
 
 def _leaves(node: Any, config: Mapping[str, Any], path: str) -> Iterator[tuple[str, str, str]]:

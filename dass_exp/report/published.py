@@ -1,7 +1,5 @@
 """Published numbers beside ours, where model, scope, pattern, method, metric, data set and context are the same."""
 
-from __future__ import annotations
-
 import csv
 import math
 from collections.abc import Iterator

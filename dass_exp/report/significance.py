@@ -1,7 +1,5 @@
 """Whether two results differ by more than noise: over seeds where there are several, else by a paired bootstrap."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """After a sweep: a comparison of its cells, and those that failed."""
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Lay records of a sweep out as a table: rows, columns, values with their noise, marks."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterator, Mapping

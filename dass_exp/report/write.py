@@ -1,7 +1,5 @@
 """Write a table as Markdown, CSV and LaTeX, with a caption that says how its numbers were made."""
 
-from __future__ import annotations
-
 import csv
 import io
 import os

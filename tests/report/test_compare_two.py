@@ -24,18 +24,9 @@ def masked(key, masks, results):
     record["sparsity"]["layers"] = [{"name": name, "role": role} for name, role in ROLES.items()]
     folder = write_record(record, results).parent
     if masks is not None:
-<<<<<<< HEAD
-        write_masks(
-            {name: PackedMask.pack(torch.tensor([[mark == "1" for mark in bits]])) for name, bits in masks.items()},
-            folder / "masks.safetensors",
-        )
-    layers = [{"name": name, "role": role} for name, role in names.items()]
-    return {"key": key, "identity": {"method": key}, "metrics": {}, "protocol": {}, "sparsity": {"layers": layers}}
-=======
         bits = {name: torch.tensor([[bit == "1" for bit in row]]) for name, row in masks.items()}
         write_masks({name: PackedMask.pack(keep) for name, keep in bits.items()}, folder / "masks.safetensors")
     return record
->>>>>>> aaa9476a7b807230022d0ce1fff83d43adaa1c69
 
 
 def overlap(first, second, results):
