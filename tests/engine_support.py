@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from dass_exp.engine.block_report import BlockReport
 from support import CONF
 from torch import Tensor, nn
 
 from dass_exp.config.components import build, choice
-from dass_exp.engine.prune import Options, prune_model
+from dass_exp.config.settings import ExpertsConfig
+from dass_exp.engine.callbacks import BlockReport, Callback
+from dass_exp.engine.prune import EngineOptions, prune_model
 from dass_exp.masks import NM, Pattern
 from dass_exp.methods.base import Pruner
 from dass_exp.models.decoder import LinearSite, decoder_of
@@ -25,7 +26,7 @@ CALIBRATED = [method for method in PRUNING if method.stat is not None]
 
 FLAT_ROLES = {**{role.value: role.value for role in Role if role not in PLAIN}, "blocks": "blocks"}
 
-engine_options = Options
+engine_options = EngineOptions
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Pruning:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        return {name: result.keep for report in self.reports for name, result in report.cuts.items()}
+        return {name: result.keep for report in self.reports for name, result in report.results.items()}
 
 
 def prune_blocks(
@@ -49,15 +50,22 @@ def prune_blocks(
     **options: Any,
 ) -> Pruning:
     """Prune a model, 2:4 by default, with these engine options; ``on_report`` is called after each block."""
+    experts = {name: options.pop(name) for name in ("min_tokens", "starved") if name in options}
+    chosen = engine_options(experts=ExpertsConfig(**experts), **options)
     pruning = Pruning()
-
-    def note(report: BlockReport) -> None:
-        pruning.reports.append(report)
-        on_report(report)
-
-    chosen = engine_options(on_block=note, **options)
-    pruning.hidden = prune_model(model, tokens, method, pattern or NM(2, 4), chosen)
+    pruning.hidden = prune_model(model, tokens, method, pattern or NM(2, 4), chosen, [Reports(pruning, on_report)])
     return pruning
+
+
+class Reports(Callback):
+    """Keeps the report of each block."""
+
+    def __init__(self, pruning: Pruning, on_report: Callable[[BlockReport], None]) -> None:
+        self._pruning, self._on_report = pruning, on_report
+
+    def on_block_end(self, report: BlockReport) -> None:
+        self._pruning.reports.append(report)
+        self._on_report(report)
 
 
 @torch.no_grad()

@@ -64,7 +64,7 @@ class BlockReport:
     linears: list[LinearView]
     results: dict[str, MaskResult]
     error: float | None
-    spent: BlockSeconds
+    spent: BlockSeconds = BlockSeconds()
     starved: tuple[str, ...] = ()
 
 

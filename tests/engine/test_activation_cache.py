@@ -10,7 +10,8 @@ from engine_support import assert_same_state, prune_blocks
 from support import run_with
 
 from dass_exp.engine import activation_cache
-from dass_exp.engine.activation_cache import CACHES, ActivationCache
+from dass_exp.config.settings import ACTIVATION_CACHES
+from dass_exp.engine.activation_cache import ActivationCache
 from dass_exp.engine.capture import Batch, restore_hidden
 from dass_exp.errors import UserError
 from dass_exp.methods.dass import Dass
@@ -19,7 +20,7 @@ from dass_exp.models.families import FAMILIES
 pytestmark = pytest.mark.usefixtures("short_texts")
 
 
-@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("kind", ACTIVATION_CACHES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_tensor_comes_back_as_it_went(kind, dtype, tmp_path):
     tensor = torch.randn(3, 5, 8).to(dtype)[:, :, ::2]
@@ -48,8 +49,8 @@ def test_an_unknown_kind_is_refused(cell):
 def test_the_engine_prunes_the_same_weights(kind, family, tiny_model, tokens, tmp_path):
     model, plain = tiny_model(family), tiny_model(family)
     cache = ActivationCache(kind, tmp_path)
-    hidden = prune_blocks(model, tokens, Dass(), batch_size=2, outputs=True, cache=cache).hidden
-    expected = prune_blocks(plain, tokens, Dass(), batch_size=2, outputs=True).hidden
+    hidden = prune_blocks(model, tokens, Dass(), batch_size=2, return_hidden=True, cache=cache).hidden
+    expected = prune_blocks(plain, tokens, Dass(), batch_size=2, return_hidden=True).hidden
     assert all(torch.equal(one, other) for one, other in zip(hidden, expected, strict=True))
     assert_same_state(model, plain.state_dict())
     gc.collect()

@@ -36,7 +36,7 @@ def counting(module: nn.Module) -> list[None]:
 def test_attention_runs_once_and_what_is_passed_on_is_bit_for_bit_the_models_own(family, method, tiny_model, tokens):
     model = tiny_model(family)
     calls = [counting(decoder_of(model).attention(index)) for index in range(2)]
-    (hidden,) = prune_blocks(model, tokens, method, batch_size=len(tokens), min_tokens=1, outputs=True).hidden
+    (hidden,) = prune_blocks(model, tokens, method, batch_size=len(tokens), min_tokens=1, return_hidden=True).hidden
     assert [len(runs) for runs in calls] == [2, 1]  # the first block runs once more to see what it returns
     assert torch.equal(hidden, block_outputs(model, tokens)[-1])
 
@@ -44,7 +44,7 @@ def test_attention_runs_once_and_what_is_passed_on_is_bit_for_bit_the_models_own
 @each_family
 def test_several_batches_get_their_own_outputs_back(family, tiny_model, tokens):
     model = tiny_model(family)
-    hidden = prune_blocks(model, tokens, Wanda(), batch_size=2, min_tokens=1, outputs=True).hidden
+    hidden = prune_blocks(model, tokens, Wanda(), batch_size=2, min_tokens=1, return_hidden=True).hidden
     torch.testing.assert_close(torch.cat(hidden), block_outputs(model, tokens)[-1], rtol=0, atol=1e-5)
 
 
@@ -52,7 +52,7 @@ def test_several_batches_get_their_own_outputs_back(family, tiny_model, tokens):
 def test_attention_that_is_pruned_runs_again(scope, tiny_model, tokens):
     model = tiny_model("llama")
     calls = counting(model.model.layers[1].self_attn)
-    prune_blocks(model, tokens, Wanda(), scope=scope, batch_size=len(tokens), outputs=True)
+    prune_blocks(model, tokens, Wanda(), scope=scope, batch_size=len(tokens), return_hidden=True)
     assert len(calls) == 2
 
 
@@ -64,7 +64,7 @@ def test_the_last_block_runs_once_where_nobody_asks_for_its_output(scope, tiny_m
     assert pruning.hidden == []
     assert [len(calls) for calls in runs] == [3, 1]
     assert (pruning.reports[0].error > 0, pruning.reports[1].error) == (True, None)
-    prune_blocks(whole, tokens, Wanda(), scope=scope, batch_size=len(tokens), outputs=True)
+    prune_blocks(whole, tokens, Wanda(), scope=scope, batch_size=len(tokens), return_hidden=True)
     assert_same_state(model, whole.state_dict())
 
 
@@ -146,7 +146,7 @@ def test_attention_that_may_depend_on_the_mlp_is_computed_again(block, tokens):
     assert decoder_of(model, ROLES).attention(1) is model.blocks[1].mix
     if block is Hybrid:
         del model.blocks[1].mix
-    pruning = prune_blocks(model, tokens, Wanda(), batch_size=2, roles=ROLES, outputs=True)
+    pruning = prune_blocks(model, tokens, Wanda(), batch_size=2, roles=ROLES, return_hidden=True)
     expected = block_outputs(model, tokens, ROLES)[-1]
     torch.testing.assert_close(torch.cat(pruning.hidden), expected, rtol=0, atol=1e-6)
     assert min(report.error for report in pruning.reports) > 0
@@ -156,7 +156,7 @@ def test_a_hook_of_the_users_does_not_run_twice_over_one_output(tiny_model, toke
     model = tiny_model("llama")
     for block in model.model.layers:
         block.self_attn.register_forward_hook(lambda module, args, output: (output[0] * 1.5, *output[1:]))
-    (hidden,) = prune_blocks(model, tokens, Wanda(), batch_size=len(tokens), outputs=True).hidden
+    (hidden,) = prune_blocks(model, tokens, Wanda(), batch_size=len(tokens), return_hidden=True).hidden
     assert torch.equal(hidden, block_outputs(model, tokens)[-1])
 
 

@@ -111,7 +111,7 @@ def assert_close(hidden: list[Tensor], expected: Tensor) -> None:
 def test_with_nothing_pruned_the_hidden_states_are_the_models_own(family, attention, batch_size, tiny_model, tokens):
     model = tiny_model(family, **({"attn_implementation": attention} if attention else {}))
     expected = block_outputs(model, tokens)[-1]
-    hidden = prune_blocks(model, tokens, NoOp(), scope="all", batch_size=batch_size, outputs=True).hidden
+    hidden = prune_blocks(model, tokens, NoOp(), scope="all", batch_size=batch_size, return_hidden=True).hidden
     assert_close(hidden, expected)
     if batch_size == len(tokens):
         assert torch.equal(hidden[0], expected)
@@ -131,7 +131,7 @@ def test_the_sliding_window_of_the_tiny_models_matters(family, tiny_model, token
 def test_a_pattern_that_keeps_everything_changes_no_hidden_state(family, method, tiny_model, tokens):
     model = tiny_model(family)
     expected = block_outputs(model, tokens)[-1]
-    pruning = prune_blocks(model, tokens, method, NM(4, 4), scope="all", batch_size=5, outputs=True)
+    pruning = prune_blocks(model, tokens, method, NM(4, 4), scope="all", batch_size=5, return_hidden=True)
     assert_close(pruning.hidden, expected)
     assert torch.equal(block_outputs(model, tokens)[-1], expected)
     assert [report.error for report in pruning.reports] == [0.0, 0.0]
@@ -142,7 +142,7 @@ def test_a_pattern_that_keeps_everything_changes_no_hidden_state(family, method,
 def test_pruned_activations_are_passed_on(family, method, tiny_model, tokens):
     model = tiny_model(family)
     dense = block_outputs(model, tokens)[-1]
-    hidden = prune_blocks(model, tokens, method, scope="all", batch_size=2, outputs=True).hidden
+    hidden = prune_blocks(model, tokens, method, scope="all", batch_size=2, return_hidden=True).hidden
     assert [len(part) for part in hidden] == [2, 2, 1]
     pruned = block_outputs(model, tokens)[-1]
     assert_close(hidden, pruned)
@@ -265,7 +265,7 @@ def test_factors_are_computed_once_per_input_and_released_after_its_last_linear(
 def test_the_block_error_is_that_of_its_output_on_the_same_inputs(scope, tiny_model, tokens):
     model = tiny_model("gemma2")
     dense = copy.deepcopy(model)
-    reports = prune_blocks(model, tokens, Wanda(), scope=scope, batch_size=2, outputs=True).reports
+    reports = prune_blocks(model, tokens, Wanda(), scope=scope, batch_size=2, return_hidden=True).reports
     for index, report in enumerate(reports):
         expected = block_outputs(dense, tokens)[index].double()
         dense.model.layers[index] = model.model.layers[index]  # the next block is measured on pruned inputs
@@ -351,13 +351,13 @@ def test_dropout_is_off_meanwhile_and_the_mode_of_each_module_is_restored(tiny_m
     expected = block_outputs(model, tokens)[-1]
     model.train().model.layers[0].eval()
     before = [module.training for module in model.modules()]
-    assert_close(prune_blocks(model, tokens, NoOp(), outputs=True).hidden, expected)
+    assert_close(prune_blocks(model, tokens, NoOp(), return_hidden=True).hidden, expected)
     assert [module.training for module in model.modules()] == before
 
 
 def test_no_gradient_is_recorded(tiny_model, tokens):
     model = tiny_model("llama")
-    hidden = prune_blocks(model, tokens, Wanda(), outputs=True).hidden
+    hidden = prune_blocks(model, tokens, Wanda(), return_hidden=True).hidden
     assert hidden
     assert not any(part.requires_grad for part in hidden)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())

@@ -129,7 +129,7 @@ def test_a_starved_expert_is_reported_and_ranked_as_if_its_inputs_were_alike(met
             views.append(LinearView(site.name, site.role, site.matrix, stat))
     expected = method.prune_block(Block(name, views), NM(2, 4))
     assert len(expected) == 3
-    assert all(torch.equal(report.cuts[linear].keep, result.keep) for linear, result in expected.items())
+    assert all(torch.equal(report.results[linear].keep, result.keep) for linear, result in expected.items())
 
 
 def test_a_starved_expert_may_be_refused(tiny_model, many):
@@ -137,7 +137,7 @@ def test_a_starved_expert_may_be_refused(tiny_model, many):
     starve(model)
     message = r"experts\.2: 0 calibration tokens were routed to this expert, fewer than experts\.min_tokens=1"
     with pytest.raises(NumericalError, match=message):
-        prune_blocks(model, many, Wanda(), min_tokens=1, starved="refuse")
+        prune_blocks(model, many, Wanda(), min_tokens=1, starved="raise")
 
 
 def test_too_few_is_what_the_setting_says(tiny_model, many):

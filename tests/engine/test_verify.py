@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dass_exp.engine.block_report import BlockReport, Spent
 from torch import Tensor, nn
 
+from dass_exp.engine.callbacks import BlockReport
 from dass_exp.engine.verify import Layer, VerificationError, verify
 from dass_exp.errors import NumericalError
 from dass_exp.masks import NM, Pattern, Unstructured
@@ -26,7 +26,9 @@ def view_of(weight: Tensor, name: str = "block.down", role: Role = DOWN) -> Line
 def verified(weight: Tensor, keep: Tensor, pattern: Pattern, dim: int | None = 1, width: int | None = None) -> Layer:
     """The verified entry of a single linear."""
     result = MaskResult(keep, dim, 0.5, 8.0, slab_width=width, damping_retries=2, seconds=0.25)
-    (layer,) = verify(BlockReport("block", [view_of(weight)], {"block.down": result}, 0.125, Spent()), pattern)
+    (layer,) = verify(
+        BlockReport(0, "block", torch.nn.Identity(), [view_of(weight)], {"block.down": result}, 0.125), pattern
+    )
     return layer
 
 
@@ -151,7 +153,7 @@ def test_a_weight_that_is_not_finite(bad, weight, keep):
 
 def test_a_linear_that_was_not_pruned(weight, keep):
     views = [view_of(weight, "block.gate", GATE), view_of(weight, "block.q", Q)]
-    report = BlockReport("block", views, {"block.gate": MaskResult(keep, 1, 0.0, 1.0)}, None, Spent())
+    report = BlockReport(0, "block", torch.nn.Identity(), views, {"block.gate": MaskResult(keep, 1, 0.0, 1.0)}, None)
     with pytest.raises(VerificationError, match=r"block\.q: it lies in the scope, and the method did not prune it"):
         verify(report, NM(2, 4))
 

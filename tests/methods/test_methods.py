@@ -320,7 +320,7 @@ def test_contract(method, pattern, scope, family, tiny_model, tokens, attached):
     model = tiny_model(family)
     hooks, state = attached(model), copy.deepcopy(model.state_dict())
     before = {site.name: site.matrix.weight.clone() for site in sites_of(model, "all")}
-    pruning = prune_blocks(model, tokens, method, pattern, scope=scope, batch_size=3, min_tokens=1, outputs=True)
+    pruning = prune_blocks(model, tokens, method, pattern, scope=scope, batch_size=3, min_tokens=1, return_hidden=True)
 
     layers = [layer for report in pruning.reports for layer in verify(report, pattern)]
     scoped = {site.name: site.role for site in sites_of(model, scope)}

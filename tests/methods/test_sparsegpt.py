@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dass_exp.engine.block_report import BlockReport, Spent
 from torch import Tensor, nn
 
+from dass_exp.engine.callbacks import BlockReport
 from dass_exp.engine.verify import Layer, verify
 from dass_exp.errors import UserError
 from dass_exp.masks import NM, Pattern, Unstructured
@@ -43,7 +43,7 @@ def pruned(method: Pruner, weight: Tensor, inputs: Tensor, pattern: Pattern) -> 
     gram.update(inputs)
     view = LinearView("layer.q", Q, Matrix.of(linear), gram)
     result = method.prune_linear(view, Block("layer", [view]), pattern)
-    (layer,) = verify(BlockReport("layer", [view], {"layer.q": result}, None, Spent()), pattern)
+    (layer,) = verify(BlockReport(0, "layer", torch.nn.Identity(), [view], {"layer.q": result}, None), pattern)
     return linear.weight.data, result, layer
 
 
