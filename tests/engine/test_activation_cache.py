@@ -9,8 +9,8 @@ import torch
 from engine_support import assert_same_state, prune_blocks
 from support import run_with
 
-from dass_exp.engine import activation_cache
 from dass_exp.config.settings import ACTIVATION_CACHES
+from dass_exp.engine import activation_cache
 from dass_exp.engine.activation_cache import ActivationCache
 from dass_exp.engine.capture import Batch, restore_hidden
 from dass_exp.errors import UserError

@@ -28,6 +28,7 @@ from dass_exp.models.families import (
     Role,
     family_of,
 )
+from dass_exp.runs.resolve import Components
 
 LLAMA_ROLES = {role: f"self_attn.{role}_proj" for role in "qkvo"} | {
     role: f"mlp.{role}_proj" for role in ("gate", "up", "down")
@@ -170,9 +171,9 @@ def test_a_run_of_a_gemma_begins_every_window_with_bos(family, bos, tmp_path, sh
     folder = save_tiny(tmp_path / "model", AutoConfig.for_model(family, **own))
     overrides = tiny_overrides(folder, tmp_path / "results")
     record, settings = run_with(*overrides).record, settings_of(*overrides)
-    tokenizer, calibration = AutoTokenizer.from_pretrained(folder), settings.config.calibration
-    drawn = calibration_tokens(settings.calibration_text, calibration, tokenizer, bos, settings.config.seed)
-    windows = evaluation_windows(settings.evaluation_text, 32, 4, tokenizer, bos)
+    tokenizer, texts = AutoTokenizer.from_pretrained(folder), Components.of(settings)
+    drawn = calibration_tokens(texts.calibration_text, settings.calibration, tokenizer, bos, settings.seed)
+    windows = evaluation_windows(texts.evaluation_text, 32, 4, tokenizer, bos)
     assert record["protocol"]["bos"] == bos
     assert record["calibration"]["tokens_sha256"] == drawn.sha256
     assert record["protocol"]["windows_sha256"] == windows.sha256
