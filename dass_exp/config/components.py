@@ -104,7 +104,7 @@ def locate(setting: str, target: Any) -> type:
     module, _, name = _current(target).rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{setting}={target}: no such class ({error})") from error
     if not isinstance(found, type):
         raise UserError(f"{setting}={target}: expected a class")

@@ -121,6 +121,11 @@ class Pruner(ABC):
     uses: ClassVar[frozenset[str]] = ALL_SETTINGS
     version: ClassVar[int] = 1
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "group" in vars(cls):  # it would be ignored without a word, and the wrong weights would compete
+            raise TypeError(f"{cls.__name__}.group is now called comparison_dim")
+
     @property
     def name(self) -> str:
         """The name in tables and records."""
