@@ -26,6 +26,7 @@ from dass_exp.config.settings import RunConfig, register, validate
 from dass_exp.engine.callbacks import BlockReport, Callback, Loop
 from dass_exp.paths import project_root
 from dass_exp.runs.context import RunContext
+from dass_exp.runs.resolve import Components
 from dass_exp.runs.run import Outcome, run
 
 ROOT = project_root()
@@ -70,6 +71,11 @@ def settings_of(*overrides: str) -> RunConfig:
     """The validated settings of a run with these overrides."""
     composed, choices = composed_with_choices(*overrides)
     return validate(composed, admitted_packages(overrides), choices)
+
+
+def components_of(*overrides: str) -> Components:
+    """The objects that the settings of a run with these overrides describe."""
+    return Components.of(settings_of(*overrides))
 
 
 def run_with(*overrides: str, context: RunContext | None = None) -> Outcome:

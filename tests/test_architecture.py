@@ -154,8 +154,9 @@ RULES: dict[str, Callable[[str], list[object]]] = {
 
 @pytest.mark.parametrize("rule", RULES)
 def test_every_file_keeps_the_rule(rule):
-    problems = {str(path.relative_to(ROOT)): RULES[rule](name) for name, path in FILES.items()}
-    assert [f"{path}: {found}" for path, found in problems.items() if found] == []
+    problems = {path.relative_to(ROOT): RULES[rule](name) for name, path in FILES.items()}
+    broken = [f"{path}: {found}" for path, found in problems.items() if found]
+    assert not broken, "\n".join([rule, *broken])
 
 
 def test_the_rules_see_what_they_look_for():
