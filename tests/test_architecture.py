@@ -8,7 +8,7 @@ import importlib
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -109,53 +109,36 @@ def calls(tree: ast.AST) -> set[str]:
     return {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
 
 
-def is_assert_or_bare_except(node: ast.AST) -> bool:
-    return isinstance(node, ast.Assert) or (isinstance(node, ast.ExceptHandler) and node.type is None)
+def violations(name: str) -> dict[str, list[object]]:
+    """What a file breaks, by rule: lines, names or texts."""
+    tree, source, lines = TREES[name], SOURCES[name], SOURCES[name].splitlines()
+    defs, code, modules = list(functions(tree)), ast.unparse(tree), {dotted for _, dotted in imports_of(tree)}
+    excepts = [node for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.type is None]
+    asserts = [node for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+    return {
+        "400 lines a file": [len(lines)] if len(lines) > 400 else [],
+        "120 columns a line": [number for number, line in enumerate(lines, 1) if len(line) > 120],
+        "60 lines a function": [item.name for item in defs if item.end_lineno - item.lineno >= 60],
+        "7 parameters a function": [item.name for item in defs if len(parameters(item)) > 7],
+        "typed functions": [item.name for item in defs if is_untyped(item)],
+        "a docstring": [] if ast.get_docstring(tree) else ["none"],
+        "no print, no eval": sorted(calls(tree) & FORBIDDEN_CALLS),
+        "no assert, no bare except": [node.lineno for node in (*asserts, *excepts)],
+        "no pickle": [module for module in modules if module.split(".")[0] in FORBIDDEN_MODULES],
+        "no resolver": sorted(words(tree) & FORBIDDEN_WORDS),
+        "no foreign code, no shell": [text for text in FORBIDDEN_TEXTS if text in code],
+        "masks are made in masks.py only": [] if name == "masks" else sorted(words(tree) & RANKING),
+        "names of modules in families.py only": [] if name == "models/families" else MODULE_NAMES.findall(source),
+        "imports run one way": sorted(file for file in IMPORTS[name] if row_of(file) < row_of(name)),
+    }
 
 
-def lines_of(node: ast.AST) -> int:
-    return node.end_lineno - node.lineno + 1
+VIOLATIONS = {path.relative_to(ROOT): violations(name) for name, path in FILES.items()}
 
 
-# What a file breaks of each rule; a function of its name.
-RULES: dict[str, Callable[[str], list[object]]] = {
-    "a file has at most 400 lines": lambda name: [count for count in [len(SOURCES[name].splitlines())] if count > 400],
-    "a line has at most 120 columns": lambda name: [
-        number for number, line in enumerate(SOURCES[name].splitlines(), 1) if len(line) > 120
-    ],
-    "a function has at most 60 lines": lambda name: [
-        function.name for function in functions(TREES[name]) if lines_of(function) > 60
-    ],
-    "a function has at most 7 parameters": lambda name: [
-        function.name for function in functions(TREES[name]) if len(parameters(function)) > 7
-    ],
-    "every function is typed": lambda name: [
-        function.name for function in functions(TREES[name]) if is_untyped(function)
-    ],
-    "a file says what it is for": lambda name: [] if ast.get_docstring(TREES[name]) else ["no docstring"],
-    "nothing is printed or evaluated": lambda name: sorted(calls(TREES[name]) & FORBIDDEN_CALLS),
-    "no assert, no bare except": lambda name: [
-        node.lineno for node in ast.walk(TREES[name]) if is_assert_or_bare_except(node)
-    ],
-    "no pickle": lambda name: [
-        dotted for _, dotted in imports_of(TREES[name]) if dotted.split(".")[0] in FORBIDDEN_MODULES
-    ],
-    "no resolver, no code of others, no shell": lambda name: [
-        *(words(TREES[name]) & FORBIDDEN_WORDS),
-        *(text for text in FORBIDDEN_TEXTS if text in ast.unparse(TREES[name])),
-    ],
-    "masks are made in masks.py only": lambda name: [] if name == "masks" else sorted(words(TREES[name]) & RANKING),
-    "module names of models are in families.py only": lambda name: [
-        found for found in MODULE_NAMES.findall(SOURCES[name]) if name != "models/families"
-    ],
-    "imports run one way": lambda name: sorted(file for file in IMPORTS[name] if row_of(file) < row_of(name)),
-}
-
-
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", violations("__init__"))
 def test_every_file_keeps_the_rule(rule):
-    problems = {path.relative_to(ROOT): RULES[rule](name) for name, path in FILES.items()}
-    broken = [f"{path}: {found}" for path, found in problems.items() if found]
+    broken = [f"{path}: {found[rule]}" for path, found in VIOLATIONS.items() if found[rule]]
     assert not broken, "\n".join([rule, *broken])
 
 

@@ -20,6 +20,15 @@ from dass_exp.runs.resolve import Components
 
 CONTENT = {path: yaml.safe_load(path.read_text()) for path in sorted(CONF.glob("*/*.yaml"))}
 NAMED_GROUPS = ["model", "calibration", "eval", "protocol"]  # their part of a run has a name
+RELIED_ON = {
+    "model": "smollm2_135m gemma3_270m llama2_7b llama2_13b llama2_70b llama31_8b mistral_7b gemma_7b",
+    "method": "dass wanda sparsegpt magnitude dense",
+    "pattern": "2of4 4of8 nm unstructured",
+    "calibration": "c4_mini c4 wikitext2",
+    "eval": "mini ppl_mini zeroshot_mini paper none",
+    "protocol": "demo paper",
+    "tracker": "wandb none",
+}
 NEEDED = {"pattern/nm": ["pattern.n=1", "pattern.m=4"]}  # what a file leaves to the user
 
 
@@ -32,26 +41,13 @@ def test_the_tree_is_groups_of_files_and_nothing_else():
     assert {path for group in groups for path in group.iterdir()} == set(CONTENT)
     others = {CONF / "config.yaml", *(CONF / "hydra" / "launcher").iterdir()}
     assert {path for path in CONF.rglob("*.yaml") if path not in CONTENT} == others
-    assert set(yaml.safe_load((CONF / "config.yaml").read_text())) - set(get_type_hints(RunConfig)) == {
-        "defaults",
-        "hydra",
-    }
+    settings = yaml.safe_load((CONF / "config.yaml").read_text())
+    assert set(settings) - set(get_type_hints(RunConfig)) == {"defaults", "hydra"}
 
 
-@pytest.mark.parametrize(
-    ("group", "names"),
-    [
-        ("model", "smollm2_135m gemma3_270m llama2_7b llama2_13b llama2_70b llama31_8b mistral_7b gemma_7b"),
-        ("method", "dass wanda sparsegpt magnitude dense"),
-        ("pattern", "2of4 4of8 nm unstructured"),
-        ("calibration", "c4_mini c4 wikitext2"),
-        ("eval", "mini ppl_mini zeroshot_mini paper none"),
-        ("protocol", "demo paper"),
-        ("tracker", "wandb none"),
-    ],
-)
-def test_the_names_that_users_rely_on_are_there(group, names):
-    assert {path.stem for path in CONTENT if path.parent.name == group} >= set(names.split())
+@pytest.mark.parametrize("group", RELIED_ON)
+def test_the_names_that_users_rely_on_are_there(group):
+    assert {path.stem for path in CONTENT if path.parent.name == group} >= set(RELIED_ON[group].split())
 
 
 @pytest.mark.parametrize("path", CONTENT, ids=choice_of)

@@ -13,7 +13,6 @@ from support import PrunedBlocks, contains, run_with, without
 
 import dass_exp
 from dass_exp.errors import UserError
-from dass_exp.models import save
 from dass_exp.report.console import show
 from dass_exp.runs.context import RunContext
 
@@ -110,31 +109,6 @@ def test_too_small_a_disk_is_reported_before_anything_is_pruned(cell, target, mo
     with pytest.raises(UserError, match=r"GB are needed and 0\.0 GB are free"):
         run_with(*cell, f"save={target}", context=RunContext(callbacks=[pruned]))
     assert pruned.passes == 0
-
-
-def test_a_disk_that_fills_up_leaves_nothing_behind_and_no_record(cell, target, results, monkeypatch):
-    def full(masks, path):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(save, "write_masks", full)
-    with pytest.raises(OSError, match="No space left"):
-        run_with(*cell, f"save={target}")
-    assert not target.exists()
-    assert list(target.parent.iterdir()) == []
-    (record,) = results.glob("runs/*/result.json")
-    assert json.loads(record.read_text())["config"]["method"]["name"] == "dense"
-
-
-def test_a_checkpoint_that_is_replaced_is_never_half_there(tmp_path, tiny):
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
-    tokenizer, target = transformers.AutoTokenizer.from_pretrained(tiny), tmp_path / "saved"
-    save.save_checkpoint(target, model, tokenizer, {}, {"key": "1", "told": "first"})
-    before = {path.name: path.read_bytes() for path in target.iterdir()}
-    with pytest.raises(TypeError):  # the manifest, the last file, cannot be written
-        save.save_checkpoint(target, model, tokenizer, {}, {"key": "1", "told": object()})
-    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
 def test_a_relative_folder_is_saved_and_scored_again(cell, tmp_path, monkeypatch, capsys):

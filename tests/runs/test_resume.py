@@ -102,17 +102,13 @@ def names(folder):
 
 @contextmanager
 def killed_before(stop):
-    """Kill in place of the first file operation for which ``stop(number, operation, path)`` holds.
-
-    All later operations are refused too: nothing follows a kill. Yields the list of operations.
-    """
-    done, killed = [], []
+    """Kill in place of the first file operation for which ``stop(operation, name)`` holds; refuse all later ones."""
+    killed = []
 
     def watched(operation, real):
         def call(*paths, **settings):
-            done.append(operation)
             target = [path for path in paths if not isinstance(path, int)][-1]  # mkdir takes a mode
-            if killed or stop(len(done), operation, Path(target)):
+            if killed or stop(operation, Path(target).name):
                 killed.append(operation)
                 raise Killed
             return real(*paths, **settings)
@@ -122,7 +118,7 @@ def killed_before(stop):
     with pytest.MonkeyPatch.context() as patched:
         for operation in ("mkdir", "rename", "replace", "unlink", "remove", "rmdir"):
             patched.setattr(os, operation, watched(operation, getattr(os, operation)))
-        yield done
+        yield
 
 
 def killed_after(seconds, *overrides):
@@ -162,12 +158,13 @@ def test_killed_at_random_moments_it_ends_in_the_same_weights(settings, whole, t
 @pytest.mark.slow
 @pytest.mark.parametrize("placement", [STREAM, RESIDENT])
 def test_killed_before_any_file_operation_it_ends_in_the_same_weights(settings, whole, tmp_path, placement):
-    with killed_before(lambda *operation: False) as operations:
+    operations = []
+    with killed_before(lambda *operation: operations.append(operation)):
         run_with(*settings(placement=placement))
     assert len(operations) > 40
-    for last in range(1, len(operations) + 1):
-        folder = tmp_path / str(last)
-        with killed_before(lambda number, *operation, last=last: number == last), pytest.raises(Killed):
+    for last in range(len(operations)):
+        folder, countdown = tmp_path / str(last), iter(range(last))
+        with killed_before(lambda *operation, left=countdown: next(left, None) is None), pytest.raises(Killed):
             run_with(*settings(placement=placement, folder=folder))
         run_with(*settings(placement=placement, folder=folder))
         assert_same(content_of(folder), whole(placement=placement))
@@ -176,15 +173,22 @@ def test_killed_before_any_file_operation_it_ends_in_the_same_weights(settings, 
 
 @pytest.mark.parametrize("more", [[], ["rerun=true"]])
 @pytest.mark.parametrize(
-    ("operation", "name"),
-    [("rename", "saved"), ("replace", "result.json"), ("unlink", "state.safetensors"), ("rmdir", ".saved.partial")],
+    ("last", "times"),
+    [
+        (("rename", "saved"), 1),  # the checkpoint is moved into place
+        (("replace", "result.json"), 1),  # the record of the dense model
+        (("replace", "result.json"), 2),
+        (("unlink", "state.safetensors"), 1),  # the state is deleted
+        (("rmdir", ".saved.partial"), 1),
+    ],
 )
-def test_killed_near_the_end_it_ends_the_same(settings, whole, tmp_path, operation, name, more):
-    """Before the checkpoint is moved into place, before the records, and while the state is deleted."""
-    with killed_before(lambda _, *done: done[0] == operation and done[1].name == name), pytest.raises(Killed):
+def test_killed_near_the_end_it_ends_the_same(settings, whole, tmp_path, last, times, more):
+    done, pruned = [], PrunedBlocks()
+    with killed_before(lambda *call: done.append(call) or done.count(last) == times), pytest.raises(Killed):
         run_with(*settings(), *more)
-    run_with(*settings(), *more)
+    run_with(*settings(), *more, context=RunContext(callbacks=[pruned]))
     assert_same(content_of(tmp_path), whole())
+    assert pruned.indices == [] or (more and last[0] in ("unlink", "rmdir"))  # a finished run may run again
     assert not (tmp_path / ".saved.partial").exists()
 
 
@@ -311,10 +315,3 @@ def test_a_damaged_state_or_a_missing_block_is_named(settings, tmp_path):
     message = r"state of an interrupted run cannot be read .*remove the folder to begin again"
     with pytest.raises(UserError, match=message):
         run_with(*settings())
-
-
-def test_without_a_save_folder_the_state_is_beside_the_record(settings, tmp_path):
-    killed_after_block(1, *without(settings(), "save="))
-    (state,) = tmp_path.glob("results/runs/*/work/state.safetensors")
-    assert run_with(*without(settings(), "save=")).record["metrics"]["perplexity"]
-    assert not state.parent.exists()
