@@ -308,10 +308,17 @@ def records_in(folder):
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
 
 
-@pytest.mark.parametrize("launcher", [pytest.param([], marks=pytest.mark.slow), ["hydra/launcher=joblib"]], ids=str)
-def test_a_killed_sweep_continues_and_runs_nothing_twice(tiny, tmp_path, launcher):
+@pytest.mark.parametrize(
+    ("launcher", "kills"),
+    [
+        (["hydra/launcher=joblib"], [4]),
+        pytest.param(["hydra/launcher=joblib"], [2, 5], marks=pytest.mark.slow),
+        pytest.param([], [2, 5], marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_sweep_continues_and_runs_nothing_twice(tiny, tmp_path, launcher, kills):
     arguments, kept = cells(tiny, *SWEEP, *launcher), {}
-    for count in (2, 5):
+    for count in kills:
         launch(arguments, tmp_path, lambda count=count: len(records_in(tmp_path)) >= count, whole_group=True)
         records = records_in(tmp_path)
         assert len(records) < 11
