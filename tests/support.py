@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dass_exp.config.components import admitted_packages
 from dass_exp.config.settings import RunConfig, register, validate
-from dass_exp.engine.callbacks import BlockReport, Callback, Loop
+from dass_exp.engine.callbacks import BlockReport, Callback
 from dass_exp.paths import project_root
 from dass_exp.runs.context import RunContext
 from dass_exp.runs.resolve import Components
@@ -191,14 +191,8 @@ def killed_after_block(block: int, *overrides: str) -> None:
         run_with(*overrides, context=RunContext(callbacks=[KillAfter(block)]))
 
 
-class PrunedBlocks(Callback):
-    """Records which blocks pass the engine's loop."""
-
-    def __init__(self) -> None:
-        self.passes, self.indices = 0, []
-
-    def on_start(self, loop: Loop) -> None:
-        self.passes += 1
-
-    def on_block_end(self, report: BlockReport) -> None:
-        self.indices.append(report.index)
+def listening(**calls: Callable[..., Any]) -> RunContext:
+    """A context whose run calls functions at points of its loop: ``listening(on_block_end=lambda report: ...)``."""
+    callback = Callback()
+    vars(callback).update(calls)
+    return RunContext(callbacks=[callback])

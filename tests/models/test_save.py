@@ -9,12 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from support import PrunedBlocks, contains, run_with, without
+from support import contains, listening, run_with, without
 
 import dass_exp
 from dass_exp.errors import UserError
 from dass_exp.report.console import show
-from dass_exp.runs.context import RunContext
 
 pytestmark = pytest.mark.usefixtures("short_texts")
 
@@ -78,6 +77,10 @@ def test_a_finished_run_can_be_saved_later(cell, target):
     assert (target / "model.safetensors").stat().st_mtime_ns != stamp
 
 
+def fail(loop):
+    pytest.fail("it was pruned first")
+
+
 @pytest.mark.parametrize("present", ["file", "folder", "checkpoint"])
 def test_what_is_already_there_is_not_overwritten(cell, target, present):
     if present == "file":
@@ -88,11 +91,9 @@ def test_what_is_already_there_is_not_overwritten(cell, target, present):
         (target / "thesis.txt").write_text("mine")
     else:
         run_with(*cell, "method=wanda", f"save={target}")
-    pruned = PrunedBlocks()
     with pytest.raises(UserError) as caught:
-        run_with(*cell, f"save={target}", context=RunContext(callbacks=[pruned]))
+        run_with(*cell, f"save={target}", context=listening(on_start=fail))
     assert contains(str(caught.value), [f"save={target}", "remove it or name another folder"])
-    assert pruned.passes == 0
     if present == "folder":
         assert (target / "thesis.txt").read_text() == "mine"
 
@@ -105,10 +106,8 @@ def test_an_empty_folder_may_be_named(cell, target):
 
 def test_too_small_a_disk_is_reported_before_anything_is_pruned(cell, target, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
-    pruned = PrunedBlocks()
     with pytest.raises(UserError, match=r"GB are needed and 0\.0 GB are free"):
-        run_with(*cell, f"save={target}", context=RunContext(callbacks=[pruned]))
-    assert pruned.passes == 0
+        run_with(*cell, f"save={target}", context=listening(on_start=fail))
 
 
 def test_a_relative_folder_is_saved_and_scored_again(cell, tmp_path, monkeypatch, capsys):

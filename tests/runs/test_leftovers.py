@@ -19,6 +19,7 @@ from support import (
     Killed,
     contains,
     killed_after_block,
+    listening,
     run_with,
     save_tiny,
     settings_of,
@@ -27,7 +28,6 @@ from support import (
     without,
 )
 
-from dass_exp.engine.callbacks import Callback
 from dass_exp.errors import UserError
 from dass_exp.runs import execute
 from dass_exp.runs.context import ModelCache, RunContext
@@ -58,20 +58,6 @@ def with_tasks_fixture(cell):
     return [*without(cell, "eval", "calibration"), *TASKS, STREAM]
 
 
-class AtEachBlock(Callback):
-    """Calls a function when the state behind a block is on disk."""
-
-    def __init__(self, call):
-        self._call = call
-
-    def on_block_end(self, report):
-        self._call()
-
-
-def at_each_block(call):
-    return RunContext(callbacks=[AtEachBlock(call)])
-
-
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -91,13 +77,13 @@ def test_a_saved_model_holds_no_file_of_a_killed_writer(cell, elsewhere, save, t
 
 @both_placements
 def test_files_that_appear_in_the_save_folder_meanwhile_stay(cell, save, tmp_path, placement):
-    def write():
+    def write(report):
         (tmp_path / "saved").mkdir(exist_ok=True)
         (tmp_path / "saved" / "thesis.txt").write_text("years of work")
 
     message = "it holds what is no checkpoint of this project; remove it or name another folder"
     with pytest.raises(UserError, match=message):
-        run_with(*cell, placement, save, context=at_each_block(write))
+        run_with(*cell, placement, save, context=listening(on_block_end=write))
     assert (tmp_path / "saved" / "thesis.txt").read_text() == "years of work"
 
 
@@ -129,11 +115,11 @@ def test_finding_a_record_leaves_the_state_of_a_run_in_progress_alone(cell, else
     run_with(*elsewhere, STREAM, save)
     seen = []
 
-    def find():
+    def find(report):
         assert run_with(*elsewhere, STREAM, save).found
         seen.append(names(tmp_path / ".saved.partial"))
 
-    run_with(*cell, STREAM, save, "rerun=true", context=at_each_block(find))
+    run_with(*cell, STREAM, save, "rerun=true", context=listening(on_block_end=find))
     assert len(seen) == 2
     assert all({"made", "state.safetensors"} <= set(files) for files in seen)
 
@@ -154,11 +140,11 @@ def test_tensors_of_a_failed_run_do_not_delete_files_of_the_next(cell, results):
     except Killed as error:
         errors.append(error)  # its traceback refers to the tensors, as in a notebook
 
-    def forget():
+    def forget(report):
         errors.clear()
         gc.collect()
 
-    assert run_with(*settings, context=at_each_block(forget)).record["metrics"]["perplexity"]
+    assert run_with(*settings, context=listening(on_block_end=forget)).record["metrics"]["perplexity"]
     assert not list(results.glob("runs/*/work"))
 
 
@@ -245,12 +231,11 @@ def test_the_state_of_a_run_that_saved_nothing_is_removed_by_one_that_saves(cell
 
 
 def test_a_run_that_keeps_no_state_leaves_nothing_when_it_fails(cell, save, tmp_path):
-    class Fail(Callback):
-        def on_end(self):
-            raise OSError("broken")
+    def fail():
+        raise OSError("broken")
 
     with pytest.raises(OSError, match="broken"):
-        run_with(*cell, STREAM, "resume=false", save, context=RunContext(callbacks=[Fail()]))
+        run_with(*cell, STREAM, "resume=false", save, context=listening(on_end=fail))
     assert names(tmp_path) == ["results"]
 
 

@@ -14,11 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import (
-    KillAfter,
     Killed,
-    PrunedBlocks,
     contains,
     killed_after_block,
+    listening,
     run_with,
     save_tiny,
     tiny_config,
@@ -27,7 +26,6 @@ from support import (
 )
 
 import dass_exp
-from dass_exp.engine.callbacks import Callback
 from dass_exp.errors import UserError
 from dass_exp.models.shards import Shards
 from dass_exp.runs.context import RunContext, SilentReporter
@@ -183,12 +181,12 @@ def test_killed_before_any_file_operation_it_ends_in_the_same_weights(settings, 
     ],
 )
 def test_killed_near_the_end_it_ends_the_same(settings, whole, tmp_path, last, times, more):
-    done, pruned = [], PrunedBlocks()
+    done, pruned = [], []
     with killed_before(lambda *call: done.append(call) or done.count(last) == times), pytest.raises(Killed):
         run_with(*settings(), *more)
-    run_with(*settings(), *more, context=RunContext(callbacks=[pruned]))
+    run_with(*settings(), *more, context=listening(on_block_end=pruned.append))
     assert_same(content_of(tmp_path), whole())
-    assert pruned.indices == [] or (more and last[0] in ("unlink", "rmdir"))  # a finished run may run again
+    assert not pruned or (more and last[0] in ("unlink", "rmdir"))  # a finished run may run again
     assert not (tmp_path / ".saved.partial").exists()
 
 
@@ -197,10 +195,11 @@ def test_killed_near_the_end_it_ends_the_same(settings, whole, tmp_path, last, t
 def test_it_continues_after_the_last_finished_block(settings, whole, tmp_path, method, block, placement, caplog):
     killed_after_block(block, *settings(method, placement))
     caplog.set_level("INFO")
-    pruned = PrunedBlocks()
-    run_with(*settings(method, placement), context=RunContext(callbacks=[pruned]))
+    pruned = []
+    context = listening(on_block_end=lambda report: pruned.append(report.index))
+    run_with(*settings(method, placement), context=context)
     assert f"continuing after block {block} of an interrupted run" in caplog.text
-    assert pruned.indices == list(range(block + 1, BLOCKS))
+    assert pruned == list(range(block + 1, BLOCKS))
     assert_same(content_of(tmp_path), whole(method, placement))
     assert names(tmp_path) == {"results", "saved"}
 
@@ -223,22 +222,23 @@ def test_killed_while_it_is_scored_it_prunes_no_block_again(settings, tmp_path):
                 raise Killed
             return super().phase(name, steps)
 
-    overrides, pruned = without(settings(placement=RESIDENT), "save="), PrunedBlocks()
+    overrides, pruned = without(settings(placement=RESIDENT), "save="), []
     with pytest.raises(Killed):
         run_with(*overrides, context=RunContext(KillWhileScored()))
-    record = run_with(*overrides, context=RunContext(callbacks=[pruned])).record
-    assert (pruned.passes, pruned.indices) == (1, [])
+    record = run_with(*overrides, context=listening(on_block_end=pruned.append)).record
+    assert pruned == []
     assert record["metrics"] == run_with(*overrides, "rerun=true", "resume=false").record["metrics"]
     assert not list(tmp_path.glob("results/runs/*/work"))
 
 
 def test_time_spent_before_a_kill_counts(settings):
-    class Slow(Callback):
-        def on_block_end(self, report):
-            time.sleep(report.index == 0)
+    def slow(report):
+        time.sleep(report.index == 0)
+        if report.index == 2:
+            raise Killed
 
     with pytest.raises(Killed):
-        run_with(*settings(), context=RunContext(callbacks=[Slow(), KillAfter(2)]))
+        run_with(*settings(), context=listening(on_block_end=slow))
     assert run_with(*settings()).record["cost"]["prune_s"] >= 1.0
 
 
@@ -257,32 +257,27 @@ def test_another_placement_is_named_and_auto_continues_as_it_began(settings, tmp
     [([STREAM, "resume=false"], False), ([RESIDENT], False), ([STREAM], True), ([RESIDENT, "resume=true"], True)],
 )
 def test_state_is_kept_where_it_is_requested_and_by_default_in_streamed_runs(settings, tmp_path, overrides, kept):
-    class States(Callback):
-        seen = ()
-
-        def on_block_end(self, report):
-            self.seen = (*self.seen, bool(list(tmp_path.rglob("state.safetensors"))))
-
-    states = States()
-    run_with(*without(settings(), "resume="), *overrides, context=RunContext(callbacks=[states]))
-    assert states.seen == (kept,) * BLOCKS
+    seen = []
+    context = listening(on_block_end=lambda report: seen.append(bool(list(tmp_path.rglob("state.safetensors")))))
+    run_with(*without(settings(), "resume=", "model.placement"), *overrides, context=context)
+    assert seen == [kept] * BLOCKS
 
 
 def test_each_block_draws_the_same_random_numbers_after_a_kill(settings):
-    class Draw(Callback):
-        def __init__(self):
-            self.numbers = []
+    def drawing(numbers, last=None):
+        def stop(report):
+            if report.index == last:
+                raise Killed
 
-        def on_block_start(self, index):
-            self.numbers.append(float(torch.rand(1)))
+        return listening(on_block_start=lambda index: numbers.append(float(torch.rand(1))), on_block_end=stop)
 
-    whole, killed, resumed = Draw(), Draw(), Draw()
-    run_with(*settings(), context=RunContext(callbacks=[whole]))
+    whole, resumed = [], []
+    run_with(*settings(), context=drawing(whole))
     with pytest.raises(Killed):
-        run_with(*settings(), "rerun=true", context=RunContext(callbacks=[killed, KillAfter(2)]))
-    run_with(*settings(), "rerun=true", context=RunContext(callbacks=[resumed]))
-    assert [*killed.numbers, *resumed.numbers] == whole.numbers
-    assert len(set(whole.numbers)) == BLOCKS
+        run_with(*settings(), "rerun=true", context=drawing(resumed, last=2))
+    run_with(*settings(), "rerun=true", context=drawing(resumed))
+    assert resumed == whole
+    assert len(set(whole)) == BLOCKS
 
 
 def test_a_changed_setting_is_named(settings, tmp_path):
