@@ -238,8 +238,6 @@ def test_a_worker_that_dies_leaves_the_table_of_the_others(tiny, tmp_path):
     (tmp_path / "deadly.py").write_text(_DEADLY)
     (tmp_path / "own" / "method").mkdir(parents=True)
     (tmp_path / "own" / "method" / "deadly.yaml").write_text("_target_: deadly.Deadly\n")
-    first = command("-m", *cells(tiny, "method=wanda"), folder=tmp_path)
-    assert first.returncode == 0, first.stderr
     sweep = ["--config-dir", "own", "-m", "plugins=[deadly]", *cells(tiny, "method=wanda,deadly")]
     sweep += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     done = command(*sweep, folder=tmp_path, PYTHONPATH=str(tmp_path))
@@ -262,7 +260,7 @@ from dass_exp.methods.wanda import Wanda
 class Deadly(Wanda):
     def score(self, linear, block):
         while "SPARE" not in os.environ:
-            if len(list(Path("results").glob("hydra/*/*/0/cell.json"))) == 2:  # both sweeps' cells of wanda are done
+            if list(Path("results").glob("hydra/*/*/0/cell.json")):  # the cell of wanda is done
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(0.05)
         return super().score(linear, block)
