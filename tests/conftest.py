@@ -1,24 +1,17 @@
-"""What the tests share: they run offline, on one thread, on random two-layer models of every family."""
+"""Fixtures of all tests, which run offline, on one thread, on random two-layer models of every family."""
 
 from __future__ import annotations
 
-import os
+import functools
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
-
-# Libraries read these when they are imported.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("WANDB_MODE", "offline")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
-from support import save_tiny, tiny_overrides
+from support import save_tiny, tiny_overrides  # first: it sets the environment that libraries read on import
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -27,52 +20,36 @@ from dass_exp.data.texts import OfflineText
 settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
 settings.load_profile("fixed")
 
-SHAPE = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-}
-WINDOW = 4  # of sliding attention: shorter than the sequences of the tests, so that it shows
+SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "initializer_range": 0.2}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+HEAD = {"head_dim": 16}  # not hidden_size / num_attention_heads
+SLIDING = {"sliding_window": 4}  # shorter than the sequences of the tests, so that it shows
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+GEMMA = {**HEAD, **SLIDING, "query_pre_attn_scalar": 16}
 OWN: dict[str, dict[str, Any]] = {
-    "llama": {"head_dim": 16},
-    "mistral": {"head_dim": 16, "sliding_window": WINDOW},
-    "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
-    "qwen3": {"head_dim": 16},
-    "gemma": {"head_dim": 16},
-    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": WINDOW, "final_logit_softcapping": 2.0},
+    "llama": HEAD,
+    "mistral": {**HEAD, **SLIDING},
+    "qwen2": {**SLIDING, "use_sliding_window": True, "max_window_layers": 1},
+    "qwen3": HEAD,
+    "gemma": HEAD,
+    "gemma2": {**GEMMA, "final_logit_softcapping": 2.0},
     "olmo2": {},
-    "phi3": {"pad_token_id": 0, "sliding_window": WINDOW},
-    "mixtral": {"head_dim": 16, "num_local_experts": 4, "sliding_window": WINDOW},
-    "qwen3_moe": {
-        "head_dim": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "mlp_only_layers": [1],
-    },
-    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0},
+    "phi3": {**SLIDING, "pad_token_id": 0},
+    "mixtral": {**HEAD, **SLIDING, "num_local_experts": 4},
+    "qwen3_moe": {**HEAD, **EXPERTS, "moe_intermediate_size": 16, "mlp_only_layers": [1]},
+    "olmoe": {**EXPERTS, "pad_token_id": 0},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "gpt2": {"n_inner": 48},
-    "arcee": {"head_dim": 16},
+    "arcee": HEAD,
     "gpt_neox": {"num_key_value_heads": None},
     "phi": {"num_key_value_heads": 4},
-    "gemma3_text": {
-        "head_dim": 16,
-        "query_pre_attn_scalar": 16,
-        "sliding_window": WINDOW,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
+    "gemma3_text": {**GEMMA, "layer_types": ["sliding_attention", "full_attention"]},
 }
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Threads that wait for each other over tiny matrices make the tests ten times slower on a busy machine."""
+    """One thread: several that wait for each other over tiny matrices take ten times as long on a busy machine."""
     torch.set_num_threads(1)
 
 
@@ -84,15 +61,12 @@ def tiny_model() -> Callable[..., nn.Module]:
     """
 
     def make(family: str, **changes: Any) -> nn.Module:
+        config = AutoConfig.for_model(family, **{**SHAPE, **OWN[family], **changes})
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(
-                AutoConfig.for_model(family, **{**SHAPE, **OWN[family], **changes})
-            )
+            model = AutoModelForCausalLM.from_config(config)
             for parameter in model.parameters():
-                if (
-                    parameter.ndim == 1
-                ):  # norms and biases start out as ones and zeros, which would hide that they were skipped
+                if parameter.ndim == 1:  # norms start as ones and biases as zeros, which would hide that one is skipped
                     nn.init.normal_(parameter, mean=0.5, std=0.2)
         return model.eval()
 
@@ -107,21 +81,21 @@ def tokens() -> Tensor:
 
 @pytest.fixture
 def attached() -> Callable[[nn.Module], Counter[str]]:
-    """A function that counts what is attached to a model: forward hooks, and forwards set on an instance."""
+    """A function that counts forward hooks of a model, and forwards that are set on an instance."""
 
     def count(model: nn.Module) -> Counter[str]:
-        found: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         for module in model.modules():
-            found["hooks"] += len(module._forward_pre_hooks) + len(module._forward_hooks)
-            found["forwards"] += "forward" in vars(module)
-        return found
+            counts["hooks"] += len(module._forward_pre_hooks) + len(module._forward_hooks)
+            counts["forwards"] += "forward" in vars(module)
+        return counts
 
     return count
 
 
 @pytest.fixture(scope="session", name="tiny")
 def tiny_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model's folder, made once for all files; not to be changed."""
+    """The tiny model's folder, shared by all files; not to be changed."""
     return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
 
 
@@ -139,6 +113,6 @@ def cell_fixture(tiny: Path, results: Path) -> list[str]:
 
 @pytest.fixture(name="short_texts")
 def short_texts_fixture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first documents of the real texts only: the tiny tokenizer is slow on megabytes."""
-    whole = functools.cache(OfflineText.documents)
-    monkeypatch.setattr(OfflineText, "documents", lambda text: whole(text)[:20])
+    """Only the first documents of the real texts: the tiny tokenizer is slow on megabytes."""
+    documents = functools.cache(OfflineText.documents)
+    monkeypatch.setattr(OfflineText, "documents", lambda text: documents(text)[:20])

@@ -1,11 +1,11 @@
-"""What the tests of the command share: a tiny model folder, composing and running in this process, the command in its own."""
+"""Shared by the tests: a tiny model folder, composing and running in this process, the command in its own process."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from dass_exp.config.settings import RunConfig, register, validate
 from dass_exp.engine.callbacks import BlockReport, Callback
 from dass_exp.paths import project_root
 from dass_exp.runs.context import RunContext
+from dass_exp.runs.resolve import Components
 from dass_exp.runs.run import Outcome, run
 
 ROOT = project_root()
@@ -38,6 +39,9 @@ MLP_SIZE = LAYERS * 3 * HIDDEN * INTERMEDIATE
 DECODER_SIZE = MLP_SIZE + LAYERS * (2 * HIDDEN * HIDDEN + 2 * 16 * HIDDEN)
 MODEL_SIZE = DECODER_SIZE + 2 * VOCABULARY * HIDDEN + LAYERS * 2 * HIDDEN + HIDDEN  # embedding, head, norms
 
+SHORT = ["calibration.num_samples=4", "calibration.seq_len=32"]  # settings that make a run of the tiny model short
+SHORT += ["eval.perplexity.context=32", "eval.perplexity.max_windows=4"]
+
 _CORPUS = [
     "The cat sat on the mat and looked at the other cat, which sat on another mat.",
     "One-shot pruning removes weights of a language model without training it again.",
@@ -48,12 +52,12 @@ _CORPUS = [
 
 
 def compose(*overrides: str) -> DictConfig:
-    """What Hydra composes from conf/ and these overrides, in this process."""
+    """Compose conf/ and these overrides in this process."""
     return composed_with_choices(*overrides)[0]
 
 
 def composed_with_choices(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
-    """What Hydra composes, and the file chosen in each group."""
+    """Compose conf/ and these overrides; also return the file chosen in each group."""
     os.environ.setdefault("DASS_EXP_ROOT", str(ROOT))
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -64,9 +68,14 @@ def composed_with_choices(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
 
 
 def settings_of(*overrides: str) -> RunConfig:
-    """The validated settings of a run that was typed with these overrides."""
+    """The validated settings of a run with these overrides."""
     composed, choices = composed_with_choices(*overrides)
     return validate(composed, admitted_packages(overrides), choices)
+
+
+def components_of(*overrides: str) -> Components:
+    """The objects that the settings of a run with these overrides describe."""
+    return Components.of(settings_of(*overrides))
 
 
 def run_with(*overrides: str, context: RunContext | None = None) -> Outcome:
@@ -76,73 +85,49 @@ def run_with(*overrides: str, context: RunContext | None = None) -> Outcome:
 
 def tiny_overrides(folder: Path, results: Path) -> list[str]:
     """A run of the tiny model that takes a fraction of a second: DaSS 2:4, four short sequences, four short windows."""
-    return [
-        f"model.path={folder}",
-        "model.name=tiny",
-        "tracker=none",
-        f"results_dir={results}",
-        "eval=ppl_mini",
-        "eval.perplexity.context=32",
-        "eval.perplexity.max_windows=4",
-        "calibration.num_samples=4",
-        "calibration.seq_len=32",
-    ]
+    model = [f"model.path={folder}", "model.name=tiny", "tracker=none", f"results_dir={results}"]
+    return [*model, "eval=ppl_mini", *SHORT]
+
+
+def without(overrides: Sequence[str], *prefixes: str) -> list[str]:
+    """The overrides whose setting starts with none of the prefixes."""
+    return [override for override in overrides if not override.startswith(prefixes)]
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """The environment of a command in its own process: it sees this checkout, and has these changes."""
-    modules = os.pathsep.join(
-        filter(None, [str(ROOT), changes.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")])
-    )
-    return {**os.environ, "DASS_EXP_ROOT": str(ROOT), "OMP_NUM_THREADS": "2", **changes, "PYTHONPATH": modules}
+    """The environment of a command in its own process: this checkout first on the path, with these changes."""
+    modules = [str(ROOT), changes.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(filter(None, modules))
+    return {**os.environ, "DASS_EXP_ROOT": str(ROOT), "OMP_NUM_THREADS": "2", **changes, "PYTHONPATH": path}
 
 
 def command(*arguments: str, folder: Path, **changes: str) -> subprocess.CompletedProcess[str]:
     """Run the command in ``folder``, in its own process, with these changes to the environment."""
-    call = [sys.executable, "-m", "dass_exp", *arguments]
-    return subprocess.run(
-        call, cwd=folder, env=environment(**changes), capture_output=True, text=True, timeout=300, check=False
-    )
+    call, env = [sys.executable, "-m", "dass_exp", *arguments], environment(**changes)
+    return subprocess.run(call, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False)
 
 
 def tiny_tokenizer(bos: str | None = "<s>") -> Any:
-    """A byte-level BPE tokenizer, trained on the spot; it knows a beginning-of-sequence token and does not add it by itself."""
-    tokenizer = Tokenizer(models.BPE())
+    """A byte-level BPE tokenizer, trained here; it has a beginning-of-sequence token but does not add it by itself."""
+    tokenizer, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>", "<pad>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_CORPUS, trainer)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=bos, eos_token="</s>", pad_token="<pad>"
-    )
+    size, special = {"vocab_size": VOCABULARY, "initial_alphabet": alphabet}, ["<s>", "</s>", "<pad>"]
+    tokenizer.train_from_iterator(_CORPUS, trainers.BpeTrainer(**size, special_tokens=special, show_progress=False))
+    tokens = {"bos_token": bos, "eos_token": "</s>", "pad_token": "<pad>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens)
 
 
 def tiny_config(**changes: Any) -> transformers.LlamaConfig:
     """Two LLaMA blocks."""
-    settings = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 2,
-    }
-    return transformers.LlamaConfig(**{**settings, **changes})
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE}
+    sizes |= {"num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2}
+    others = {"max_position_embeddings": 4096, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    return transformers.LlamaConfig(**{**sizes, **others, "tie_word_embeddings": False, **changes})
 
 
 def save_tiny(folder: Path, config: Any = None, bos: str | None = "<s>") -> Path:
-    """A model with random weights (always the same) and its tokenizer, as ``from_pretrained`` loads them."""
+    """Save a model with random weights (always the same) and its tokenizer, as ``from_pretrained`` loads them."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config or tiny_config(), dtype=torch.float32)
@@ -155,17 +140,10 @@ def save_tiny(folder: Path, config: Any = None, bos: str | None = "<s>") -> Path
 
 
 def bare_record(key: str, **changes: Any) -> dict[str, Any]:
-    """The least that is a record: dense, nothing scored."""
-    config = {
-        "model": {"name": "tiny"},
-        "method": {"name": "dense"},
-        "pattern": None,
-        "scope": None,
-        "seed": None,
-        "calibration": None,
-        "eval": {"name": "none"},
-    }
-    whole = {
+    """The smallest valid record: dense, nothing scored."""
+    config = {"model": {"name": "tiny"}, "method": {"name": "dense"}, "eval": {"name": "none"}}
+    config |= dict.fromkeys(("pattern", "scope", "seed", "calibration"))
+    record = {
         "schema": 1,
         "key": key,
         "created": "2026-01-01T00:00:00+00:00",
@@ -179,7 +157,7 @@ def bare_record(key: str, **changes: Any) -> dict[str, Any]:
         "solver": {},
         "environment": {},
     }
-    return whole | changes
+    return record | changes
 
 
 def files_under(folder: Path) -> list[str]:
@@ -188,16 +166,16 @@ def files_under(folder: Path) -> list[str]:
 
 
 def contains(message: str, words: Sequence[str]) -> bool:
-    """Every word stands in the message, which is one line."""
+    """Whether the message is one line that contains every word."""
     return "\n" not in message and all(word in message for word in words)
 
 
 class Killed(BaseException):
-    """In the place of a kill: nothing that handles errors handles it."""
+    """Stands for a kill: no error handling catches it."""
 
 
 class KillAfter(Callback):
-    """Ends a run as a kill would when the state behind a block is on disk."""
+    """Ends a run as a kill would, once the state behind a block is on disk."""
 
     def __init__(self, block: int) -> None:
         self._block = block
@@ -208,6 +186,13 @@ class KillAfter(Callback):
 
 
 def killed_after_block(block: int, *overrides: str) -> None:
-    """Do a run and end it as a kill would, when the state behind a block is on disk."""
+    """Start a run and end it as a kill would, once the state behind a block is on disk."""
     with pytest.raises(Killed):
         run_with(*overrides, context=RunContext(callbacks=[KillAfter(block)]))
+
+
+def listening(**calls: Callable[..., Any]) -> RunContext:
+    """A context whose run calls functions at points of its loop: ``listening(on_block_end=lambda report: ...)``."""
+    callback = Callback()
+    vars(callback).update(calls)
+    return RunContext(callbacks=[callback])

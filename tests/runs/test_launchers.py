@@ -1,13 +1,13 @@
-"""Launching a sweep: shares of a machine, the ready launchers, the same numbers wherever a cell ran, and what a kill leaves behind."""
+"""Launching a sweep: shares of a machine, the launchers, equal numbers wherever a cell runs, and kills."""
 
 import importlib
 import importlib.util
-import json
 import os
 import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from support import CONF, ROOT, command, environment
+from hydra import compose, initialize_config_dir
+from support import CONF, ROOT, SHORT, command, environment
 
 from dass_exp import __main__ as entry
 from dass_exp.config.settings import register
@@ -26,23 +25,25 @@ from dass_exp.report import cli
 from dass_exp.report.load import load
 from dass_exp.runs import workers
 
-LAUNCHERS = sorted(path.stem for path in (CONF / "hydra" / "launcher").glob("*.yaml"))
 JOBLIB = {"_target_": "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"}
+QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+SHARES = ("DASS_EXP_WORKERS", "DASS_EXP_WORKER_CORES", "DASS_EXP_WORKER_GPUS")
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A function that gives this process a machine of so many cores and GPUs, and no share of it."""
+    """A function that gives this process a machine with so many cores and GPUs, and no share of it yet."""
 
     def make(cores, gpus=0):
         chosen = []
-        for name in ("DASS_EXP_WORKERS", "DASS_EXP_WORKER_CORES", "DASS_EXP_WORKER_GPUS", "DASS_EXP_LAUNCHER"):
-            monkeypatch.delenv(name, raising=False)
+        for name in (*SHARES, "DASS_EXP_LAUNCHER"):
+            monkeypatch.setenv(name, "")  # restored afterwards, whatever the test sets
+            monkeypatch.delenv(name)
         monkeypatch.setattr(workers, "cores", lambda: cores)
         monkeypatch.setattr(torch.accelerator, "device_count", lambda: gpus)
         monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
         monkeypatch.setattr(workers, "_HELD", [])
-        torch.set_num_threads(8)  # more than any share: the fixture of all tests sets it back
+        torch.set_num_threads(8)  # more than any share; the fixture of all tests sets it back
         return chosen
 
     return make
@@ -57,24 +58,20 @@ def test_a_machine_runs_as_many_workers_as_fit(machine, cores, gpus, expected):
     assert workers.workers() == expected
 
 
-def test_the_launchers_are_told_what_fits(machine):
-    machine(16, 2)
+@pytest.mark.parametrize(
+    ("gpus", "requested", "shares"), [(2, None, ["2", "8", "1"]), (0, None, ["4", "4", "0"]), (0, "3", ["3", "5", "0"])]
+)
+def test_the_launchers_read_what_fits_unless_the_user_says_otherwise(machine, monkeypatch, gpus, requested, shares):
+    machine(16, gpus)
+    if requested:
+        monkeypatch.setenv("DASS_EXP_WORKERS", requested)
     workers.set_environment()
-    told = [os.environ.pop(name) for name in ("DASS_EXP_WORKERS", "DASS_EXP_WORKER_CORES", "DASS_EXP_WORKER_GPUS")]
-    assert told == ["2", "8", "1"]
-
-
-def test_the_user_has_the_last_word(machine, monkeypatch):
-    machine(16)
-    monkeypatch.setenv("DASS_EXP_WORKERS", "3")
-    workers.set_environment()
-    assert workers.workers() == 3
-    assert os.environ.pop("DASS_EXP_WORKER_CORES") == "5"
-    assert os.environ.pop("DASS_EXP_WORKER_GPUS") == "0"
+    assert [os.environ[name] for name in SHARES] == shares
+    assert workers.workers() == int(shares[0])
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "many", "1.5", ""])
-def test_a_number_of_workers_that_is_none_is_told(machine, monkeypatch, value):
+def test_a_wrong_number_of_workers_is_named(machine, monkeypatch, value):
     machine(16)
     monkeypatch.setenv("DASS_EXP_WORKERS", value)
     with pytest.raises(UserError, match=f"DASS_EXP_WORKERS='{value}'"):
@@ -82,27 +79,41 @@ def test_a_number_of_workers_that_is_none_is_told(machine, monkeypatch, value):
 
 
 @pytest.mark.parametrize(
-    ("cores", "jobs", "threads"), [(2, 2, 1), (8, 2, 4), (8, -1, 1), (8, -5, 2), (2, 4, 1), (8, 1, 8)]
+    ("cores", "launcher", "threads"),
+    [
+        (2, {**JOBLIB, "n_jobs": 2}, 1),
+        (8, {**JOBLIB, "n_jobs": 2}, 4),
+        (8, {**JOBLIB, "n_jobs": -1}, 1),
+        (8, {**JOBLIB, "n_jobs": -5}, 2),
+        (2, {**JOBLIB, "n_jobs": 4}, 1),
+        (8, {**JOBLIB, "n_jobs": 1}, 8),
+        (32, {**JOBLIB, "n_jobs": 2}, 8),  # a process keeps to fewer threads that it was given
+        (8, {"_target_": "x.RayLauncher", "ray": {"remote": {"num_cpus": 3}}}, 3),
+    ],
 )
-def test_workers_share_the_cores(machine, tmp_path, cores, jobs, threads):
+def test_workers_share_the_cores(machine, tmp_path, cores, launcher, threads):
     machine(cores)
-    workers.acquire_slot({**JOBLIB, "n_jobs": jobs}, tmp_path)
+    workers.acquire_slot(launcher, tmp_path)
     assert torch.get_num_threads() == threads
 
 
-def test_a_model_that_stays_is_not_taken_for_a_leak(machine, tmp_path, monkeypatch):
-    loky = importlib.import_module(workers._LOKY)
-    monkeypatch.setattr(loky, "_MAX_MEMORY_LEAK_SIZE", loky._MAX_MEMORY_LEAK_SIZE)
+@pytest.mark.parametrize("launcher", ["BasicLauncher", "SlurmLauncher", "RayLauncher"])
+def test_other_launchers_hand_out_their_own_shares(machine, tmp_path, launcher):
     machine(2)
-    workers.acquire_slot({**JOBLIB, "n_jobs": 2}, tmp_path)
-    assert sys.maxsize == loky._MAX_MEMORY_LEAK_SIZE
+    workers.acquire_slot({"_target_": f"x.{launcher}"}, tmp_path)
+    assert torch.get_num_threads() == 8
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_process_that_was_given_fewer_threads_keeps_to_them(machine, tmp_path):
-    machine(16)
-    torch.set_num_threads(2)
-    workers.acquire_slot({**JOBLIB, "n_jobs": 2}, tmp_path)
-    assert torch.get_num_threads() == 2
+def test_a_model_that_stays_is_not_taken_for_a_leak(machine, tmp_path):
+    executor = importlib.import_module("joblib.externals.loky.process_executor")
+    before = dict(vars(executor))
+    machine(2)
+    try:
+        workers.acquire_slot({**JOBLIB, "n_jobs": 2}, tmp_path)
+        assert [value for name, value in vars(executor).items() if before[name] is not value] == [sys.maxsize]
+    finally:
+        vars(executor).update(before)
 
 
 def test_each_worker_has_a_gpu_of_its_own_for_as_long_as_it_lives(machine, tmp_path):
@@ -114,135 +125,71 @@ def test_each_worker_has_a_gpu_of_its_own_for_as_long_as_it_lives(machine, tmp_p
     assert torch.get_num_threads() == 4
 
 
-def test_a_machine_with_one_gpu_leaves_it_chosen(machine, tmp_path):
-    assert machine(16, gpus=1) == []
+def test_a_single_gpu_is_left_chosen(machine, tmp_path):
+    chosen = machine(16, gpus=1)
     workers.acquire_slot({**JOBLIB, "n_jobs": 2}, tmp_path)
-    assert torch.get_num_threads() == 8
-
-
-@pytest.mark.parametrize(
-    "launcher", ["hydra._internal.core_plugins.basic_launcher.BasicLauncher", "x.SlurmLauncher", "x.RayLauncher"]
-)
-def test_other_launchers_hand_out_their_own_shares(machine, tmp_path, launcher):
-    machine(2)
-    workers.acquire_slot({"_target_": launcher}, tmp_path)
-    assert torch.get_num_threads() == 8
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_ray_task_keeps_to_the_cores_that_it_was_given(machine, tmp_path):
-    machine(8)
-    workers.acquire_slot({"_target_": "x.RayLauncher", "ray": {"remote": {"num_cpus": 3}}}, tmp_path)
-    assert torch.get_num_threads() == 3
+    assert (chosen, torch.get_num_threads()) == ([], 8)
 
 
 def test_submitits_local_executor_waits_for_a_share(machine, tmp_path):
-    """It starts all cells at once: those that find no share wait until a process ends."""
+    """It starts all cells at once: those that get no share wait until a process ends."""
     machine(2)
-    held = [FileLock(tmp_path / ".slots" / f"{slot}.lock") for slot in range(2)]
-    (tmp_path / ".slots").mkdir()
-    for lock in held:
-        lock.acquire()
-    waiting = subprocess.Popen(
-        [sys.executable, "-c", _WAIT, str(tmp_path)],
-        env=environment(DASS_EXP_WORKERS="2"),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert waiting.stdout.readline() == "waiting\n"
-        time.sleep(1)
-        assert waiting.poll() is None
-        held[1].release()
-        assert waiting.communicate(timeout=60)[0] == "has 1\n"
-    finally:
-        waiting.kill()
-        held[0].release()
-
-
-_WAIT = """
-import sys
-from pathlib import Path
-from dass_exp import __main__ as entry
-from dass_exp.runs import workers
-print("waiting", flush=True)
-workers.acquire_slot({"_target_": "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher"}, Path(sys.argv[1]))
-print("has", Path(workers._HELD[0].lock_file).stem)
-"""
-
-
-def test_the_ready_launchers_are_these():
-    assert LAUNCHERS == ["joblib", "ray", "slurm"]
+    waiting = threading.Thread(target=workers.join, args=({"_target_": "x.LocalLauncher"}, tmp_path), daemon=True)
+    with FileLock(tmp_path / ".slots" / "0.lock"), FileLock(tmp_path / ".slots" / "1.lock") as second:
+        waiting.start()
+        waiting.join(1)
+        assert waiting.is_alive()
+        second.release()
+        waiting.join(10)
+        assert not waiting.is_alive()
 
 
 @pytest.mark.filterwarnings(r"ignore:\s*'hydra/launcher/")
-@pytest.mark.parametrize(
-    "name", [name for name in LAUNCHERS if name != "ray"]
-)  # its plugin is no part of what the tests install
-def test_a_ready_launcher_composes(name, monkeypatch):
+def test_the_launcher_of_one_machine_reads_what_fits(monkeypatch):
     monkeypatch.setenv("DASS_EXP_ROOT", str(ROOT))
     monkeypatch.setenv("DASS_EXP_WORKERS", "7")
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        launcher = hydra_compose("config", [f"hydra/launcher={name}"], return_hydra_config=True).hydra.launcher
-    assert launcher._target_.startswith("hydra_plugins.")
-    if name == "joblib":
-        assert (launcher.n_jobs, launcher.batch_size) == (7, "1")
-    else:
-        assert launcher.submitit_folder.endswith("/.submitit/%j")
+        launcher = compose("config", ["hydra/launcher=joblib"], return_hydra_config=True).hydra.launcher
+    assert (launcher._target_, launcher.n_jobs, launcher.batch_size) == (JOBLIB["_target_"], 7, "1")
 
 
 def cells(tiny, *more):
-    few = [
-        "eval=ppl_mini",
-        "eval.perplexity.context=32",
-        "eval.perplexity.max_windows=4",
-        "calibration.num_samples=4",
-        "calibration.seq_len=32",
-    ]
-    return [f"model.path={tiny}", "model.name=tiny", "tracker=none", *few, *more]
+    return [f"model.path={tiny}", "model.name=tiny", "tracker=none", "eval=ppl_mini", *SHORT, *more]
+
+
+def metrics(folder):
+    return {key: record["metrics"] for key, record in load(folder / "results").records.items()}
 
 
 @pytest.fixture(name="serial", scope="module")
 def serial_fixture(tiny, tmp_path_factory):
-    """The records of three cells and their dense one, made in one process with two threads."""
+    """The scores of three cells and their dense one, from one process with two threads."""
     folder = tmp_path_factory.mktemp("serial")
     done = command("-m", *cells(tiny, "method=wanda,dass,sparsegpt"), folder=folder)
     assert done.returncode == 0, done.stderr
-    return load(folder / "results").records
+    return metrics(folder)
 
 
-def same_numbers(records, others):
-    return {key: record["metrics"] for key, record in records.items()} == {
-        key: record["metrics"] for key, record in others.items()
-    }
-
-
-@pytest.mark.parametrize(
-    "launcher",
-    [["joblib", "hydra.launcher.n_jobs=2"], ["submitit_local"], pytest.param(["ray"], marks=pytest.mark.slow)],
-    ids=lambda launcher: launcher[0],
-)
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", pytest.param("ray", marks=pytest.mark.slow)])
 def test_a_real_sweep_gives_the_numbers_of_one_process(tiny, serial, tmp_path, launcher):
-    name, *more = launcher
-    if name == "ray":
-        pytest.importorskip(
-            "hydra_plugins.hydra_ray_launcher", reason="the extra ray is not installed: make test-all installs it"
-        )
-    done = command("-m", *cells(tiny, "method=wanda,dass,sparsegpt"), f"hydra/launcher={name}", *more, folder=tmp_path)
+    if launcher == "ray":
+        pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="make test-all installs the extra ray")
+    more = [f"hydra/launcher={launcher}", *(["hydra.launcher.n_jobs=2"] if launcher == "joblib" else [])]
+    done = command("-m", *cells(tiny, "method=wanda,dass,sparsegpt"), *more, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    records = load(tmp_path / "results").records
-    assert len(records) == 4
-    assert same_numbers(records, serial)
-    assert {record["environment"]["threads"] for record in records.values()} == {max(1, workers.cores() // 2)}
+    assert metrics(tmp_path) == serial
+    assert len(serial) == 4
+    records = load(tmp_path / "results").records.values()
+    assert {record["environment"]["threads"] for record in records} == {max(1, workers.cores() // 2)}
     assert "│ wanda" in done.stdout
 
 
-def test_a_bad_cell_of_a_worker_is_told_at_the_end(tiny, tmp_path):
+def test_a_bad_cell_of_a_worker_is_named_at_the_end(tiny, tmp_path):
     done = command("-m", "method.alpha=0.5,-1", *cells(tiny), "hydra/launcher=joblib", folder=tmp_path)
     assert done.returncode == 1
     assert "failed: method.alpha=-1" in done.stderr
-    assert len(load(tmp_path / "results").records) == 2
+    assert len(metrics(tmp_path)) == 2
 
 
 @pytest.mark.parametrize(
@@ -252,76 +199,38 @@ def test_a_bad_cell_of_a_worker_is_told_at_the_end(tiny, tmp_path):
 def test_a_launcher_that_is_not_installed_names_its_extra(monkeypatch, launcher, extra):
     monkeypatch.setattr(sys, "argv", ["dass-exp", "-m", f"hydra/launcher={launcher}"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert entry._mistyped().startswith(
-        f"hydra/launcher={launcher}: this launcher is an extra; pip install 'dass_exp[{extra}]'"
-    )
-
-
-@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="ray is installed here")
-def test_the_command_names_the_extra_of_a_launcher_that_is_missing(tmp_path):
-    done = command("-m", "method=wanda", "hydra/launcher=ray", folder=tmp_path)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert "pip install 'dass_exp[ray]'" in done.stderr
+    message = f"hydra/launcher={launcher}: this launcher is an extra; pip install 'dass_exp[{extra}]'"
+    assert entry._mistyped().startswith(message)
 
 
 def test_slurm_is_asked_for_what_the_config_says(tiny, tmp_path):
     """Submitit's own submission file, taken from a stand-in for sbatch that refuses it: there is no cluster here."""
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    for name, script in (
-        ("srun", "exit 1"),
-        ("sbatch", f'cp "$1" {tmp_path}/submitted.sh; echo "sbatch: error: invalid partition" >&2; exit 1'),
-    ):
-        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
-        (tools / name).chmod(stat.S_IRWXU)
-    more = [
-        "hydra.launcher.partition=gpu",
-        "hydra.launcher.timeout_min=90",
-        "+hydra.launcher.additional_parameters.mail-type=END",
-    ]
-    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
-    done = command("-m", *cells(tiny, "method=wanda,dass"), "hydra/launcher=slurm", *more, folder=tmp_path, PATH=path)
+    refuse = f'cp "$1" {tmp_path}/submitted.sh; echo "sbatch: error: invalid partition" >&2; exit 1'
+    for name, script in (("srun", "exit 1"), ("sbatch", refuse)):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(stat.S_IRWXU)
+    more = ["hydra/launcher=slurm", "hydra.launcher.partition=gpu", "hydra.launcher.timeout_min=90"]
+    more += ["+hydra.launcher.additional_parameters.mail-type=END"]
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = command("-m", *cells(tiny, "method=wanda,dass"), *more, folder=tmp_path, PATH=path)
     assert done.returncode == 2
     assert "invalid partition" in done.stderr
     assert "Slurm refused the jobs" in done.stderr
     assert "again" not in done.stderr
-    asked = {
-        line.removeprefix("#SBATCH --")
-        for line in (tmp_path / "submitted.sh").read_text().splitlines()
-        if line.startswith("#SBATCH")
-    }
-    assert asked >= {
-        "array=0-1%2",
-        "cpus-per-task=8",
-        "gpus-per-node=1",
-        "mem=64GB",
-        "partition=gpu",
-        "time=90",
-        "requeue",
-        "mail-type=END",
-        "job-name=dass_exp",
-    }
+    lines = (tmp_path / "submitted.sh").read_text().splitlines()
+    expected = "array=0-1%2 cpus-per-task=8 gpus-per-node=1 mem=64GB partition=gpu time=90 requeue mail-type=END"
+    requested = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
+    assert requested >= {*expected.split(), "job-name=dass_exp"}
+    done = command("-m", *cells(tiny, "method=wanda,dass"), *more, "plan=true", folder=tmp_path)  # needs no launcher
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("would run") == 2
 
 
-def test_a_launcher_without_a_sweep_is_told(tiny, tmp_path):
+def test_a_launcher_without_a_sweep_is_refused(tiny, tmp_path):
     done = command(*cells(tiny), "hydra/launcher=joblib", folder=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("hydra/launcher=joblib: a launcher runs the cells of a sweep")
     assert not (tmp_path / "results" / "runs").exists()
-
-
-def test_a_plan_needs_no_launcher(tiny, tmp_path):
-    done = command(
-        "-m",
-        *cells(tiny, "method=wanda,dass"),
-        "hydra/launcher=slurm",
-        "hydra.launcher.partition=gpu",
-        "plan=true",
-        folder=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("would run") == 2
 
 
 def test_a_worker_that_dies_leaves_the_table_of_the_others(tiny, tmp_path):
@@ -329,23 +238,14 @@ def test_a_worker_that_dies_leaves_the_table_of_the_others(tiny, tmp_path):
     (tmp_path / "deadly.py").write_text(_DEADLY)
     (tmp_path / "own" / "method").mkdir(parents=True)
     (tmp_path / "own" / "method" / "deadly.yaml").write_text("_target_: deadly.Deadly\n")
-    first = command("-m", *cells(tiny, "method=wanda"), folder=tmp_path)
-    assert first.returncode == 0, first.stderr
-    own = [
-        "--config-dir",
-        "own",
-        "-m",
-        "plugins=[deadly]",
-        *cells(tiny, "method=wanda,deadly"),
-        "hydra/launcher=joblib",
-        "hydra.launcher.n_jobs=2",
-    ]
-    done = command(*own, folder=tmp_path, PYTHONPATH=str(tmp_path))
+    sweep = ["--config-dir", "own", "-m", "plugins=[deadly]", *cells(tiny, "method=wanda,deadly")]
+    sweep += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    done = command(*sweep, folder=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     assert "│ wanda" in done.stdout
     assert "the launcher ended before the sweep did" in done.stderr
     assert "Traceback" not in done.stderr
-    again = command(*own, folder=tmp_path, PYTHONPATH=str(tmp_path), SPARE="1")
+    again = command(*sweep, folder=tmp_path, PYTHONPATH=str(tmp_path), SPARE="1")
     assert again.returncode == 0, again.stderr
     assert "│ deadly" in again.stdout
 
@@ -360,99 +260,81 @@ from dass_exp.methods.wanda import Wanda
 class Deadly(Wanda):
     def score(self, linear, block):
         while "SPARE" not in os.environ:
-            if len(list(Path("results").glob("hydra/*/*/0/cell.json"))) == 2:  # the other cell of this sweep has left word, after that of the first
+            if list(Path("results").glob("hydra/*/*/0/cell.json")):  # the cell of wanda is done
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(0.05)
         return super().score(linear, block)
 """
+SWEEP = ["sweeps=alpha", "pattern=2of4,4of8", "method.alpha=0,0.25,0.5,0.75,1", "method=dass"]
 
 
-KILLED = ["sweeps=alpha", "pattern=2of4,4of8", "method.alpha=0,0.25,0.5,0.75,1", "method=dass"]
-
-
-def launch_and_kill(arguments, folder, records):
-    """Kill the command and all that it started, without a warning, once it has written so many records."""
-    call = [sys.executable, "-m", "dass_exp", *arguments]
-    process = subprocess.Popen(
-        call,
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    limit = time.monotonic() + 120
+def launch(arguments, folder, until, whole_group=False):
+    """Start the command and kill it, with all that it started, once ``until()`` holds; return the time limit."""
+    call, limit = [sys.executable, "-m", "dass_exp", *arguments], time.monotonic() + 120
+    process = subprocess.Popen(call, cwd=folder, env=environment(), start_new_session=whole_group, **QUIET)
     try:
-        while len(list(folder.glob("results/runs/*/result.json"))) < records:
+        while not until():
             assert time.monotonic() < limit
             assert process.poll() is None, "it ended before it could be killed"
             time.sleep(0.005)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL) if whole_group else process.kill()
         process.wait()
+    return limit
 
 
-def alive(folder):
+def processes_in(folder):
     """Processes that run in this folder."""
-    found = []
+    running = []
     for cwd in Path("/proc").glob("[0-9]*/cwd"):
         with suppress(OSError):
-            found += [cwd.parent.name] if cwd.readlink() == folder else []
-    return found
+            running += [cwd.parent.name] if cwd.readlink() == folder else []
+    return running
 
 
 @pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="there is no /proc here to look into")
 def test_workers_end_with_the_process_that_launched_them(tiny, tmp_path):
-    call = [
-        sys.executable,
-        "-m",
-        "dass_exp",
-        *cells(tiny, *KILLED, "hydra/launcher=joblib", "calibration.num_samples=512"),
-    ]
-    process = subprocess.Popen(
-        call, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    limit = time.monotonic() + 120
-    while not list(tmp_path.glob("results/hydra/*/*/.slots/*.lock")):
-        assert time.monotonic() < limit
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    while alive(tmp_path):
-        assert time.monotonic() < limit, alive(tmp_path)
+    arguments = cells(tiny, *SWEEP, "hydra/launcher=joblib", "calibration.num_samples=512")
+    limit = launch(arguments, tmp_path, lambda: list(tmp_path.glob("results/hydra/*/*/.slots/*.lock")))
+    while processes_in(tmp_path):
+        assert time.monotonic() < limit, processes_in(tmp_path)
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("launcher", [[], ["hydra/launcher=joblib"]], ids=["one process", "joblib"])
-def test_a_killed_sweep_goes_on_and_runs_nothing_twice(tiny, tmp_path, launcher):
-    arguments = cells(tiny, *KILLED, *launcher)
-    kept = {}
-    for records in (2, 5):
-        launch_and_kill(arguments, tmp_path, records)
-        found = {
-            path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("results/runs/*/result.json")
-        }
-        assert len(found) < 11
-        assert kept.items() <= found.items()
-        kept = found
+def records_in(folder):
+    paths = folder.glob("results/runs/*/result.json")
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "kills"),
+    [
+        (["hydra/launcher=joblib"], [4]),
+        pytest.param(["hydra/launcher=joblib"], [2, 5], marks=pytest.mark.slow),
+        pytest.param([], [2, 5], marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_sweep_continues_and_runs_nothing_twice(tiny, tmp_path, launcher, kills):
+    arguments, kept = cells(tiny, *SWEEP, *launcher), {}
+    for count in kills:
+        launch(arguments, tmp_path, lambda count=count: len(records_in(tmp_path)) >= count, whole_group=True)
+        records = records_in(tmp_path)
+        assert len(records) < 11
+        assert kept.items() <= records.items()
+        kept = records
     done = command(*arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    finished = {
-        path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("results/runs/*/result.json")
-    }
-    assert len(finished) == 11  # ten cells and their dense record
-    assert kept.items() <= finished.items()
+    records = records_in(tmp_path)
+    assert len(records) == 11  # ten cells and their dense record
+    assert kept.items() <= records.items()
     assert done.stderr.count("pruning with dass") == 11 - len(kept)
     assert done.stderr.count("loading the model") <= (2 if launcher else 1)  # once a worker
-    cli.main(["alpha", "--results", str(tmp_path / "results")])
     whole = tmp_path / "whole"
     whole.mkdir()
-    assert command(*cells(tiny, *KILLED), folder=whole).returncode == 0
-    cli.main(["alpha", "--results", str(whole / "results")])
+    assert command(*cells(tiny, *SWEEP), folder=whole).returncode == 0
+    for folder in (tmp_path, whole):
+        cli.main(["alpha", "--results", str(folder / "results")])
+        assert load(folder / "results").problems == []
     for ending in ("md", "csv", "tex"):
-        first, second = (
-            (folder / "results" / "tables" / f"alpha.{ending}").read_text() for folder in (tmp_path, whole)
-        )
-        assert first == second
-    assert json.dumps(load(tmp_path / "results").problems) == "[]"
+        first, second = (folder / "results" / "tables" / f"alpha.{ending}" for folder in (tmp_path, whole))
+        assert first.read_text() == second.read_text()

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment goes on from its last block and ends with the same weights, masks and figures."""
+"""A run that is killed at any moment continues after its last block, to the same weights, masks and scores."""
 
 from __future__ import annotations
 
@@ -7,21 +7,30 @@ import os
 import random
 import signal
 import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
-from dass_exp.runs.journal import Journal
 from safetensors.torch import load_file
-from support import Killed, contains, run_with, save_tiny, stopped_behind, tiny_config, tiny_overrides
+from support import (
+    Killed,
+    contains,
+    killed_after_block,
+    listening,
+    run_with,
+    save_tiny,
+    tiny_config,
+    tiny_overrides,
+    without,
+)
 
 import dass_exp
-from dass_exp.engine.prune import prune_model
 from dass_exp.errors import UserError
 from dass_exp.models.shards import Shards
-from dass_exp.runs import progress
+from dass_exp.runs.context import RunContext, SilentReporter
 
-STREAM = "model.placement=stream"
-RESIDENT = "model.placement=resident"
+STREAM, RESIDENT = "model.placement=stream", "model.placement=resident"
 BLOCKS = 6
 
 pytestmark = pytest.mark.usefixtures("short_texts")
@@ -33,62 +42,90 @@ def deep(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("deep") / "model", tiny_config(num_hidden_layers=BLOCKS))
 
 
-def content(folder):
-    """Everything that a run left, but for times and where and when it was made."""
-    (path,) = [
-        path
-        for path in folder.glob("results/runs/*/result.json")
-        if json.loads(path.read_text())["config"]["method"]["name"] != "dense"
-    ]
-    record = json.loads(path.read_text())
-    (dense,) = [
-        path
-        for path in folder.glob("results/runs/*/result.json")
-        if json.loads(path.read_text())["config"]["method"]["name"] == "dense"
-    ]
-    layers = [
-        {name: value for name, value in layer.items() if name != "seconds"} for layer in record["sparsity"]["layers"]
-    ]
-    weights = {
-        name: tensor for file in folder.glob("saved/model*.safetensors") for name, tensor in load_file(file).items()
-    }
+@pytest.fixture(name="settings")
+def settings_fixture(deep, tmp_path):
+    """A function: the overrides of a resumable run in a folder, the test's own by default."""
+
+    def overrides(method="dass", placement=STREAM, folder=tmp_path):
+        run = [*tiny_overrides(deep, folder / "results"), f"method={method}", "scope=all", placement]
+        return [*run, "resume=true", f"save={folder}/saved"]
+
+    return overrides
+
+
+@pytest.fixture(scope="module", name="cache")
+def cache_fixture():
+    return {}
+
+
+@pytest.fixture(name="whole")
+def whole_fixture(settings, cache, tmp_path_factory):
+    """A function: what a run of this method and placement leaves behind that nobody kills."""
+
+    def content(method="dass", placement=STREAM):
+        if (method, placement) not in cache:
+            folder = tmp_path_factory.mktemp("whole")
+            run_with(*settings(method, placement, folder), "resume=false")
+            cache[method, placement] = content_of(folder)
+        return cache[method, placement]
+
+    return content
+
+
+def content_of(folder):
+    """Everything that a run has left behind, without times and places: numbers and names, weights, masks."""
+    records = [json.loads(path.read_text()) for path in folder.glob("results/runs/*/result.json")]
+    facts = {"files": sorted(path.name for path in (folder / "saved").iterdir())}
+    for record in records:
+        layers = [{**layer, "seconds": None} for layer in record["sparsity"]["layers"]]
+        facts[record["config"]["method"]["name"]] = record["key"], record["metrics"], layers
+    tensors = {}
+    for file in folder.glob("saved/model*.safetensors"):
+        tensors |= load_file(file)
     masks = dass_exp.load_masks(folder / "saved" / "masks.safetensors")
-    files = sorted(path.name for path in (folder / "saved").iterdir())
-    return record["key"], record["metrics"], layers, json.loads(dense.read_text())["metrics"], files, weights, masks
+    return facts, tensors, masks
 
 
-def same(one, other):
-    tensors = [
-        part
-        for part in one
-        if isinstance(part, dict) and part and all(isinstance(value, torch.Tensor) for value in part.values())
-    ]
-    assert len(tensors) == 2
-    for ours, theirs in zip(one, other, strict=True):
-        if any(ours is part for part in tensors):
-            assert ours.keys() == theirs.keys()
-            assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-        else:
-            assert ours == theirs
+def assert_same(content, expected):
+    assert content[0] == expected[0]
+    for tensors, others in zip(content[1:], expected[1:], strict=True):
+        assert tensors.keys() == others.keys()
+        assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
 
 
-def overrides(deep, folder, method="dass", placement=STREAM):
-    return [
-        *tiny_overrides(deep, folder / "results"),
-        f"method={method}",
-        "scope=all",
-        placement,
-        f"save={folder}/saved",
-    ]
+def names(folder):
+    """The files and folders there; a lock of a run that is killed may stay, an empty file."""
+    return {path.name for path in folder.iterdir()} - {".saved.lock"}
 
 
-def killed_after(seconds, *settings):
-    """Do a run in a process of its own and kill it; whether it came to its end before."""
+@contextmanager
+def killed_before(stop):
+    """Kill in place of the first file operation for which ``stop(operation, name)`` holds; refuse all later ones."""
+    killed = []
+
+    def watched(operation, real):
+        def call(*paths, **settings):
+            target = [path for path in paths if not isinstance(path, int)][-1]  # mkdir takes a mode
+            if killed or stop(operation, Path(target).name):
+                killed.append(operation)
+                raise Killed
+            return real(*paths, **settings)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patched:
+        for operation in ("mkdir", "rename", "replace", "unlink", "remove", "rmdir"):
+            patched.setattr(os, operation, watched(operation, getattr(os, operation)))
+        yield
+
+
+def killed_after(seconds, *overrides):
+    """Do a run in a forked process and kill it after some time."""
     child = os.fork()
     if not child:
         status = 1
         try:
-            run_with(*settings)
+            run_with(*overrides)
             status = 0
         finally:
             os._exit(status)
@@ -96,247 +133,180 @@ def killed_after(seconds, *settings):
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return not os.WIFSIGNALED(status)
 
 
-@pytest.mark.parametrize(("method", "more"), [("dass", []), ("sparsegpt", []), ("dass", [RESIDENT, "checkpoint=true"])])
-def test_killed_at_random_moments_it_ends_in_the_same_weights(deep, tmp_path, method, more):
-    (tmp_path / "whole").mkdir()
-    run_with(
-        *overrides(deep, tmp_path / "whole", "dense"), "save=null", RESIDENT
-    )  # a model in memory is scored dense first: the kills are for what follows
-    start = time.perf_counter()
-    run_with(*overrides(deep, tmp_path / "whole", method), *more)
-    lasts = time.perf_counter() - start
-    expected, draw, gone_on, moment = content(tmp_path / "whole"), random.Random(0), 0, 0
-    while moment < 10 or (gone_on < 3 and moment < 40):  # on a busy machine most kills may come too early or too late
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "placement"), [("dass", STREAM), ("sparsegpt", STREAM), ("dass", RESIDENT)])
+def test_killed_at_random_moments_it_ends_in_the_same_weights(settings, whole, tmp_path, method, placement):
+    expected, start = whole(method, placement), time.perf_counter()
+    run_with(*settings(method, placement), "rerun=true")
+    duration, draw, resumed, moment = time.perf_counter() - start, random.Random(0), 0, 0
+    while moment < 10 or (resumed < 3 and moment < 40):  # on a busy machine most kills may come too early or too late
         folder = tmp_path / str(moment)
-        folder.mkdir()
-        if RESIDENT in more:
-            run_with(*overrides(deep, folder, "dense"), "save=null", RESIDENT)
         for _ in range(2):
-            killed_after(draw.uniform(0.1, 1.0) * lasts, *overrides(deep, folder, method), *more)
-            gone_on += (folder / ".saved.partial" / "state.safetensors").is_file()
-        run_with(*overrides(deep, folder, method), *more)
-        same(content(folder), expected)
-        left = {path.name for path in folder.iterdir()}
-        assert left - {".saved.lock"} == {"results", "saved"}  # an empty file, if the kill came behind the record
+            killed_after(draw.uniform(0.1, 1.0) * duration, *settings(method, placement, folder))
+            resumed += (folder / ".saved.partial" / "state.safetensors").is_file()
+        run_with(*settings(method, placement, folder))
+        assert_same(content_of(folder), expected)
+        assert names(folder) == {"results", "saved"}
         moment += 1
-    assert gone_on >= 3  # some were killed in the midst
+    assert resumed >= 3
 
 
-@pytest.mark.parametrize("method", ["dass", "magnitude", "dense"])
-@pytest.mark.parametrize("block", [0, 2, BLOCKS - 1])
-def test_it_goes_on_behind_the_last_block_that_was_done(deep, tmp_path, method, block, monkeypatch, caplog):
-    (tmp_path / "whole").mkdir()
-    settings = overrides(deep, tmp_path, method)
-    stopped_behind(block, monkeypatch, *settings)
-    reads, read = [], Shards.read
-    caplog.set_level("INFO")
-    with monkeypatch.context() as patched:
-        patched.setattr(
-            Shards,
-            "read",
-            lambda shards, names, dtype: reads.extend(names := list(names)) or read(shards, names, dtype),
-        )
-        found = run_with(*settings).record
-    assert f"going on behind block {block} of an interrupted run" in caplog.text
-    assert {int(name.split(".")[2]) for name in reads if ".layers." in name} == set(range(block + 1, BLOCKS))
-    whole = run_with(*overrides(deep, tmp_path / "whole", method)).record
-    assert found["metrics"] == whole["metrics"]
-    if method != "dense":
-        same(content(tmp_path), content(tmp_path / "whole"))
-
-
-@pytest.mark.parametrize("method", ["dass", "sparsegpt", "magnitude"])
-@pytest.mark.parametrize("block", [0, 3, BLOCKS - 1])
-def test_a_model_in_memory_goes_on_too(deep, tmp_path, method, block, monkeypatch):
-    settings = [*overrides(deep, tmp_path, method, RESIDENT), "checkpoint=true"]
-    stopped_behind(block, monkeypatch, *settings)
-    pruned = []
-    with monkeypatch.context() as patched:
-        note = Journal.note
-        patched.setattr(
-            Journal,
-            "note",
-            lambda journal, report, pattern: pruned.append(report.name) or note(journal, report, pattern),
-        )
-        run_with(*settings)
-    assert pruned == [f"model.layers.{index}" for index in range(block + 1, BLOCKS)]
-    (tmp_path / "whole").mkdir()
-    run_with(*overrides(deep, tmp_path / "whole", method, RESIDENT))
-    same(content(tmp_path), content(tmp_path / "whole"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["results", "saved", "whole"]
-
-
-def test_killed_while_it_is_scored_it_prunes_no_block_again(deep, tmp_path, monkeypatch):
-    settings = [part for part in overrides(deep, tmp_path, placement=RESIDENT) if not part.startswith("save=")] + [
-        "checkpoint=true"
-    ]
-    run_with(*settings, "method=dense")
-
-    def kill(*arguments):
-        raise Killed
-
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr("dass_exp.runs.making.perplexity", kill)
-        run_with(*settings)
-    with monkeypatch.context() as patched:
-        patched.setattr(Journal, "note", lambda *arguments: pytest.fail("pruned again"))
-        found = run_with(*settings).record
-    whole = run_with(*settings, "rerun=true", "checkpoint=false").record
-    assert found["metrics"] == whole["metrics"]
-    assert not list(tmp_path.glob("results/runs/*/work"))
-
-
-def test_what_was_spent_before_a_kill_counts(deep, tmp_path, monkeypatch):
-    settings, real, slept = overrides(deep, tmp_path), progress.save_step, []
-
-    def slow(folder, identity, placement, step):
-        if not slept:
-            slept.append(time.sleep(1.0))
-        real(folder, identity, placement, step)
-
-    monkeypatch.setattr("dass_exp.runs.journal.save_step", slow)
-    stopped_behind(2, monkeypatch, *settings)  # this replaces the slow one for its time
-    assert run_with(*settings).record["cost"]["prune_s"] >= 1.0
-    assert len(slept) == 1
-
-
-def test_another_placement_is_named_and_auto_goes_on_as_it_began(deep, tmp_path, monkeypatch, caplog):
-    stopped_behind(1, monkeypatch, *overrides(deep, tmp_path))
-    with pytest.raises(UserError, match=r"model\.placement=stream \(now resident\)"):
-        run_with(*overrides(deep, tmp_path, placement=RESIDENT))
-    caplog.set_level("INFO")
-    run_with(*overrides(deep, tmp_path, placement="model.placement=auto"))
-    assert "going on behind block 1 of an interrupted run" in caplog.text
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["results", "saved"]
-
-
-def test_no_state_is_kept_where_none_is_asked_for(deep, tmp_path, monkeypatch):
-    monkeypatch.setattr("dass_exp.runs.journal.save_step", lambda *arguments: pytest.fail("kept"))
-    run_with(*overrides(deep, tmp_path), "checkpoint=false")
-    run_with(*overrides(deep, tmp_path, placement=RESIDENT), "rerun=true")
-
-
-def test_each_block_draws_for_itself(deep, tmp_path, monkeypatch):
-    """A method that draws random numbers goes on with those that it would have drawn."""
-    drawn = {}
-
-    def noting(journal, report, pattern, note=Journal.note):
-        drawn.setdefault(report.name, []).append(float(torch.rand(1)))
-        note(journal, report, pattern)
-
-    monkeypatch.setattr(Journal, "note", noting)
-    run_with(*overrides(deep, tmp_path))
-    stopped_behind(2, monkeypatch, *overrides(deep, tmp_path), "rerun=true")
-    run_with(*overrides(deep, tmp_path), "rerun=true")
-    assert all(len(numbers) == 2 and len(set(numbers)) == 1 for numbers in drawn.values())
-    assert len({numbers[0] for numbers in drawn.values()}) == BLOCKS
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", [STREAM, RESIDENT])
+def test_killed_before_any_file_operation_it_ends_in_the_same_weights(settings, whole, tmp_path, placement):
+    operations = []
+    with killed_before(lambda *operation: operations.append(operation)):
+        run_with(*settings(placement=placement))
+    assert len(operations) > 40
+    for last in range(len(operations)):
+        folder, countdown = tmp_path / str(last), iter(range(last))
+        with killed_before(lambda *operation, left=countdown: next(left, None) is None), pytest.raises(Killed):
+            run_with(*settings(placement=placement, folder=folder))
+        run_with(*settings(placement=placement, folder=folder))
+        assert_same(content_of(folder), whole(placement=placement))
+        assert names(folder) == {"results", "saved"}
 
 
 @pytest.mark.parametrize("more", [[], ["rerun=true"]])
 @pytest.mark.parametrize(
-    "place",
+    ("last", "times"),
     [
-        "dass_exp.models.save.write_masks",
-        "dass_exp.runs.run.discard",
-        "dass_exp.runs.progress.shutil.rmtree",
-        "dass_exp.runs.run.compose",
+        (("rename", "saved"), 1),  # the checkpoint is moved into place
+        (("replace", "result.json"), 1),  # the record of the dense model
+        (("replace", "result.json"), 2),
+        (("unlink", "state.safetensors"), 1),  # the state is deleted
+        (("rmdir", ".saved.partial"), 1),
     ],
 )
-def test_killed_around_the_end_it_ends_the_same(deep, tmp_path, place, more, monkeypatch):
-    """Before the checkpoint is renamed into place, behind that, and before the record is written."""
-
-    def kill(*arguments, **settings):
-        raise Killed
-
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(place, kill)
-        run_with(*overrides(deep, tmp_path), *more)
-    run_with(*overrides(deep, tmp_path), *more)
-    (tmp_path / "whole").mkdir()
-    run_with(*overrides(deep, tmp_path / "whole"))
-    same(content(tmp_path), content(tmp_path / "whole"))
+def test_killed_near_the_end_it_ends_the_same(settings, whole, tmp_path, last, times, more):
+    done, pruned = [], []
+    with killed_before(lambda *call: done.append(call) or done.count(last) == times), pytest.raises(Killed):
+        run_with(*settings(), *more)
+    run_with(*settings(), *more, context=listening(on_block_end=pruned.append))
+    assert_same(content_of(tmp_path), whole())
+    assert not pruned or (more and last[0] in ("unlink", "rmdir"))  # a finished run may run again
     assert not (tmp_path / ".saved.partial").exists()
 
 
-def interrupted(deep, tmp_path, monkeypatch, *more):
-    calls = []
+@pytest.mark.parametrize(("method", "block"), [("dass", 0), ("dass", 5), ("sparsegpt", 2), ("magnitude", 2)])
+@pytest.mark.parametrize("placement", [STREAM, RESIDENT])
+def test_it_continues_after_the_last_finished_block(settings, whole, tmp_path, method, block, placement, caplog):
+    killed_after_block(block, *settings(method, placement))
+    caplog.set_level("INFO")
+    pruned = []
+    context = listening(on_block_end=lambda report: pruned.append(report.index))
+    run_with(*settings(method, placement), context=context)
+    assert f"continuing after block {block} of an interrupted run" in caplog.text
+    assert pruned == list(range(block + 1, BLOCKS))
+    assert_same(content_of(tmp_path), whole(method, placement))
+    assert names(tmp_path) == {"results", "saved"}
 
-    def fragile(*arguments, **settings):
-        calls.append(None)
-        if len(calls) == 3:
+
+@pytest.mark.parametrize("method", ["dass", "dense"])
+def test_finished_blocks_are_not_read_again(settings, tmp_path, method, monkeypatch):
+    killed_after_block(2, *settings(method))
+    reads, read = [], Shards.read
+    with monkeypatch.context() as patched:
+        patched.setattr(Shards, "read", lambda shards, names, *rest: read(shards, reads.extend(names) or names, *rest))
+        record = run_with(*settings(method)).record
+    assert {int(name.split(".")[2]) for name in reads if ".layers." in name} == {3, 4, 5}
+    assert record["metrics"] == run_with(*settings(method, folder=tmp_path / "whole")).record["metrics"]
+
+
+def test_killed_while_it_is_scored_it_prunes_no_block_again(settings, tmp_path):
+    class KillWhileScored(SilentReporter):
+        def phase(self, name, steps=None):
+            if name == "perplexity of dass":
+                raise Killed
+            return super().phase(name, steps)
+
+    overrides, pruned = without(settings(placement=RESIDENT), "save="), []
+    with pytest.raises(Killed):
+        run_with(*overrides, context=RunContext(KillWhileScored()))
+    record = run_with(*overrides, context=listening(on_block_end=pruned.append)).record
+    assert pruned == []
+    assert record["metrics"] == run_with(*overrides, "rerun=true", "resume=false").record["metrics"]
+    assert not list(tmp_path.glob("results/runs/*/work"))
+
+
+def test_time_spent_before_a_kill_counts(settings):
+    def slow(report):
+        time.sleep(report.index == 0)
+        if report.index == 2:
             raise Killed
-        return progress.save_step(*arguments, **settings)
 
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr("dass_exp.runs.journal.save_step", fragile)
-        run_with(*overrides(deep, tmp_path), *more)
+    with pytest.raises(Killed):
+        run_with(*settings(), context=listening(on_block_end=slow))
+    assert run_with(*settings()).record["cost"]["prune_s"] >= 1.0
 
 
-def test_a_changed_setting_is_named(deep, tmp_path, monkeypatch):
-    interrupted(deep, tmp_path, monkeypatch)
+def test_another_placement_is_named_and_auto_continues_as_it_began(settings, tmp_path, caplog):
+    killed_after_block(1, *settings())
+    with pytest.raises(UserError, match=r"model\.placement=stream \(now resident\)"):
+        run_with(*settings(placement=RESIDENT))
+    caplog.set_level("INFO")
+    run_with(*settings(placement="model.placement=auto"))
+    assert "continuing after block 1 of an interrupted run" in caplog.text
+    assert names(tmp_path) == {"results", "saved"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kept"),
+    [([STREAM, "resume=false"], False), ([RESIDENT], False), ([STREAM], True), ([RESIDENT, "resume=true"], True)],
+)
+def test_state_is_kept_where_it_is_requested_and_by_default_in_streamed_runs(settings, tmp_path, overrides, kept):
+    seen = []
+    context = listening(on_block_end=lambda report: seen.append(bool(list(tmp_path.rglob("state.safetensors")))))
+    run_with(*without(settings(), "resume=", "model.placement"), *overrides, context=context)
+    assert seen == [kept] * BLOCKS
+
+
+def test_each_block_draws_the_same_random_numbers_after_a_kill(settings):
+    def drawing(numbers, last=None):
+        def stop(report):
+            if report.index == last:
+                raise Killed
+
+        return listening(on_block_start=lambda index: numbers.append(float(torch.rand(1))), on_block_end=stop)
+
+    whole, resumed = [], []
+    run_with(*settings(), context=drawing(whole))
+    with pytest.raises(Killed):
+        run_with(*settings(), "rerun=true", context=drawing(resumed, last=2))
+    run_with(*settings(), "rerun=true", context=drawing(resumed))
+    assert resumed == whole
+    assert len(set(whole)) == BLOCKS
+
+
+def test_a_changed_setting_is_named(settings, tmp_path):
+    killed_after_block(1, *settings())
     with pytest.raises(UserError) as caught:
-        run_with(*overrides(deep, tmp_path), "method.alpha=0.25", "seed=3")
-    assert contains(
-        str(caught.value),
-        [".saved.partial", "method.alpha=0.5 (now 0.25)", "seed=0 (now 3)", "set it back, or remove the folder"],
-    )
+        run_with(*settings(), "method.alpha=0.25", "seed=3")
+    words = [".saved.partial", "method.alpha=0.5 (now 0.25)", "seed=0 (now 3)", "set it back, or remove the folder"]
+    assert contains(str(caught.value), words)
     assert not (tmp_path / "saved").exists()
 
 
-def test_another_batch_size_may_go_on(deep, tmp_path, monkeypatch):
-    interrupted(deep, tmp_path, monkeypatch)
-    found = run_with(*overrides(deep, tmp_path), "calibration.batch_size=3", "eval.batch_size=1").record
-    (tmp_path / "whole").mkdir()
-    whole = run_with(*overrides(deep, tmp_path / "whole")).record
-    assert [layer["zeros"] for layer in found["sparsity"]["layers"]] == [
-        layer["zeros"] for layer in whole["sparsity"]["layers"]
-    ]
-    assert found["metrics"]["perplexity"]["wikipedia_mini"] == pytest.approx(
-        whole["metrics"]["perplexity"]["wikipedia_mini"], rel=1e-5
-    )
+def test_it_may_continue_with_another_batch_size(settings, tmp_path, whole):
+    killed_after_block(1, *settings())
+    run_with(*settings(), "calibration.batch_size=3", "eval.batch_size=1")
+    (_, metrics, layers), (_, expected, others) = content_of(tmp_path)[0]["dass"], whole()[0]["dass"]
+    assert [layer["zeros"] for layer in layers] == [layer["zeros"] for layer in others]
+    assert metrics["perplexity"]["wikipedia_mini"] == pytest.approx(expected["perplexity"]["wikipedia_mini"], rel=1e-5)
 
 
-def test_a_damaged_state_or_a_block_that_is_gone_is_told(deep, tmp_path, monkeypatch):
-    interrupted(deep, tmp_path, monkeypatch)
-    scratch = tmp_path / ".saved.partial"
-    victim = scratch / "made" / "model-00002-of-00007.safetensors"
+def test_a_damaged_state_or_a_missing_block_is_named(settings, tmp_path):
+    killed_after_block(1, *settings())
+    partial = tmp_path / ".saved.partial"
+    victim = partial / "made" / "model-00002-of-00007.safetensors"
     content = victim.read_bytes()
     victim.unlink()
     with pytest.raises(UserError, match=r"model-00002-of-00007\.safetensors is missing.*to begin again"):
-        run_with(*overrides(deep, tmp_path))
+        run_with(*settings())
     victim.write_bytes(content)
-    (scratch / "state.safetensors").write_bytes(b"half")
-    with pytest.raises(
-        UserError, match=r"state of an interrupted run cannot be read .*remove the folder to begin again"
-    ):
-        run_with(*overrides(deep, tmp_path))
-
-
-def test_without_a_place_to_save_the_state_lies_beside_the_record(deep, tmp_path, monkeypatch):
-    settings = [part for part in overrides(deep, tmp_path) if not part.startswith("save=")]
-    calls = []
-
-    def fragile(*arguments):
-        calls.append(None)
-        if len(calls) == 3:
-            raise Killed
-        return progress.save_step(*arguments)
-
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr("dass_exp.runs.journal.save_step", fragile)
-        run_with(*settings)
-    (state,) = tmp_path.glob("results/runs/*/work/state.safetensors")
-    assert run_with(*settings).record["metrics"]["perplexity"]
-    assert not state.parent.exists()
-
-
-def test_the_engine_begins_at_the_start_without_progress(tiny_model, tokens):
-    from dass_exp.api import method_of
-    from dass_exp.engine.prune import Options
-    from dass_exp.masks import NM
-
-    assert Options().progress.returns_tuple is None
-    assert prune_model(tiny_model("llama"), tokens, method_of("wanda"), NM(2, 4), Options()) == []
+    (partial / "state.safetensors").write_bytes(b"half")
+    message = r"state of an interrupted run cannot be read .*remove the folder to begin again"
+    with pytest.raises(UserError, match=message):
+        run_with(*settings())

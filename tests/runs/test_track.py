@@ -19,7 +19,7 @@ from wandb.proto import wandb_internal_pb2
 
 from dass_exp.data.texts import OfflineText
 from dass_exp.report.figures import draw
-from dass_exp.report.table import TableValue, ResultTable
+from dass_exp.report.table import ResultTable, TableValue
 from dass_exp.report.write import long_form, wide_form
 from dass_exp.runs.run import run
 from dass_exp.runs.track import NullTracker, Tracker, WandbTracker, flat_metrics, track_table
