@@ -65,7 +65,7 @@ def test_weights_are_identical_and_both_perplexities_those_of_the_models(family,
     dense = perplexity(resident, windows, 2).window_nll
     prune_model(resident, tokens, method_of(method), NM(2, 4), options)
     model, blocks = opened(tmp_path)
-    scorer, memory = StreamedPerplexity(model, windows, 2, Stopwatch()), InMemory()
+    scorer, memory = StreamedPerplexity(model, windows, 2, options, Stopwatch()), InMemory()
     prune_model(model, tokens, method_of(method), NM(2, 4), options, [scorer, memory], blocks)
     blocks.stop()
     prefixes = tuple(f"{block}." for block in decoder_of(resident).names)
