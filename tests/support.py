@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,36 @@ def settings_of(*overrides: str) -> RunConfig:
 def run_with(*overrides: str, context: RunContext | None = None) -> Outcome:
     """Do a run, or find its record, in this process."""
     return run(settings_of(*overrides), context)
+
+
+class Phases:
+    """A progress reporter that keeps the names of the phases of all runs that it is given to."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def phase(self, name: str, steps: int | None = None) -> AbstractContextManager[Callable[[], None]]:
+        """Note the phase, which is then one of ``names``."""
+        del steps
+        self.names.append(name)
+        return nullcontext(lambda: None)
+
+    def count(self, *words: str) -> list[int]:
+        """How many phases began with each of these words."""
+        return [sum(name.startswith(word) for name in self.names) for word in words]
+
+
+class FixedMemory(RunContext):
+    """A context in which so many bytes are free."""
+
+    def __init__(self, free: int, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.free = free
+
+    def available_memory(self, device: torch.device) -> int:
+        """The same on every device."""
+        del device
+        return self.free
 
 
 def tiny_overrides(folder: Path, results: Path) -> list[str]:
