@@ -63,6 +63,9 @@ class ModelCache:
         value: Thing = self._small[key]
         return value
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._small
+
     def model(self, spec: load.ModelSpec) -> nn.Module | None:
         """The model of this spec if it is the one in memory."""
         return self._model[1] if self._model is not None and self._model[0] == _identity(spec) else None
@@ -124,6 +127,10 @@ class RunContext:
                 return spec, load.load_tokenizer(spec)
 
         return self.cache.once(("model", repr(model)), search)
+
+    def has_found(self, model: ModelConfig) -> bool:
+        """Whether :meth:`find` needs no search for this model."""
+        return ("model", repr(model)) in self.cache
 
     def tokenizer(self, run: ResolvedRun) -> Any:
         """The tokenizer of a run's model."""

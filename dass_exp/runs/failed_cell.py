@@ -27,7 +27,7 @@ def describe_failed(
     Args:
         composed: what Hydra composed.
         choices: the file chosen in each config group.
-        context: that of the run, which has found the model already if it could.
+        context: that of the run, which has found the model if it could; it is not searched for again.
         packages: packages whose classes may be built.
     """
     try:
@@ -35,11 +35,11 @@ def describe_failed(
         components = Components.of(config)
     except UserError:
         return {"key": None, "config": _as_composed(composed, choices, packages)}
-    try:
-        run = identify_run(config, context)
-        return {"key": run.key, "config": describe_config(config, run.method, run.pattern, run.spec)}
-    except Exception:  # noqa: BLE001 - whatever made the cell fail may happen again here
-        return {"key": None, "config": describe_config(config, components.method, components.pattern)}
+    if context.has_found(config.model):
+        with suppress(Exception):  # whatever made the cell fail may happen again here
+            run = identify_run(config, context)
+            return {"key": run.key, "config": describe_config(config, run.method, run.pattern, run.spec)}
+    return {"key": None, "config": describe_config(config, components.method, components.pattern)}
 
 
 def _as_composed(composed: DictConfig, choices: Mapping[str, Any], packages: frozenset[str]) -> dict[str, Any]:
