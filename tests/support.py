@@ -1,4 +1,4 @@
-"""What the tests of the command share: a tiny model folder, composing and running in this process, the command in its own."""
+"""What tests of runs share: a tiny model folder, composing and running in this process, the command in its own."""
 
 from __future__ import annotations
 
@@ -53,12 +53,17 @@ def compose(*overrides: str) -> DictConfig:
     return composed_with_choices(*overrides)[0]
 
 
-def composed_with_choices(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
-    """What Hydra composes, and the file chosen in each group."""
+def composed_with_hydra(*overrides: str) -> DictConfig:
+    """What Hydra composes, its own settings included."""
     os.environ.setdefault("DASS_EXP_ROOT", str(ROOT))
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = hydra_compose("config", list(overrides), return_hydra_config=True)
+        return hydra_compose("config", list(overrides), return_hydra_config=True)
+
+
+def composed_with_choices(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
+    """What Hydra composes, and the file chosen in each group."""
+    composed = composed_with_hydra(*overrides)
     with open_dict(composed):
         choices = dict(composed.pop("hydra").runtime.choices)
     return composed, choices
@@ -137,7 +142,7 @@ def command(*arguments: str, folder: Path, **changes: str) -> subprocess.Complet
 
 
 def tiny_tokenizer(bos: str | None = "<s>") -> Any:
-    """A byte-level BPE tokenizer, trained on the spot; it knows a beginning-of-sequence token and does not add it by itself."""
+    """A byte-level BPE tokenizer, trained on the spot; it has a beginning-of-sequence token but does not add it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
