@@ -132,8 +132,9 @@ def test_a_plan_refuses_what_a_run_would_refuse(cell, results):
 
 @pytest.mark.parametrize("path", sorted((CONF / "model").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_model_file_says_what_it_needs(path, results, monkeypatch, tmp_path):
-    monkeypatch.setenv("DASS_EXP_CACHE", str(tmp_path))  # whatever was trained on this machine
     own = yaml.safe_load(path.read_text())
+    if own["path"].startswith("tiny:"):
+        monkeypatch.setenv("DASS_EXP_CACHE", str(tmp_path))  # whatever was trained on this machine
     assert own.keys() <= {"name", "path", "license", "parameters", "context", "revision", "dtype", "bos"}
     planned = plan(settings_of(f"model={path.stem}", f"results_dir={results}", "tracker=none"))
     assert f"{path.stem} ({own['path']})" in planned.needs
