@@ -1,4 +1,4 @@
-"""The command in a process of its own: exit codes, one line for a user's mistake, sweeps that go on, and where it writes."""
+"""The command in a process of its own: exit codes, one line for a mistake, sweeps that go on, and where it writes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from dass_exp.report.load import cells_of
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The folder that the command runs in."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    return folder
+    (tmp_path / "work").mkdir()
+    return tmp_path / "work"
 
 
 SWEEP = ["sweeps=alpha", "method.alpha=0,1"]
@@ -64,11 +63,9 @@ def test_a_sweep_goes_on_past_bad_cells_and_ends_with_1(folder, tiny):
     assert "method.alpha=-1: expected a number of at least 0" in swept.stderr
 
     cells = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("results/hydra/*/*/*/cell.json")}
-    assert {number: cell["status"] for number, cell in cells.items()} == {**dict.fromkeys("012", "failed"), "3": "done"}
-    records = {
-        json.loads(path.read_text())["config"]["method"]["name"]: path
-        for path in folder.glob("results/runs/*/result.json")
-    }
+    assert [cells[number]["status"] for number in "0123"] == ["failed", "failed", "failed", "done"]
+    paths = list(folder.glob("results/runs/*/result.json"))
+    records = {json.loads(path.read_text())["config"]["method"]["name"]: path for path in paths}
     assert set(records) == {"dass", "dense"}
     assert Path(cells["3"]["record"]) == records["dass"].resolve()
 

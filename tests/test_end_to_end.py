@@ -1,4 +1,4 @@
-"""The real SmolLM2 through the code of the command, with few tokens: no more than the order of the methods is certain."""
+"""The real SmolLM2 through the code of the command, with few tokens: only the order of the methods is certain."""
 
 from __future__ import annotations
 

@@ -5,19 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
+import support
 import yaml
-from support import (
-    CONF,
-    ROOT,
-    FixedMemory,
-    Phases,
-    command,
-    composed_with_choices,
-    composed_with_hydra,
-    run_with,
-    settings_of,
-    tiny_overrides,
-)
+from support import CONF, ROOT, FixedMemory, Phases, command, run_with, settings_of, tiny_overrides
 
 from dass_exp.engine.callbacks import Callback
 from dass_exp.errors import UserError
@@ -35,7 +25,7 @@ LOADED = "loading the model"
 @pytest.mark.parametrize("protocol", ["demo", "paper"])
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_sweep_composes_at_both_scales_to_axes_and_the_layout_of_a_table(name, protocol):
-    composed = composed_with_hydra(f"sweeps={name}", f"protocol={protocol}")
+    composed = support.composed_with_hydra(f"sweeps={name}", f"protocol={protocol}")
     params, layout = composed.hydra.sweeper.params, composed.sweep
     assert params
     assert all(str(axis) for axis in params.values())
@@ -98,7 +88,7 @@ def test_a_cell_without_enough_memory_is_the_same_cell_once_its_activations_are_
     context = FixedMemory(free)
     with pytest.raises(UserError, match=r"calibration\.cache=disk"):
         run_with(*cell, context=context)
-    failed = describe_failed(*composed_with_choices(*cell), context)
+    failed = describe_failed(*support.composed_with_choices(*cell), context)
     repaired = run_with(*cell, "calibration.cache=disk", context=FixedMemory(free)).record
     assert failed["key"] == repaired["key"]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load, save_file
-from support import command, compose, save_tiny, settings_of
+from support import command, compose, save_tiny, settings_of, tiny_config, tiny_overrides
 from transformers import MixtralConfig
 
 from dass_exp.config.settings import settings_without_effect
@@ -63,12 +63,8 @@ GROUPS = {
     "tracker._target_": "tracker=none",
 }
 OWN_TEST = {  # below, or in test_tiny.py
-    "model.path",
-    "model.revision",
-    "model.device",
-    "model.training_seed",
-    "calibration.text._target_",
-    "eval.perplexity.text._target_",
+    *("model.path", "model.revision", "model.device", "model.training_seed"),
+    *("calibration.text._target_", "eval.perplexity.text._target_"),
 }
 
 
@@ -99,16 +95,8 @@ WITHOUT_EFFECT = {
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
     """A mixture of experts, for which every setting has a meaning."""
-    config = MixtralConfig(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_local_experts=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return save_tiny(tmp_path_factory.mktemp("mixture") / "model", config)
+    settings = {**tiny_config(num_hidden_layers=1).to_dict(), "model_type": "mixtral", "num_local_experts": 2}
+    return save_tiny(tmp_path_factory.mktemp("mixture") / "model", MixtralConfig(**settings))
 
 
 @pytest.fixture(scope="module")
@@ -181,28 +169,18 @@ def test_equal_settings_have_equal_keys(tiny, one, other):
         assert key_with(tiny, *one) == key_with(tiny, *other)
 
 
-PRUNING = [
-    "pattern=4of8",
-    "scope=all",
-    "seed=3",
-    "calibration.num_samples=3",
-    "calibration.seq_len=99",
-    "calibration.text.asset=wikipedia",
-]
+SETTINGS_OF_A_METHOD = ["pattern=4of8", "scope=all", "seed=3", "calibration.num_samples=3", "calibration.seq_len=99"]
 
 
 @pytest.mark.parametrize(
     ("method", "uses"),
-    [("dense", ()), ("magnitude", ("pattern", "scope")), *[(name, ("",)) for name in ("dass", "wanda", "sparsegpt")]],
+    [("dense", ("eval",)), ("magnitude", ("eval", "pattern", "scope")), ("dass", ""), ("wanda", ""), ("sparsegpt", "")],
 )
 def test_a_key_holds_what_its_method_uses_and_nothing_else(tiny, method, uses):
+    overrides = [*SETTINGS_OF_A_METHOD, "calibration.text.asset=wikipedia", "eval=ppl_mini"]
     key = key_with(tiny, f"method={method}")
-    changing = {override for override in PRUNING if key_with(tiny, f"method={method}", override) != key}
-    assert changing == {override for override in PRUNING if override.startswith(uses)}
-
-
-def test_dense_depends_on_the_evaluation(tiny):
-    assert key_with(tiny, "method=dense", "eval=ppl_mini") != key_with(tiny, "method=dense")
+    changing = [override for override in overrides if key_with(tiny, f"method={method}", override) != key]
+    assert changing == [override for override in overrides if override.startswith(uses)]
 
 
 def test_each_method_and_each_of_its_settings_has_a_key_of_its_own(tiny):
@@ -222,24 +200,19 @@ def test_the_rule_for_starved_experts_is_in_the_key_of_a_calibrated_mixture_only
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(identity_module, "ENGINE_VERSION"), (identity_module, "EVALUATION_VERSION"), (Dass, "version")]
+    ("owner", "name", "raised", "unaffected"),
+    [
+        (identity_module, "ENGINE_VERSION", 99, "method=dense"),
+        (identity_module, "EVALUATION_VERSION", 99, "eval=none"),
+        (identity_module, "lm_eval_version", lambda: "99", "eval=ppl_mini"),
+        (Dass, "version", 99, "method=wanda"),
+    ],
 )
-def test_a_raised_version_changes_the_key(tiny, base, monkeypatch, owner, name):
-    monkeypatch.setattr(owner, name, getattr(owner, name) + 1)
+def test_a_raised_version_changes_the_keys_that_depend_on_it(tiny, base, monkeypatch, owner, name, raised, unaffected):
+    before = key_with(tiny, unaffected)
+    monkeypatch.setattr(owner, name, raised)
     assert key_with(tiny) != base
-
-
-def test_the_engine_version_does_not_touch_dense(tiny, monkeypatch):
-    before = key_with(tiny, "method=dense")
-    monkeypatch.setattr(identity_module, "ENGINE_VERSION", identity_module.ENGINE_VERSION + 1)
-    assert key_with(tiny, "method=dense") == before
-
-
-def test_the_version_of_lm_eval_is_in_the_key_of_zero_shot_runs_only(tiny, base, monkeypatch):
-    without = key_with(tiny, "eval=ppl_mini")
-    monkeypatch.setattr(identity_module, "lm_eval_version", lambda: "99")
-    assert key_with(tiny) != base
-    assert key_with(tiny, "eval=ppl_mini") == without
+    assert key_with(tiny, unaffected) == before
 
 
 def test_the_type_of_device_is_in_the_key(tiny):
@@ -260,11 +233,6 @@ def test_no_path_of_this_machine_is_in_the_key(tiny):
     assert "/somewhere/else" not in identity
 
 
-def test_moving_a_model_keeps_its_key(tiny, base, tmp_path):
-    shutil.copytree(tiny, tmp_path / "moved" / "elsewhere")
-    assert key_with(tmp_path / "moved" / "elsewhere") == base
-
-
 def link(files, folder, blobs):
     """Fill a folder with links to copies of files, as the cache of the hub keeps them."""
     folder.mkdir(parents=True)
@@ -274,9 +242,10 @@ def link(files, folder, blobs):
         (folder / file.name).symlink_to(blobs / file.name)
 
 
-def test_a_folder_of_links_has_the_key_of_the_files(tiny, base, tmp_path):
+def test_moving_a_model_or_linking_its_files_keeps_its_key(tiny, base, tmp_path):
+    shutil.copytree(tiny, tmp_path / "moved" / "elsewhere")
     link(tiny, tmp_path / "snapshot", tmp_path / "blobs")
-    assert key_with(tmp_path / "snapshot") == base
+    assert key_with(tmp_path / "moved" / "elsewhere") == key_with(tmp_path / "snapshot") == base
 
 
 def test_changing_a_weight_or_the_tokenizer_is_seen_by_the_same_process(tiny, base, tmp_path):
@@ -299,16 +268,7 @@ def test_a_hub_model_is_known_by_its_commit(tmp_path, tiny):
         link(tiny, cache / "snapshots" / commit, cache / "blobs" / branch)
         (cache / "refs").mkdir(exist_ok=True)
         (cache / "refs" / branch).write_text(commit)
-    cell = [
-        "method=wanda",
-        "eval=ppl_mini",
-        "eval.perplexity.context=32",
-        "eval.perplexity.max_windows=4",
-        "calibration.num_samples=4",
-        "calibration.seq_len=32",
-        "tracker=none",
-        f"results_dir={tmp_path}/results",
-    ]
+    cell = [*tiny_overrides(tmp_path / "none", tmp_path / "results"), "method=wanda"]
     hub = {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
     for more in (
         ["model.placement=resident"],

@@ -82,9 +82,12 @@ def test_the_saved_model_loads_and_scores_the_same(cell, tmp_path):
 
 def test_the_model_is_read_once_and_never_loaded_whole(cell, monkeypatch):
     reads, inner, phases = [], Shards.read, Phases()
-    monkeypatch.setattr(
-        Shards, "read", lambda shards, names, dtype: reads.extend(names := list(names)) or inner(shards, names, dtype)
-    )
+
+    def read(shards, names, dtype):
+        reads.extend(names := list(names))
+        return inner(shards, names, dtype)
+
+    monkeypatch.setattr(Shards, "read", read)
     outcome = run_with(*cell, STREAM, context=RunContext(phases))
     assert len(reads) == len(set(reads)) == 2 * 9 + 3
     assert phases.count("loading") == [0]
@@ -122,9 +125,7 @@ def test_zero_shot_runs_on_the_saved_model_where_it_fits(cell, tmp_path, caplog)
 
 
 def test_zero_shot_is_left_out_where_the_saved_model_does_not_fit(cell, tmp_path, caplog):
-    folder = save_tiny(
-        tmp_path / "deep", tiny_config(num_hidden_layers=12)
-    )  # two of whose blocks are much less than all
+    folder = save_tiny(tmp_path / "deep", tiny_config(num_hidden_layers=12))  # two blocks take much less than all
     overrides = [*cell, *TASKS, STREAM, f"model.path={folder}", f"save={tmp_path}/saved"]
     needs = resolve(settings_of(*overrides), RunContext()).needs
     record = run_with(*overrides, context=FixedMemory(needs.scored - 1)).record
@@ -146,8 +147,10 @@ def test_a_bad_shard_is_one_line_and_leaves_no_record(cell, tiny, tmp_path, resu
     victim = sorted(folder.glob("model-*.safetensors"))[-1]
     if harm == "missing":
         victim.unlink()
-    elif harm in ("damaged", "empty"):
-        victim.write_bytes(victim.read_bytes()[:-5] if harm == "damaged" else b"")
+    elif harm == "damaged":
+        victim.write_bytes(victim.read_bytes()[:-5])
+    elif harm == "empty":
+        victim.write_bytes(b"")
     elif harm == "index":
         victim = folder / "model.safetensors.index.json"
         victim.write_text('{"weight_map": []}')
@@ -271,16 +274,9 @@ def test_a_mixture_with_a_bad_expert_is_one_line(cell, mixture, harm):
 
 # --- where a model goes
 
-NEEDS = MemoryNeeds(
-    model=10_000_000_000,
-    block=500_000_000,
-    ahead=500_000_000,
-    outside=300_000_000,
-    activations=100,
-    windows=100,
-    solver=100,
-    batch=100,
-)
+GB = 10**9
+WEIGHTS = {"model": 10 * GB, "block": GB // 2, "ahead": GB // 2, "outside": 3 * GB // 10}
+NEEDS = MemoryNeeds(**WEIGHTS, activations=100, windows=100, solver=100, batch=100)
 
 
 def test_sizes_add_up():
@@ -412,15 +408,12 @@ def test_a_plan_says_where_the_model_goes_and_that_a_saved_one_is_missing(cell, 
 
 # --- how much memory is free
 
-FILES = {
-    "": ("max", "current", "inactive_file"),
-    "memory": ("limit_in_bytes", "usage_in_bytes", "total_inactive_file"),
-    "cpu,memory": ("limit_in_bytes", "usage_in_bytes", "total_inactive_file"),
-}
+FIRST_VERSION = ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")
+FILES = {"": ("max", "current", "inactive_file"), "memory": FIRST_VERSION, "cpu,memory": FIRST_VERSION}
 
 
 def system(folder, free, groups, version):
-    """A machine with ``free`` bytes and nested control groups (name, limit, usage, cache), of which ours is the last."""
+    """A machine with ``free`` bytes and nested control groups (name, limit, usage, cache), the last being ours."""
     (folder / "proc/self").mkdir(parents=True)
     (folder / "proc/meminfo").write_text(f"MemTotal: 99999999 kB\nMemAvailable: {free // 1024} kB\n")
     root = place = folder / "sys/fs/cgroup" / version

@@ -1,4 +1,4 @@
-"""A run of a tiny model from its settings to its record: what is written, found again, refused, left after a failure."""
+"""A run of a tiny model from settings to record: what is written, found again, refused, and left after a failure."""
 
 from __future__ import annotations
 
@@ -15,18 +15,7 @@ import torch
 import transformers
 from hydra.errors import HydraException
 from safetensors.torch import load_file
-from support import (
-    DECODER_SIZE,
-    MLP_SIZE,
-    MODEL_SIZE,
-    Phases,
-    contains,
-    run_with,
-    save_tiny,
-    settings_of,
-    tiny_config,
-    tiny_overrides,
-)
+from support import DECODER_SIZE, MLP_SIZE, MODEL_SIZE, Phases, contains, run_with, save_tiny, settings_of, tiny_config
 
 from dass_exp.engine.callbacks import Callback
 from dass_exp.errors import NumericalError, UserError
@@ -39,17 +28,6 @@ from dass_exp.storage.records import RecordStore
 pytestmark = pytest.mark.usefixtures("short_texts")
 
 PRUNED, SCORED, LOADED = "pruning with", "perplexity of", "loading the model"
-
-
-@pytest.fixture
-def phases():
-    """Shows which phases the runs with ``context`` went through."""
-    return Phases()
-
-
-@pytest.fixture
-def context(phases):
-    return RunContext(phases)
 
 
 class Fail(Callback):
@@ -117,15 +95,16 @@ def test_the_three_denominators_of_sparsity(cell):
     assert sum(layer["size"] for layer in sparsity["layers"]) == MLP_SIZE
 
 
-def test_sparsity_of_all_linears_equals_that_of_the_decoder(cell):
-    sparsity = run_with(*cell, "scope=all", "method=wanda").record["sparsity"]
+def test_all_linears_at_4_of_8_are_those_of_the_decoder_and_none_runs_on_a_2_of_4_kernel(cell):
+    sparsity = run_with(*cell, "scope=all", "method=wanda", "pattern=4of8").record["sparsity"]
     assert sparsity["scope"] == sparsity["decoder"] == 0.5
     assert len(sparsity["layers"]) == 14
+    assert {(layer["axis"], layer["kernel_ready"]) for layer in sparsity["layers"]} == {("input", False)}
 
 
-def test_shared_embeddings_count_once(tmp_path, results):
-    folder = save_tiny(tmp_path / "shared", tiny_config(tie_word_embeddings=True))
-    sparsity = run_with(*tiny_overrides(folder, results), "method=magnitude").record["sparsity"]
+def test_shared_embeddings_count_once(cell, tmp_path):
+    folder = save_tiny(tmp_path / "tied", tiny_config(tie_word_embeddings=True))
+    sparsity = run_with(*cell, f"model.path={folder}", "method=magnitude").record["sparsity"]
     assert sparsity["model"] == MLP_SIZE / 2 / (MODEL_SIZE - 512 * 32)
 
 
@@ -141,11 +120,6 @@ def test_each_layer_says_what_was_done_to_it(cell):
     assert {layer["block_error"] for layer in layers[3:]} == {None}  # the last block is not run again
 
 
-def test_a_4_of_8_mask_is_not_said_to_run_on_a_2_of_4_kernel(cell):
-    layers = run_with(*cell, "pattern=4of8", "method=wanda").record["sparsity"]["layers"]
-    assert {(layer["axis"], layer["kernel_ready"]) for layer in layers} == {("input", False)}
-
-
 def test_the_cost_is_measured(cell):
     cost = run_with(*cell).record["cost"]
     assert min(cost[name] for name in ("load_s", "prune_s", "eval_s")) > 0
@@ -159,8 +133,9 @@ def test_the_solver_of_sparsegpt_is_reported(cell):
     assert solver["underfull_tiles"] >= 0
 
 
-def test_dense_records_nothing_about_pruning(cell, phases, context):
-    record = run_with(*cell, "method=dense", context=context).record
+def test_dense_records_nothing_about_pruning(cell):
+    phases = Phases()
+    record = run_with(*cell, "method=dense", context=RunContext(phases)).record
     assert [record["config"][name] for name in ("pattern", "scope", "calibration", "seed")] == [None] * 4
     assert record["calibration"] is None
     assert record["sparsity"]["layers"] == []
@@ -221,8 +196,9 @@ def test_threads_are_set(cell):
 # --- what is found again
 
 
-def test_a_second_run_finds_the_record(cell, phases, context):
-    first = run_with(*cell, context=context)
+def test_a_second_run_finds_the_record(cell):
+    phases = Phases()
+    first = run_with(*cell, context=RunContext(phases))
     assert not first.found
     assert phases.count(PRUNED, SCORED) == [1, 2]
     phases.names.clear()
@@ -232,19 +208,21 @@ def test_a_second_run_finds_the_record(cell, phases, context):
     assert (second.record, second.dense) == (first.record, first.dense)
 
 
-def test_rerun_does_it_again_and_keeps_dense(cell, results, phases, context):
+def test_rerun_does_it_again_and_keeps_dense(cell, results):
+    phases = Phases()
     first = run_with(*cell)
     dense = results / "runs" / first.dense["key"] / "result.json"
     stamp = dense.stat().st_mtime_ns
-    again = run_with(*cell, "rerun=true", context=context)
+    again = run_with(*cell, "rerun=true", context=RunContext(phases))
     assert not again.found
     assert phases.count(PRUNED, SCORED) == [1, 1]
     assert again.record["key"] == first.record["key"]
     assert dense.stat().st_mtime_ns == stamp
 
 
-def test_dense_is_made_once_for_all_methods(cell, results, phases, context):
-    outcomes = [run_with(*cell, f"method={method}", context=context) for method in ("wanda", "magnitude")]
+def test_dense_is_made_once_for_all_methods(cell, results):
+    phases = Phases()
+    outcomes = [run_with(*cell, f"method={method}", context=RunContext(phases)) for method in ("wanda", "magnitude")]
     assert outcomes[0].dense == outcomes[1].dense
     assert outcomes[0].dense["config"]["method"] == {"name": "dense"}
     assert keys_in(results) == {outcomes[0].dense["key"], *(outcome.record["key"] for outcome in outcomes)}
@@ -263,8 +241,8 @@ def test_a_missing_dense_record_is_made_again(cell, results):
     shutil.rmtree(results / "runs" / first.dense["key"])
     second = run_with(*cell)
     assert second.found
-    assert second.dense["metrics"] == first.dense["metrics"]
     assert first.dense["key"] in keys_in(results)
+    assert second.dense["metrics"] == first.dense["metrics"]
 
 
 def test_a_broken_record_is_made_again(cell):
@@ -295,14 +273,12 @@ def test_missing_masks_are_a_reason_to_run_again(cell):
     assert masks.is_file()
     assert run_with(*cell, "save_masks=true").found
     assert run_with(*cell).found
+    assert run_with(*cell, "method=dense", "save_masks=true").found  # it has none
 
 
-def test_dense_has_no_masks_to_wait_for(cell):
-    run_with(*cell, "method=dense")
-    assert run_with(*cell, "method=dense", "save_masks=true").found
+def test_two_at_once_make_one_record(cell):
+    phases = Phases()
 
-
-def test_two_at_once_make_one_record(cell, phases):
     class Slow(Callback):
         def on_start(self, loop) -> None:
             time.sleep(0.5)
@@ -341,14 +317,13 @@ def test_a_failed_rerun_keeps_the_record(cell, results):
     assert RecordStore(results).find(record["key"]) == record
 
 
-def test_weights_that_are_not_finite_stop_the_run_with_the_layer(tiny, tmp_path, results):
+def test_weights_that_are_not_finite_stop_the_run_with_the_layer(cell, tiny, tmp_path, results):
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
     shutil.copytree(tiny, tmp_path / "broken")
     model.save_pretrained(tmp_path / "broken")
-    few = ["calibration.num_samples=2", "calibration.seq_len=16"]
     with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp"):
-        run_with(*tiny_overrides(tmp_path / "broken", results)[:4], "eval=none", *few)
+        run_with(*cell[:4], f"model.path={tmp_path}/broken", "eval=none", "calibration.seq_len=16")
     assert keys_in(results) == set()
 
 
@@ -405,8 +380,9 @@ def test_an_accelerator_that_is_not_there_is_refused(cell, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["dense", "magnitude"])
-def test_a_setting_that_the_method_ignores_is_not_held_against_it(cell, phases, context, method):
-    resolve(settings_of(*cell, f"method={method}", "calibration.seq_len=1000000"), context)
+def test_a_setting_that_the_method_ignores_is_not_held_against_it(cell, method):
+    phases = Phases()
+    resolve(settings_of(*cell, f"method={method}", "calibration.seq_len=1000000"), RunContext(phases))
     assert phases.count(LOADED) == [0]
 
 
@@ -418,40 +394,42 @@ def test_a_setting_that_the_method_ignores_is_not_held_against_it(cell, phases, 
         ("eval.perplexity.context=5000000", "method=dense", "tokens"),
     ],
 )
-def test_a_sequence_longer_than_the_text_is_refused(tmp_path, results, setting, more, word):
+def test_a_sequence_longer_than_the_text_is_refused(cell, tmp_path, setting, more, word):
     folder = save_tiny(tmp_path / "long", tiny_config(max_position_embeddings=10_000_000))
-    message = refused(*tiny_overrides(folder, results), setting, more)
+    message = refused(*cell, f"model.path={folder}", setting, more)
     assert contains(message, [f"{setting}:", word, "smaller"]), message
 
 
 @pytest.mark.parametrize("bos", ["stream", "window"])
-def test_a_token_that_the_tokenizer_does_not_have_is_refused(tmp_path, results, bos):
-    message = refused(*tiny_overrides(save_tiny(tmp_path / "bare", bos=None), results), f"model.bos={bos}")
+def test_a_token_that_the_tokenizer_does_not_have_is_refused(cell, tmp_path, bos):
+    folder = save_tiny(tmp_path / "bare", bos=None)
+    message = refused(*cell, f"model.path={folder}", f"model.bos={bos}")
     assert contains(message, [f"model.bos={bos}:", "model.bos=never"]), message
 
 
-@pytest.mark.parametrize("path", ["nowhere", "empty", "no-such-owner/no-such-model"])
-def test_a_model_that_is_not_there_gives_one_clear_line(tmp_path, results, monkeypatch, path):
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("{folder}/nowhere", ["there is no such folder"]),
+        ("{folder}/empty", []),
+        ("no-such-owner/no-such-model", ["hf auth login", "network", "smollm2_135m"]),
+    ],
+)
+def test_a_model_that_is_not_there_gives_one_clear_line(cell, tmp_path, results, path, words):
     (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path)
-    place = path if "/" in path else tmp_path / path
-    words = {
-        "nowhere": ["there is no such folder"],
-        "empty": [],
-        "no-such-owner/no-such-model": ["hf auth login", "network", "smollm2_135m"],
-    }
-    message = refused(*tiny_overrides(place, results))
-    assert contains(message, [f"model.path={place}:", *words[path]]), message
+    path = path.format(folder=tmp_path)
+    message = refused(*cell, f"model.path={path}")
+    assert contains(message, [f"model.path={path}:", *words]), message
     assert len(message) < 700
     assert not results.exists()
 
 
-def test_weights_in_a_pickle_are_not_read(tiny, tmp_path, results):
+def test_weights_in_a_pickle_are_not_read(cell, tiny, tmp_path):
     folder = tmp_path / "pickled"
     shutil.copytree(tiny, folder)
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
-    message = refused(*tiny_overrides(folder, results))
+    message = refused(*cell, f"model.path={folder}")
     assert contains(message, [f"model.path={folder}:", ".safetensors"]), message
 
 
@@ -461,18 +439,18 @@ def test_roles_that_are_no_paths_by_role_are_refused(cell, roles):
         run_with(*cell, f"model.roles={roles}")
 
 
-def test_a_family_that_is_called_like_llama_runs_with_a_warning(tmp_path, results, caplog):
+def test_a_family_that_is_called_like_llama_runs_with_a_warning(cell, tmp_path, caplog):
     config = transformers.OlmoConfig(**{**tiny_config().to_dict(), "model_type": "olmo"})
-    outcome = run_with(*tiny_overrides(save_tiny(tmp_path / "olmo", config), results))
+    outcome = run_with(*cell, f"model.path={save_tiny(tmp_path / 'olmo', config)}")
     assert outcome.record["sparsity"]["scope"] == 0.5
     assert "model family 'olmo' is in no table: it is taken for a LLaMA" in caplog.text
 
 
-def test_a_model_of_an_unknown_family_runs_with_its_roles_on_the_command_line(tmp_path, results):
+def test_a_model_of_an_unknown_family_runs_with_its_roles_on_the_command_line(cell, tmp_path):
     config = transformers.GPTJConfig(
         vocab_size=512, n_embd=32, n_layer=2, n_head=4, n_inner=64, n_positions=4096, rotary_dim=4
     )
-    cell = tiny_overrides(save_tiny(tmp_path / "gptj", config), results)
+    cell = [*cell, f"model.path={save_tiny(tmp_path / 'gptj', config)}"]
     known = "gemma, gemma2, gemma3_text, gpt2, gpt_neox, llama, mistral"
     message = refused(*cell)
     assert contains(message, ["'gptj' is not known", known, "roles: {blocks: PATH"]), message
