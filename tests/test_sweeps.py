@@ -174,15 +174,11 @@ def test_a_report_may_be_written_elsewhere(swept, tmp_path):
     assert all((tmp_path / "paper" / link).is_file() for link in links)
 
 
-def test_the_cells_of_a_sweep_end_as_they_last_ended(swept):
+def test_the_cells_of_a_sweep_end_as_they_last_ended_and_can_be_compared(swept, capsys):
     cells = cells_of(swept, "alpha")
     assert sorted(cell.status for cell in cells) == ["done", "done", "failed"]
     assert cells_of(swept, "perplexity") == []
-
-
-def test_two_records_are_compared(swept, capsys):
-    first, second = (cell.key for cell in cells_of(swept, "alpha") if cell.status == "done")
-    cli.main(["compare", "--results", str(swept), first, second])
+    cli.main(["compare", "--results", str(swept), *(cell.key for cell in cells if cell.status == "done")])
     assert "| method.alpha | 0.0 | 1.0 |" in capsys.readouterr().out
 
 

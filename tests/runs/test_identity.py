@@ -40,8 +40,6 @@ ANOTHER = {
     "model.roles": "{q: self_attn.k_proj,k: self_attn.q_proj,v: self_attn.v_proj,o: self_attn.o_proj,"
     "gate: mlp.up_proj,up: mlp.gate_proj,down: mlp.down_proj}",
     "model.placement": "stream",
-    "model.parameters": "1",
-    "model.context": "1",
     "method.granularity": "output",
     "scope": "all",
     "calibration.text.asset": "wikipedia",
@@ -52,9 +50,6 @@ ANOTHER = {
     "eval.perplexity.text.part": "odd",
     "eval.zeroshot.tasks": "[piqa]",
     "eval.zeroshot.data": "hub",
-    "threads": "1",
-    "resume": "true",
-    "checkpoint": "true",
     "plugins": "[another]",
 }
 GROUPS = {
@@ -79,9 +74,10 @@ def override_of(name: str, value: Any) -> str:
     """An override that gives a setting another value than this one."""
     if name in GROUPS:
         return GROUPS[name]
-    derived = (
-        str(not value).lower() if isinstance(value, bool) else value + 1 if isinstance(value, int | float) else "other"
-    )
+    if isinstance(value, bool):
+        derived = str(not value).lower()
+    else:
+        derived = "1" if value is None else value + 1 if isinstance(value, int | float) else "other"
     return f"{name}={ANOTHER.get(name, derived)}"
 
 

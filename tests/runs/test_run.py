@@ -339,44 +339,36 @@ def refused(*overrides: str) -> str:
     return str(caught.value)
 
 
+ONE_OF, MLP = ["pattern=nm", "pattern.n=1"], "model.layers.0.mlp."
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
         (["calibration.seq_len=4097"], ["calibration.seq_len=4097:", "tiny has 4096 positions"]),
         (["eval.perplexity.context=4097"], ["eval.perplexity.context=4097:", "tiny has 4096 positions"]),
-        (
-            ["pattern=nm", "pattern.n=1", "pattern.m=3"],
-            ["model.layers.0.mlp.gate_proj", "1:3", "output axis", "[64, 32]", "divides 64"],
-        ),
-        (
-            ["scope=all", "pattern=nm", "pattern.n=1", "pattern.m=64"],
-            ["model.layers.0.self_attn.q_proj", "input axis", "divides 32"],
-        ),
-        (
-            ["method=wanda", "pattern=nm", "pattern.n=1", "pattern.m=64"],
-            ["model.layers.0.mlp.gate_proj", "input axis", "divides 32"],
-        ),
+        ([*ONE_OF, "pattern.m=3"], [f"{MLP}gate_proj", "1:3", "output axis", "[64, 32]", "divides 64"]),
+        ([*ONE_OF, "pattern.m=64", "scope=all"], ["layers.0.self_attn.q_proj", "input axis", "divides 32"]),
+        ([*ONE_OF, "pattern.m=64", "method=wanda"], [f"{MLP}gate_proj", "input axis", "divides 32"]),
         (["model.bos=foo"], ["model.bos='foo':", "auto, never, stream, window"]),
         (["model.dtype=foo"], ["model.dtype='foo':", "auto, float32, bfloat16, float16"]),
         (["model.device=foo"], ["model.device='foo':", "auto, cpu, cuda"]),
         (["model.device=meta"], ["model.device='meta':"]),
+        (["model.device=cuda"], ["model.device='cuda':", "no accelerator", "model.device=auto"]),
         (["model.placement=gpu"], ["model.placement='gpu': expected one of auto, resident, stream"]),
         (["model.path=offline:gpt5"], ["model.path=offline:gpt5:", "smollm2_135m, gemma3_270m"]),
         (["model=gemma3_270m", "model.path=offline:gemma3_270m"], ["gemma3_270m", "model.accept_license=true"]),
         (["model.roles={gate: mlp.gate_proj}"], ["model.roles", "missing q, k, v, o, up, down"]),
     ],
-    ids=lambda value: value[0],
+    ids=lambda value: value[-1],
 )
-def test_what_does_not_fit_the_model_is_refused_before_its_weights_are_loaded(cell, results, overrides, words):
+def test_what_does_not_fit_the_model_is_refused_before_its_weights_are_loaded(
+    cell, results, monkeypatch, overrides, words
+):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     message = refused(*cell, *overrides)
     assert contains(message, words), message
     assert keys_in(results) == set()
-
-
-def test_an_accelerator_that_is_not_there_is_refused(cell, monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    message = refused(*cell, "model.device=cuda")
-    assert contains(message, ["model.device='cuda':", "no accelerator", "model.device=auto"]), message
 
 
 @pytest.mark.parametrize("method", ["dense", "magnitude"])
