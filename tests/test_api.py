@@ -36,8 +36,7 @@ def test_load_prune_and_score(tiny):
     assert [layer.role for layer in pruned.layers] == ["gate", "up", "down"] * 2
     weights = model.state_dict()
     assert all(not weights[f"{name}.weight"][~keep].any() for name, keep in pruned.masks.items())
-    assert math.isfinite(perplexity(model, stream, context=12))
-    assert perplexity(model, stream, context=12) != dense
+    assert dense != perplexity(model, stream, context=12) < math.inf
 
 
 def test_a_loaded_model_is_the_saved_one_in_evaluation_mode(tiny):
@@ -80,10 +79,9 @@ def test_defaults_are_the_paper_and_a_name_stands_for_an_instance(tiny_model, to
     def masks(*arguments):
         return prune(tiny_model("llama"), tokens, *arguments).masks
 
-    default = masks()
-    assert equal(default, masks("dass", "2:4", "mlp"))
-    assert equal(default, masks(Dass(alpha=0.5), NM(2, 4)))
-    assert not equal(default, masks(Dass(alpha=0.0), NM(2, 4)))
+    assert equal(masks(), masks("dass", "2:4", "mlp"))
+    assert equal(masks(), masks(Dass(alpha=0.5), NM(2, 4)))
+    assert not equal(masks(), masks(Dass(alpha=0.0), NM(2, 4)))
 
 
 def test_magnitude_needs_no_tokens(tiny_model):

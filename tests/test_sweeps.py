@@ -129,8 +129,8 @@ def test_every_model_file_says_what_it_needs(path, results, monkeypatch, tmp_pat
     planned = plan(settings_of(f"model={path.stem}", f"results_dir={results}", "tracker=none"))
     assert f"{path.stem} ({own['path']})" in planned.needs
     assert f"license: {own['license']}; sequences up to {own['context']} tokens" in planned.needs
-    here = own["path"] == "offline:smollm2_135m"
-    assert planned.basis.startswith("no like record" if here else "the model is not at hand")
+    at_hand = path.stem == "smollm2_135m"
+    assert planned.basis.startswith("no like record" if at_hand else "the model is not at hand")
 
 
 # --- a sweep through the command

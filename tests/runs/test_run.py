@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -129,8 +129,8 @@ def test_the_cost_is_measured(cell):
 
 def test_the_solver_of_sparsegpt_is_reported(cell):
     solver = run_with(*cell, "method=sparsegpt").record["solver"]
-    assert solver == {"damping_retries": 0, "underfull_tiles": solver["underfull_tiles"]}
-    assert solver["underfull_tiles"] >= 0
+    assert solver.keys() == {"damping_retries", "underfull_tiles"}
+    assert solver["damping_retries"] == 0 <= solver["underfull_tiles"]
 
 
 def test_dense_records_nothing_about_pruning(cell):
@@ -186,11 +186,7 @@ def test_a_repeat_is_a_record_of_its_own(cell):
 
 
 def test_threads_are_set(cell):
-    before = torch.get_num_threads()
-    try:
-        assert run_with(*cell, "threads=2").record["environment"]["threads"] == 2
-    finally:
-        torch.set_num_threads(before)
+    assert run_with(*cell, "threads=2").record["environment"]["threads"] == 2  # conftest sets them back to 1
 
 
 # --- what is found again
@@ -258,9 +254,8 @@ def test_masks_are_saved_where_they_are_asked_for(cell, tmp_path):
     masks = load_masks(outcome.path.with_name("masks.safetensors"))
     weights = load_file(tmp_path / "saved" / "model.safetensors")
     assert set(masks) == {layer["name"] for layer in outcome.record["sparsity"]["layers"]}
-    for name, mask in masks.items():
-        assert mask.dtype == torch.bool
-        assert torch.equal(mask, weights[f"{name}.weight"] != 0), name
+    assert {mask.dtype for mask in masks.values()} == {torch.bool}
+    assert all(torch.equal(mask, weights[f"{name}.weight"] != 0) for name, mask in masks.items())
 
 
 def test_missing_masks_are_a_reason_to_run_again(cell):
@@ -284,13 +279,10 @@ def test_two_at_once_make_one_record(cell):
             time.sleep(0.5)
 
     run_with(*cell[:4], "eval=none", "method=magnitude")  # the libraries have been imported
-    settings, outcomes = settings_of(*cell), []
-    slow = [RunContext(phases, callbacks=[Slow()]) for _ in range(2)]
-    threads = [threading.Thread(target=lambda own=own: outcomes.append(run(settings, own))) for own in slow]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    settings = settings_of(*cell)
+    contexts = [RunContext(phases, callbacks=[Slow()]) for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = list(pool.map(lambda context: run(settings, context), contexts))
     assert sorted(outcome.found for outcome in outcomes) == [False, True]
     assert phases.count(PRUNED, SCORED) == [1, 2]
     assert outcomes[0].record == outcomes[1].record
@@ -439,9 +431,7 @@ def test_a_family_that_is_called_like_llama_runs_with_a_warning(cell, tmp_path, 
 
 
 def test_a_model_of_an_unknown_family_runs_with_its_roles_on_the_command_line(cell, tmp_path):
-    config = transformers.GPTJConfig(
-        vocab_size=512, n_embd=32, n_layer=2, n_head=4, n_inner=64, n_positions=4096, rotary_dim=4
-    )
+    config = transformers.GPTJConfig(vocab_size=512, n_embd=32, n_layer=2, n_head=4, n_positions=4096, rotary_dim=4)
     cell = [*cell, f"model.path={save_tiny(tmp_path / 'gptj', config)}"]
     known = "gemma, gemma2, gemma3_text, gpt2, gpt_neox, llama, mistral"
     message = refused(*cell)
