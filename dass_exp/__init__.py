@@ -16,7 +16,7 @@ __all__ = ["Pruned", "load", "load_masks", "perplexity", "prune"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch and transformers only when one of the functions is used: the command sets its environment before that."""
+    """Import torch and transformers on first use: the command sets its environment before that."""
     if name in __all__:
         return getattr(importlib.import_module("dass_exp.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,17 @@ def compose(*overrides: str) -> DictConfig:
     return composed_with_choices(*overrides)[0]
 
 
-def composed_with_choices(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
-    """Compose conf/ and these overrides; also return the file chosen in each group."""
+def composed_with_hydra(*overrides: str) -> DictConfig:
+    """What Hydra composes, its own settings included."""
     os.environ.setdefault("DASS_EXP_ROOT", str(ROOT))
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = hydra_compose("config", list(overrides), return_hydra_config=True)
+        return hydra_compose("config", list(overrides), return_hydra_config=True)
+
+
+def composed_with_choices(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
+    """What Hydra composes, and the file chosen in each group."""
+    composed = composed_with_hydra(*overrides)
     with open_dict(composed):
         choices = dict(composed.pop("hydra").runtime.choices)
     return composed, choices
@@ -81,6 +87,36 @@ def components_of(*overrides: str) -> Components:
 def run_with(*overrides: str, context: RunContext | None = None) -> Outcome:
     """Do a run, or find its record, in this process."""
     return run(settings_of(*overrides), context)
+
+
+class Phases:
+    """A progress reporter that keeps the names of the phases of all runs that it is given to."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def phase(self, name: str, steps: int | None = None) -> AbstractContextManager[Callable[[], None]]:
+        """Note the phase, which is then one of ``names``."""
+        del steps
+        self.names.append(name)
+        return nullcontext(lambda: None)
+
+    def count(self, *words: str) -> list[int]:
+        """How many phases began with each of these words."""
+        return [sum(name.startswith(word) for name in self.names) for word in words]
+
+
+class FixedMemory(RunContext):
+    """A context in which so many bytes are free."""
+
+    def __init__(self, free: int, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.free = free
+
+    def available_memory(self, device: torch.device) -> int:
+        """The same on every device."""
+        del device
+        return self.free
 
 
 def tiny_overrides(folder: Path, results: Path) -> list[str]:

@@ -1,212 +1,192 @@
 """Sweeps: every file composes, cells share what they can, a plan runs nothing, the report finds what ran."""
 
-import json
+from __future__ import annotations
+
 import re
-from pathlib import Path
 
 import pytest
+import support
 import yaml
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from support import CONF, ROOT, command, run_with, settings_of
+from support import CONF, ROOT, FixedMemory, Phases, command, run_with, settings_of, tiny_overrides
 
-from dass_exp.config.settings import register
+from dass_exp.engine.callbacks import Callback
 from dass_exp.errors import UserError
-from dass_exp.models import load as models
-from dass_exp.models import tiny as tiny_models
 from dass_exp.report import cli
 from dass_exp.report.load import cells_of, load
-from dass_exp.runs.context import Shelf
+from dass_exp.runs.context import ModelCache, RunContext
+from dass_exp.runs.failed_cell import describe_failed
 from dass_exp.runs.plan import plan
-from dass_exp.runs.run import run
+from dass_exp.runs.resolve import Components, resolve
 
-SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
-CELLS = sorted((ROOT / "sweeps" / "cells").glob("*.yaml"))
+SWEEPS = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
+LOADED = "loading the model"
 
 
 @pytest.mark.parametrize("protocol", ["demo", "paper"])
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_every_sweep_composes_at_both_scales(path, protocol, monkeypatch):
-    monkeypatch.setenv("DASS_EXP_ROOT", str(ROOT))
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = hydra_compose("config", [f"sweeps={path.stem}", f"protocol={protocol}"], return_hydra_config=True)
-    params = composed.hydra.sweeper.params
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_sweep_composes_at_both_scales_to_axes_and_the_layout_of_a_table(name, protocol):
+    composed = support.composed_with_hydra(f"sweeps={name}", f"protocol={protocol}")
+    params, layout = composed.hydra.sweeper.params, composed.sweep
     assert params
-    for name, axis in params.items():
-        assert str(axis), name
-    assert composed.sweep.title
+    assert all(str(axis) for axis in params.values())
+    assert layout.title
+    if name != "demo":
+        assert layout.metric in ("perplexity", "acc", "cost")
+        assert set(layout) <= {"title", "rows", "columns", "metric", "figure", "note"}
 
 
 def test_the_sweeps_of_the_paper_are_there():
-    named = {
-        "perplexity",
-        "zero_shot",
-        "alpha",
-        "granularity",
-        "calibration_size",
-        "calibration_source",
-        "sparsity_levels",
-        "full_model",
-        "cost",
-        "demo",
-    } | {"glu_variants"}
-    assert {path.stem for path in SWEEPS} == named
+    paper = "perplexity zero_shot alpha granularity calibration_size calibration_source sparsity_levels full_model cost"
+    assert set(SWEEPS) == {*paper.split(), "demo", "glu_variants"}
 
 
-@pytest.mark.parametrize("path", CELLS, ids=lambda path: path.stem)
-def test_every_cell_of_the_granularity_ablation_validates(path, monkeypatch):
-    monkeypatch.setenv("DASS_EXP_ROOT", str(ROOT))
-    settings = settings_of(f"+sweeps/cells={path.stem}")
-    expected = {
-        "rows_weight": ("dass", {"granularity": "output"}),
-        "rows_activation": ("wanda", {}),
-        "columns_weight": ("dass", {"alpha": 0.0, "granularity": "input"}),
-        "columns_activation": ("dass", {"alpha": 0.5, "granularity": "input"}),
-    }
-    assert (settings.method.name, settings.method.settings()) == expected[path.stem]
+@pytest.mark.parametrize(
+    ("cell", "name", "settings"),
+    [
+        ("rows_weight", "dass", {"granularity": "output"}),
+        ("rows_activation", "wanda", {}),
+        ("columns_weight", "dass", {"alpha": 0.0, "granularity": "input"}),
+        ("columns_activation", "dass", {"alpha": 0.5, "granularity": "input"}),
+    ],
+)
+def test_every_cell_of_the_granularity_ablation_is_a_method(cell, name, settings):
+    assert len(list((ROOT / "sweeps" / "cells").iterdir())) == 4
+    method = Components.of(settings_of(f"+sweeps/cells={cell}")).method
+    assert (method.name, method.settings()) == (name, settings)
 
 
-def test_a_shelf_loads_once_and_gives_the_same_numbers(cell, monkeypatch):
-    loads, real = [], models.load_model
-    monkeypatch.setattr(models, "load_model", lambda spec: loads.append(spec) or real(spec))
-    shelf = Shelf()
-    wanted = ["wanda", "sparsegpt", "dass", "magnitude"]
-    shared = [run(settings_of(*cell, f"method={method}"), shelf=shelf).record for method in wanted]
-    assert len(loads) == 1
-    alone = [run_with(*cell, f"method={method}", "rerun=true").record for method in wanted]
-    assert [one["metrics"] for one in shared] == [one["metrics"] for one in alone]
-    assert [one["sparsity"]["scope"] for one in shared] == [0.5] * 4
+# --- what cells share
 
 
-def test_a_shared_model_is_dense_again_after_a_failure(cell, monkeypatch):
-    shelf = Shelf()
-    before = run(settings_of(*cell, "method=dense", "rerun=true"), shelf=shelf).record["metrics"]
-
-    def broken(*arguments, **settings):
-        raise RuntimeError("the scoring broke")
-
-    with monkeypatch.context() as patched:
-        patched.setattr("dass_exp.runs.making.perplexity", broken)
-        with pytest.raises(RuntimeError, match="broke"):
-            run(settings_of(*cell, "method=wanda"), shelf=shelf)
-    assert run(settings_of(*cell, "method=dense", "rerun=true"), shelf=shelf).record["metrics"] == before
+def test_cells_load_their_model_once_and_get_the_numbers_that_they_get_alone(cell):
+    phases, cache, methods = Phases(), ModelCache(), ["wanda", "sparsegpt", "dass", "magnitude"]
+    shared = [run_with(*cell, f"method={name}", context=RunContext(phases, cache)).record for name in methods]
+    assert phases.count(LOADED) == [1]
+    alone = [run_with(*cell, f"method={name}", "rerun=true").record for name in methods]
+    assert [record["metrics"] for record in shared] == [record["metrics"] for record in alone]
+    assert [record["sparsity"]["scope"] for record in shared] == [0.5] * 4
 
 
-def test_a_plan_loads_and_writes_nothing(cell, results, monkeypatch):
-    monkeypatch.setattr(models, "load_model", lambda spec: pytest.fail("a plan loaded the model"))
-    planned = plan(settings_of(*cell))
+def test_a_shared_model_is_dense_again_after_a_failure(cell):
+    class Broken(Callback):
+        def on_end(self) -> None:
+            raise RuntimeError("it broke")
+
+    cache, dense = ModelCache(), [*cell, "method=dense", "rerun=true"]
+    before = run_with(*dense, context=RunContext(shared=cache)).record["metrics"]
+    with pytest.raises(RuntimeError, match="broke"):
+        run_with(*cell, "method=wanda", context=RunContext(shared=cache, callbacks=[Broken()]))
+    assert run_with(*dense, context=RunContext(shared=cache)).record["metrics"] == before
+
+
+def test_a_cell_without_enough_memory_is_the_same_cell_once_its_activations_are_on_disk(cell):
+    device, disk = (
+        resolve(settings_of(*cell, f"calibration.cache={cache}"), RunContext()).needs for cache in ("device", "disk")
+    )
+    free = min(device.resident, device.streamed) - 1
+    assert min(disk.resident, disk.streamed) < free
+    context = FixedMemory(free)
+    with pytest.raises(UserError, match=r"calibration\.cache=disk"):
+        run_with(*cell, context=context)
+    failed = describe_failed(*support.composed_with_choices(*cell), context)
+    repaired = run_with(*cell, "calibration.cache=disk", context=FixedMemory(free)).record
+    assert failed["key"] == repaired["key"]
+
+
+# --- a plan
+
+
+def test_a_plan_loads_and_writes_nothing(cell, results):
+    phases = Phases()
+    planned = plan(settings_of(*cell), RunContext(phases))
     assert (planned.done, planned.seconds, planned.basis) == (False, None, "no like record")
+    assert phases.count(LOADED) == [0]
     assert not results.exists()
 
 
 def test_a_plan_knows_what_is_done_and_estimates_the_rest(cell):
-    done = run_with(*cell, "method=wanda").record
+    outcome = run_with(*cell, "method=wanda")
     assert plan(settings_of(*cell, "method=wanda")).done
     more = plan(settings_of(*cell, "method=wanda", "pattern=4of8"))
     assert not more.done
-    cost = done["cost"]["prune_s"]
-    assert more.seconds == pytest.approx(cost + sum(_eval_seconds(cell)) / 2)
+    eval_s = sum(record["cost"]["eval_s"] for record in (outcome.record, outcome.dense)) / 2
+    assert more.seconds == pytest.approx(outcome.record["cost"]["prune_s"] + eval_s)
 
 
-def _eval_seconds(cell):
-    return [run_with(*cell, f"method={method}").record["cost"]["eval_s"] for method in ("wanda", "dense")]
-
-
-def test_a_plan_refuses_what_a_run_would_refuse(cell):
+def test_a_plan_refuses_what_a_run_would_refuse(cell, results):
     with pytest.raises(UserError, match=r"model\.layers\.0"):
         plan(settings_of(*cell, "pattern=nm", "pattern.n=2", "pattern.m=7"))
-
-
-@pytest.mark.parametrize("path", sorted((CONF / "model").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_model_file_says_what_it_needs(path, results, monkeypatch, tmp_path):
-    monkeypatch.setattr(tiny_models, "cache_dir", lambda: tmp_path)  # whatever was trained on this machine
-    own = yaml.safe_load(path.read_text())
-    assert own.keys() <= {"name", "path", "license", "parameters", "context", "revision", "dtype", "bos"}
-    planned = plan(settings_of(f"model={path.stem}", f"results_dir={results}", "tracker=none"))
-    assert f"{own['name']} ({own['path']})" in planned.needs
-    assert f"license: {own['license']}; sequences up to {own['context']} tokens" in planned.needs
-    here = own["path"] == "offline:smollm2_135m"
-    assert planned.basis.startswith("no like record" if here else "the model is not at hand")
-
-
-def test_a_model_without_a_file_that_is_not_there_is_refused(results):
     with pytest.raises(UserError, match="no-owner/no-model"):
         plan(settings_of("model.path=no-owner/no-model", f"results_dir={results}"))
 
 
-def test_a_repeat_is_a_record_of_its_own(cell):
-    keys = {run_with(*cell, "method=magnitude", f"repeat={number}").record["key"] for number in (0, 1, 2)}
-    assert len(keys) == 3
+@pytest.mark.parametrize("path", sorted((CONF / "model").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_model_file_says_what_it_needs(path, results, monkeypatch, tmp_path):
+    own = yaml.safe_load(path.read_text())
+    if own["path"].startswith("tiny:"):
+        monkeypatch.setenv("DASS_EXP_CACHE", str(tmp_path))  # whatever was trained on this machine
+    assert own.keys() <= {"name", "path", "license", "parameters", "context", "revision", "dtype", "bos"}
+    planned = plan(settings_of(f"model={path.stem}", f"results_dir={results}", "tracker=none"))
+    assert f"{path.stem} ({own['path']})" in planned.needs
+    assert f"license: {own['license']}; sequences up to {own['context']} tokens" in planned.needs
+    at_hand = path.stem == "smollm2_135m"
+    assert planned.basis.startswith("no like record" if at_hand else "the model is not at hand")
 
 
-SWEEP = ["sweeps=alpha", "pattern=2of4", "method.alpha=0,1", "eval=ppl_mini"]
+# --- a sweep through the command
 
 
-@pytest.fixture(name="swept", scope="module")
-def swept_fixture(tiny, tmp_path_factory):
-    """A folder in which a real sweep ran through the command, with a bad cell."""
+@pytest.fixture(scope="module")
+def swept(tiny, tmp_path_factory):
+    """The results of a sweep through the command, one of whose cells is bad."""
     folder = tmp_path_factory.mktemp("swept")
-    rest = [f"model.path={tiny}", "tracker=none", "eval.perplexity.context=32", "eval.perplexity.max_windows=4"]
-    few = ["calibration.num_samples=4", "calibration.seq_len=32"]
-    planned = command(*SWEEP, *rest, *few, "plan=true", folder=folder)
+    sweep = ["sweeps=alpha", "pattern=2of4", *tiny_overrides(tiny, folder / "results")]
+    planned = command(*sweep, "method.alpha=0,1", "plan=true", folder=folder)
     assert planned.returncode == 0, planned.stderr
     assert "would run" in planned.stdout
     assert not (folder / "results" / "runs").exists()
-    done = command("sweeps=alpha", "pattern=2of4", "method.alpha=0,1,-1", "eval=ppl_mini", *rest, *few, folder=folder)
+    done = command(*sweep, "method.alpha=0,1,-1", folder=folder)
     assert done.returncode == 1, done.stderr
-    assert done.stderr.count("loading the model") == 1
+    assert done.stderr.count(LOADED) == 1
     return folder / "results"
 
 
-def test_the_report_of_a_sweep(swept, capsys):
+def test_the_report_of_a_sweep(swept):
     (swept / "runs" / "broken").mkdir()
     (swept / "runs" / "broken" / "result.json").write_text('{"schema": 1, "key"')
     cli.main(["alpha", "--results", str(swept)])
     text = (swept / "tables" / "alpha.md").read_text()
-    assert "| alpha=0.0 |" in text
-    assert "| alpha=1.0 |" in text
-    assert "| alpha=-1 | failed |" in text
-    assert "| dense |" in text
-    assert "method.alpha=-1: expected a number" in text
-    assert "No published number on file" in text
+    rows = ["| alpha=0.0 |", "| alpha=1.0 |", "| alpha=-1 | failed |", "| dense |"]
+    remarks = ["method.alpha=-1: expected a number", "No published number on file"]
+    assert [words for words in (*rows, *remarks) if words not in text] == []
     assert (swept / "report.html").is_file()
     assert {path.suffix for path in (swept / "figures").iterdir()} == {".svg", ".png"}
-    problems = load(swept).problems
-    assert len(problems) == 1
-    assert "broken/result.json" in problems[0]
+    (problem,) = load(swept).problems
+    assert "broken/result.json" in problem
 
 
 def test_a_report_may_be_written_elsewhere(swept, tmp_path):
     cli.main(["alpha", "--results", str(swept), "--output", str(tmp_path / "paper")])
-    assert {path.name for path in (tmp_path / "paper").rglob("*.*")} == {
-        "report.html",
-        *(f"alpha.{ending}" for ending in ("md", "csv", "tex", "svg", "png")),
-    }
+    files = {path.name for path in (tmp_path / "paper").rglob("*.*")}
+    assert files == {"report.html", *(f"alpha.{ending}" for ending in ("md", "csv", "tex", "svg", "png"))}
     links = re.findall(r'href="([^"#]*result.json)"', (tmp_path / "paper" / "report.html").read_text())
     assert len(links) == 3
     assert all((tmp_path / "paper" / link).is_file() for link in links)
 
 
-def test_the_cells_of_a_sweep_end_as_they_last_ended(swept):
+def test_the_cells_of_a_sweep_end_as_they_last_ended_and_can_be_compared(swept, capsys):
     cells = cells_of(swept, "alpha")
     assert sorted(cell.status for cell in cells) == ["done", "done", "failed"]
     assert cells_of(swept, "perplexity") == []
-
-
-def test_two_records_are_compared(swept, capsys):
-    first, second = (cell.key for cell in cells_of(swept, "alpha") if cell.status == "done")
-    cli.main(["compare", "--results", str(swept), first, second])
+    cli.main(["compare", "--results", str(swept), *(cell.key for cell in cells if cell.status == "done")])
     assert "| method.alpha | 0.0 | 1.0 |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code"), [(["nonsense"], 2), (["compare", "0"], 2), (["compare", "zz", "zz"], 2)]
-)
-def test_a_question_that_cannot_be_answered_ends_with_2(swept, arguments, code):
+@pytest.mark.parametrize("arguments", [["nonsense"], ["compare", "0"], ["compare", "zz", "zz"]])
+def test_a_question_that_cannot_be_answered_ends_with_2(swept, arguments):
     with pytest.raises(SystemExit) as ended:
         cli.main([*arguments, "--results", str(swept)])
-    assert ended.value.code == code
+    assert ended.value.code == 2
 
 
 def test_an_empty_folder_says_what_to_do(tmp_path, caplog):
@@ -214,12 +194,3 @@ def test_an_empty_folder_says_what_to_do(tmp_path, caplog):
         cli.main(["--results", str(tmp_path)])
     assert ended.value.code == 2
     assert "run a sweep first" in caplog.text
-
-
-def test_layouts_name_metrics_and_axes_that_exist():
-    for path in SWEEPS:
-        layout = yaml.safe_load(Path(path).read_text())["sweep"]
-        if path.stem != "demo":
-            assert layout["metric"] in ("perplexity", "acc", "cost")
-            assert set(layout) <= {"title", "rows", "columns", "metric", "figure", "note"}
-    assert json.dumps(layout)

@@ -266,4 +266,5 @@ def _check_keys(node: Any, schema: type, path: str) -> None:
 def _nested(schema: type, name: str) -> type | None:
     """The dataclass that a field holds (or may hold), None for a plain field."""
     kind = get_type_hints(schema)[name]
-    return next((option for option in (kind, *get_args(kind)) if is_dataclass(option)), None)  # type: ignore[return-value]
+    nested: type | None = next((option for option in (kind, *get_args(kind)) if is_dataclass(option)), None)
+    return nested
