@@ -50,8 +50,8 @@ def test_the_sweeps_of_the_paper_are_there():
     ],
 )
 def test_every_cell_of_the_granularity_ablation_is_a_method(cell, name, settings):
-    assert len(list((ROOT / "sweeps" / "cells").iterdir())) == 4
-    method = Components.of(settings_of(f"+sweeps/cells={cell}")).method
+    assert len(list((CONF / "variant").iterdir())) == 4
+    method = Components.of(settings_of(f"variant={cell}")).method
     assert (method.name, method.settings()) == (name, settings)
 
 
@@ -125,7 +125,7 @@ def test_every_model_file_says_what_it_needs(path, results, monkeypatch, tmp_pat
     own = yaml.safe_load(path.read_text())
     if own["path"].startswith("tiny:"):
         monkeypatch.setenv("DASS_EXP_CACHE", str(tmp_path))  # whatever was trained on this machine
-    assert own.keys() <= {"name", "path", "license", "parameters", "context", "revision", "dtype", "bos"}
+    assert own.keys() <= {"path", "license", "parameters", "context", "revision", "dtype", "bos"}
     planned = plan(settings_of(f"model={path.stem}", f"results_dir={results}", "tracker=none"))
     assert f"{path.stem} ({own['path']})" in planned.needs
     assert f"license: {own['license']}; sequences up to {own['context']} tokens" in planned.needs

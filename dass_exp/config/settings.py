@@ -266,5 +266,6 @@ def _check_keys(node: Any, schema: type, path: str) -> None:
 def _nested(schema: type, name: str) -> type | None:
     """The dataclass that a field holds (or may hold), None for a plain field."""
     kind = get_type_hints(schema)[name]
-    nested: type | None = next((option for option in (kind, *get_args(kind)) if is_dataclass(option)), None)
-    return nested
+    return next(
+        (option for option in (kind, *get_args(kind)) if isinstance(option, type) and is_dataclass(option)), None
+    )

@@ -229,7 +229,7 @@ def test_a_former_name_is_accepted_with_one_warning(override, setting, value, ca
 @pytest.mark.parametrize("group", NAMED_GROUPS)
 def test_what_has_no_name_of_its_own_is_named_after_the_chosen_file(group):
     composed, choices = composed_with_choices("protocol=paper", "model=llama2_7b")
-    OmegaConf.update(composed, f"{group}.name", "???")
+    OmegaConf.update(composed, f"{group}.name", "???", force_add=True)
     config = OmegaConf.structured(validate(composed, OURS, choices))
     assert config[group].name == choices[group]
     assert settings_of("calibration.name=mine").calibration.name == "mine"
