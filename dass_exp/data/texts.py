@@ -74,8 +74,6 @@ class HubText(Text):
             )
         except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"data set {self.path} cannot be loaded: "
-                f"check the network, or take protocol=demo, which needs no hub ({reason})"
-            ) from error
+            advice = f"check the network, or take protocol=demo, which needs no hub ({reason})"
+            raise UserError(f"data set {self.path} cannot be loaded: {advice}") from error
         return list(rows["text"])

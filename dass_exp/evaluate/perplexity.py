@@ -43,9 +43,8 @@ def perplexity(model: Any, tokens: Tensor, batch_size: int = 4) -> Perplexity:
         NumericalError: a likelihood, or the perplexity, is not finite.
     """
     if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < 2:
-        raise UserError(
-            f"tokens of shape {list(tokens.shape)}: expected [windows, tokens], each window with at least two tokens"
-        )
+        expected = "[windows, tokens], each window with at least two tokens"
+        raise UserError(f"tokens of shape {list(tokens.shape)}: expected {expected}")
     device = next(model.parameters()).device
     nll: list[float] = []
     with eval_mode(model):

@@ -23,9 +23,6 @@ class StreamedPerplexity(Callback):
         options: of the engine, whose activation cache is used.
         stopwatch: measures the scoring of both models apart from pruning.
         scores_pruned: whether there is a pruned model to score.
-
-    Attributes:
-        dense_perplexity, pruned_perplexity: once all blocks have passed; None before, or where not scored.
     """
 
     def __init__(
@@ -42,7 +39,7 @@ class StreamedPerplexity(Callback):
         self._blocks = list(decoder_of(model, options.roles).blocks)
         self._dense: list[Batch] = []
         self._pruned: list[Batch] = []
-        self.dense_perplexity: Perplexity | None = None
+        self.dense_perplexity: Perplexity | None = None  # both are None until all blocks have passed, or if not scored
         self.pruned_perplexity: Perplexity | None = None
 
     @property

@@ -106,9 +106,8 @@ def zero_shot(
             if data != "hub" or isinstance(error, UserError):
                 raise
             reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"the zero-shot tasks cannot be scored: check the network, or set eval=zeroshot_mini ({reason})"
-            ) from error
+            advice = f"check the network, or set eval=zeroshot_mini ({reason})"
+            raise UserError(f"the zero-shot tasks cannot be scored: {advice}") from error
     return _collect(output, tasks, limit)
 
 

@@ -86,10 +86,8 @@ def load_model(spec: ModelSpec) -> nn.Module:
                 spec.source, **spec.hub_options, dtype=spec.dtype, use_safetensors=True, output_loading_info=True
             )
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"model.path={spec.source}: its weights do not fit its config.json ({reason}); fetch it again"
-            ) from error
+            problem = f"its weights do not fit its config.json ({' '.join(str(error).split())[:300]})"
+            raise UserError(f"model.path={spec.source}: {problem}; fetch it again") from error
         model, loading_info = loaded
         if missing := sorted(loading_info["missing_keys"]):  # transformers would initialise them at random
             tensors = f"{missing[0]} ({len(missing)} tensors are missing)"

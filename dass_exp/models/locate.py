@@ -51,10 +51,8 @@ def locate(config: ModelConfig) -> ModelSource:
     if path.startswith(TINY):
         return _tiny_source(path, config.training_seed)
     if config.training_seed is not None:
-        raise UserError(
-            f"model.training_seed={config.training_seed}: "
-            "only the models of `make tiny-models` were trained more than once; leave it null"
-        )
+        problem = "only the models of `make tiny-models` were trained more than once; leave it null"
+        raise UserError(f"model.training_seed={config.training_seed}: {problem}")
     if path.startswith(OFFLINE):
         return _offline_source(path, bool(config.accept_license))
     if Path(path).is_dir():
@@ -66,17 +64,13 @@ def locate(config: ModelConfig) -> ModelSource:
             note=f"pruned by dass_exp: {manifest['told']}, record {manifest['key']}" if manifest else "",
         )
     if path.startswith(("/", ".", "~")):
-        raise UserError(
-            f"model.path={path}: there is no such folder; "
-            f"give a folder, a hub id such as meta-llama/Llama-2-7b-hf, or {OFFLINE}smollm2_135m"
-        )
+        advice = f"give a folder, a hub id such as meta-llama/Llama-2-7b-hf, or {OFFLINE}smollm2_135m"
+        raise UserError(f"model.path={path}: there is no such folder; {advice}")
     with quiet_libraries(), readable_errors(path):
         revision = extract_commit_hash(str(cached_file(path, "config.json", revision=config.revision)), None)
     if revision is None:
-        raise UserError(
-            f"model.path={path}: its commit cannot be told, so its results could not be told apart; "
-            "download it and give the folder"
-        )
+        problem = "its commit cannot be told, so its results could not be told apart"
+        raise UserError(f"model.path={path}: {problem}; download it and give the folder")
     model_config = _read_config(path, revision, trust)
     return ModelSource(source=path, revision=revision, config=model_config, identity=f"{path}@{revision}")
 

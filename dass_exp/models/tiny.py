@@ -113,8 +113,6 @@ def trained_recipe(variant: str, training_seed: int | None) -> Recipe:
         seed, command = recipe.training_seed, "make tiny-models"
         if seed not in TRAINING_SEEDS:
             command = f"python -m dass_exp.train {variant} --training-seeds {seed}"
-        raise UserError(
-            f"model.path=tiny:{variant}, model.training_seed={seed}: "
-            f"it is not trained yet; run `{command}` once (minutes a model)"
-        )
+        problem = f"it is not trained yet; run `{command}` once (minutes a model)"
+        raise UserError(f"model.path=tiny:{variant}, model.training_seed={seed}: {problem}")
     return recipe

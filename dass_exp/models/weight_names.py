@@ -121,18 +121,15 @@ class WeightNames:
         for name in [name for name in tied if name in names and tied[name] in names]:
             other = tied[name]
             if not self._shards.equal(self._plain[name], self._plain[other]):
-                raise UserError(
-                    f"{checkpoint} stores {name} with other values than those of {other}, to which it is tied; {advice}"
-                )
+                problem = f"stores {name} with other values than those of {other}, to which it is tied"
+                raise UserError(f"{checkpoint} {problem}; {advice}")
             del self._plain[name]  # stored twice
         if missing := [name for name in state if name not in names and name not in tied]:
             raise UserError(f"{checkpoint} has no tensor {missing[0]} as the model has it; {advice}")
         for name, shape in self._shapes.items():
-            expected = list(state[name].shape)
-            if shape != expected:
-                raise UserError(
-                    f"{checkpoint} gives {name} the shape {shape}, and its config.json {expected}; fetch it again"
-                )
+            if shape != (expected := list(state[name].shape)):
+                problem = f"gives {name} the shape {shape}, and its config.json {expected}"
+                raise UserError(f"{checkpoint} {problem}; fetch it again")
 
 
 def _dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:

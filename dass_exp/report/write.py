@@ -101,12 +101,10 @@ def long_form(table: ResultTable) -> list[list[Any]]:
     """A header, and one line per value in full precision."""
     lines: list[list[Any]] = [["row", "column", "metric", "mean", "sd", "stderr", "n", "mark", "status", "records"]]
     for (row, column), value in table.cells.items():
-        place = [row, column, table.metric]
+        fields: list[Any] = [None, None, None, 0, "", value, ""]
         if isinstance(value, TableValue):
-            numbers = [value.mean, value.sd, value.stderr, len(value.values)]
-            lines.append([*place, *numbers, value.mark, "done", " ".join(value.keys)])
-        else:
-            lines.append([*place, None, None, None, 0, "", value, ""])
+            fields = [value.mean, value.sd, value.stderr, len(value.values), value.mark, "done", " ".join(value.keys)]
+        lines.append([row, column, table.metric, *fields])
     return lines
 
 
