@@ -19,7 +19,7 @@ def last_hidden(model: Any, ids: Tensor) -> Tensor:
 
 
 def check_head(model: Any, ids: Tensor) -> None:
-    """Raise a UserError unless the head, applied here, computes the model's logits: some families rescale or cap theirs.
+    """Raise a UserError unless the head, applied here, computes the logits: some families rescale or cap theirs.
 
     Tried on the first eight tokens of ``ids``, int64 [sequences, tokens].
     """
