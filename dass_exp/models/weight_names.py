@@ -31,7 +31,7 @@ class JoinedTensors:
     names: tuple[str, ...] = ()  # of the fused tensors in the model
 
     def join(self, tensors: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
-        """Fuse the pieces, given by stored name, into the model's tensors, by the model's names."""
+        """Fuse the pieces, by stored name, into the model's tensors, by the model's names."""
         converter = deepcopy(self.converter)  # it keeps what is added
         for stored, pattern in self.pieces.items():
             converter.add_tensor(self.first, stored, pattern, tensors[stored])  # type: ignore[arg-type]  # takes tensors too

@@ -105,10 +105,10 @@ def _tokens_differ(record: Record) -> Iterator[str]:
         name, samples, length = (paper_calibration[field] for field in ("name", "num_samples", "seq_len"))
         if (calibration["name"], calibration["num_samples"], calibration["seq_len"]) != (name, samples, length):
             yield f"calibration: {calibration_label(record)}; the paper: {samples} x {length} of {name}"
-    asked = record["config"]["eval"].get("perplexity") or {}
+    perplexity = record["config"]["eval"].get("perplexity") or {}
     if "dataset" in protocol:
         name, context = paper_eval["name"], paper_eval["context"]
-        if (protocol["dataset"], protocol["context"], asked.get("max_windows")) != (name, context, None):
+        if (protocol["dataset"], protocol["context"], perplexity.get("max_windows")) != (name, context, None):
             yield (
                 f"perplexity: {protocol['windows']} windows of {protocol['context']} tokens of {protocol['dataset']}; "
                 f"the paper: all windows of {context} of {name}, test split"

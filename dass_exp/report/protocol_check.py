@@ -67,7 +67,7 @@ class Protocols:
         return model if name.partition(".")[0] in _PER_MODEL else ""
 
     def conflicts(self, cells: Iterable[Collection[str]]) -> dict[str, set[str]]:
-        """Settings that differ between the records, given by key, in one cell: they are no repetitions of one run."""
+        """Settings that differ between the records (by key) of one cell: they are not repetitions of one run."""
         conflicts: dict[str, set[str]] = {}
         for keys in cells:
             protocols = [self._settings[key] for key in keys]
