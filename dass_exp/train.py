@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
 from dass_exp.data import assets, texts
 from dass_exp.data import tokens as data
@@ -46,17 +45,15 @@ def _train_into(recipe: Recipe, folder: Path) -> None:
     transformers.set_seed(recipe.training_seed)
     config = transformers.AutoConfig.for_model(recipe.mlp.model_type, **recipe.config())
     model = transformers.AutoModelForCausalLM.from_config(config)
-    trainer = transformers.Trainer(
-        model=model, args=_training_arguments(recipe, scratch), train_dataset=_Windows(stream, recipe.context)
-    )
+    windows = stream[: len(stream) // recipe.context * recipe.context].view(-1, recipe.context)
+    examples: Any = [{"input_ids": ids, "labels": ids} for ids in windows]
+    trainer = transformers.Trainer(model=model, args=_training_arguments(recipe, scratch), train_dataset=examples)
     trainer.train(resume_from_checkpoint=_last_checkpoint(scratch))
-    windows = data.evaluation_windows(HELD_OUT, recipe.context, None, tokenizer, "never")
-    reached = perplexity(model.eval(), windows.ids, batch_size=recipe.batch).value
+    held_out = data.evaluation_windows(HELD_OUT, recipe.context, None, tokenizer, "never").ids
+    reached = perplexity(model.eval(), held_out, batch_size=recipe.batch).value
     if not reached <= recipe.perplexity:
-        raise UserError(
-            f"{recipe.name}, training seed {recipe.training_seed}: "
-            f"held-out perplexity {reached:.2f}, above the {recipe.perplexity} of its recipe"
-        )
+        problem = f"held-out perplexity {reached:.2f}, above the {recipe.perplexity} of its recipe"
+        raise UserError(f"{recipe.name}, training seed {recipe.training_seed}: {problem}")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     summary = {
         "variant": recipe.variant,
@@ -65,7 +62,7 @@ def _train_into(recipe: Recipe, folder: Path) -> None:
         "training_tokens": len(stream),
         "tokens_seen": recipe.steps * recipe.batch * recipe.context,
         "held_out_perplexity": reached,
-        "held_out_windows": len(windows.ids),
+        "held_out_windows": len(held_out),
         "final_training_loss": losses[-1:],
         "seconds_of_this_start": time.perf_counter() - start,
         "torch": torch.__version__,
@@ -116,19 +113,6 @@ def _tokenizer(recipe: Recipe, documents: Sequence[str]) -> Any:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer._tokenizer, eos_token=_END, model_max_length=recipe.context
     )
-
-
-class _Windows:
-    """Consecutive windows of a token stream as training examples."""
-
-    def __init__(self, stream: Tensor, length: int) -> None:
-        self._windows = stream[: len(stream) // length * length].view(-1, length)
-
-    def __len__(self) -> int:
-        return len(self._windows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self._windows[index], "labels": self._windows[index]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

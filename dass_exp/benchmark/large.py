@@ -1,4 +1,4 @@
-"""Disk, memory and arithmetic that models need which fit in no memory, from their shapes alone. Nothing is run."""
+"""What models too large for this machine need in disk, memory and arithmetic, from their shapes alone."""
 
 import statistics
 import sys
@@ -10,8 +10,8 @@ import transformers
 
 from dass_exp.api import method_of
 from dass_exp.benchmark.measure import time_call
-from dass_exp.benchmark.report import markdown_table
 from dass_exp.models.decoder import Decoder, decoder_of
+from dass_exp.report.write import markdown_table
 from dass_exp.runs.memory import MemoryNeeds, Workload, memory_needs
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,9 +86,8 @@ def time_pruning(job: PruningJob, method: Pruner) -> dict[str, float]:
     verification = _TimedVerification(job.pattern)
     with restoring_weights(job.model, job.scope):
         memory = PeakMemory()
-        total = time_call(
-            lambda: prune_model(job.model, tokens, method, job.pattern, options, callbacks=[verification])
-        )
+        pruning = partial(prune_model, job.model, tokens, method, job.pattern, options, callbacks=[verification])
+        total = time_call(pruning)
         peak = memory.read()["peak_rss_bytes"] or 0
     rest = total - sum(verification.seconds.values())
     return {**verification.seconds, "total": total, "rest": rest, "peak_rss_bytes": float(peak)}

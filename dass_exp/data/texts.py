@@ -26,15 +26,10 @@ class Text(ABC):
 
 @dataclass(frozen=True)
 class OfflineText(Text):
-    """A text of assets.py.
+    """A text of assets.py."""
 
-    Args:
-        asset: ``c4``, ``wikipedia``, or ``code`` or ``technical``, which are one document each.
-        part: ``all``, or every other document, so that calibration and evaluation can be disjoint: ``even`` or ``odd``.
-    """
-
-    asset: str
-    part: str = "all"
+    asset: str  # c4 or wikipedia; code or technical, which are one document each
+    part: str = "all"  # or every other document, so that calibration and evaluation can be disjoint: even, odd
 
     def __post_init__(self) -> None:
         one_of("text.asset", self.asset, tuple(assets.TEXTS))
@@ -56,21 +51,13 @@ class OfflineText(Text):
 
 @dataclass(frozen=True)
 class HubText(Text):
-    """A data set of the Hugging Face hub with a ``text`` column.
+    """A data set of the Hugging Face hub with a ``text`` column."""
 
-    Args:
-        path: id of the data set.
-        split: of the data set.
-        name: of its configuration, if it has several.
-        data_file: path of a single file of it.
-        revision: commit, tag or branch.
-    """
-
-    path: str
+    path: str  # id of the data set
     split: str
-    name: str | None = None
-    data_file: str | None = None
-    revision: str | None = None
+    name: str | None = None  # of its configuration, if it has several
+    data_file: str | None = None  # path of a single file of it
+    revision: str | None = None  # commit, tag or branch
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -87,8 +74,6 @@ class HubText(Text):
             )
         except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"data set {self.path} cannot be loaded: "
-                f"check the network, or take protocol=demo, which needs no hub ({reason})"
-            ) from error
+            advice = f"check the network, or take protocol=demo, which needs no hub ({reason})"
+            raise UserError(f"data set {self.path} cannot be loaded: {advice}") from error
         return list(rows["text"])

@@ -18,15 +18,10 @@ from dass_exp.errors import UserError
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token windows.
+    """Token windows."""
 
-    Args:
-        ids: int64 [windows, tokens].
-        sha256: of the ids as little-endian 64-bit numbers.
-    """
-
-    ids: Tensor
-    sha256: str
+    ids: Tensor  # int64 [windows, tokens]
+    sha256: str  # of the ids as little-endian 64-bit numbers
 
     @classmethod
     def of(cls, ids: Tensor) -> Tokens:
@@ -58,9 +53,8 @@ def _joined_windows(
 ) -> list[Tensor]:
     stream = encoder(config.separator.join(text.documents()))
     if len(stream) <= length:
-        raise UserError(
-            f"calibration.seq_len={config.seq_len}: the text has only {len(stream)} tokens; choose a smaller one"
-        )
+        problem = f"the text has only {len(stream)} tokens; choose a smaller one"
+        raise UserError(f"calibration.seq_len={config.seq_len}: {problem}")
     starts = [generator.randint(0, len(stream) - length - 1) for _ in range(config.num_samples)]
     return [stream[start : start + length] for start in starts]
 
@@ -102,9 +96,8 @@ def evaluation_windows(text: Text, context: int, max_windows: int | None, tokeni
     stream = encode(tokenizer, "\n\n".join(text.documents()), bos)
     length = context - (bos == "window")
     if len(stream) < length:
-        raise UserError(
-            f"eval.perplexity.context={context}: the text has only {len(stream)} tokens; choose a smaller one"
-        )
+        problem = f"the text has only {len(stream)} tokens; choose a smaller one"
+        raise UserError(f"eval.perplexity.context={context}: {problem}")
     windows = stream[: len(stream) // length * length].view(-1, length)[:max_windows]
     return _with_bos(list(windows), tokenizer, bos)
 

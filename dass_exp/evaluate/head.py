@@ -19,7 +19,7 @@ def last_hidden(model: Any, ids: Tensor) -> Tensor:
 
 
 def check_head(model: Any, ids: Tensor) -> None:
-    """Raise a UserError unless the head, applied here, gives the model's logits: some families rescale or cap theirs.
+    """Raise a UserError unless the head, applied here, computes the logits: some families rescale or cap theirs.
 
     Tried on the first eight tokens of ``ids``, int64 [sequences, tokens].
     """
@@ -34,10 +34,8 @@ def compare_head(model: Any, logits: Tensor, hidden: Tensor) -> None:
     tolerance = 1e-2 * float(expected.abs().nan_to_num().amax())
     if not torch.allclose(computed, expected, rtol=1e-2, atol=tolerance, equal_nan=True):
         name = getattr(model.config.get_text_config(), "model_type", type(model).__name__)
-        raise UserError(
-            f"model family {name!r}: its logits are not what its head gives, so it cannot be scored here;"
-            " score another model"
-        )
+        problem = "its logits are not what its head gives, so it cannot be scored here"
+        raise UserError(f"model family {name!r}: {problem}; score another model")
 
 
 def token_losses(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:

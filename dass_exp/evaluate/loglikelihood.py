@@ -33,10 +33,8 @@ def loglikelihoods(model: Any, requests: Sequence[Request], batch_size: int, max
         UserError: a continuation is empty or longer than the model takes, or the model's logits are not its head's.
     """
     if bad := [len(continuation) for _, continuation in requests if not 0 < len(continuation) <= max_length]:
-        raise UserError(
-            f"eval.zeroshot.tasks: an answer of {bad[0]} tokens cannot be scored; this model takes 1 to {max_length}:"
-            " choose other tasks"
-        )
+        limits = f"this model takes 1 to {max_length}: choose other tasks"
+        raise UserError(f"eval.zeroshot.tasks: an answer of {bad[0]} tokens cannot be scored; {limits}")
     numbers: dict[tuple[int, ...], list[int]] = {}  # of the requests, by the sequence that they share
     for number, (context, continuation) in enumerate(requests):
         numbers.setdefault((*context, *continuation)[-max_length - 1 : -1], []).append(number)

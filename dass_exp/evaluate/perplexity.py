@@ -16,18 +16,14 @@ _MAX_NLL = 700.0  # nats per token; exp of more overflows a float
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the total negative log-likelihood over the predicted tokens.
-
-    Args:
-        window_nll: mean negative log-likelihood per predicted token of each window, in nats.
-        predicted: tokens predicted in each window: all but the first.
+    """exp of the mean negative log-likelihood per predicted token.
 
     Raises:
         NumericalError: the mean over the windows is not finite, or too large for its exp.
     """
 
-    window_nll: list[float]
-    predicted: int
+    window_nll: list[float]  # mean negative log-likelihood per predicted token of each window, in nats
+    predicted: int  # tokens predicted in each window: all but the first
 
     def __post_init__(self) -> None:
         if not sum(self.window_nll) / len(self.window_nll) < _MAX_NLL:
@@ -35,7 +31,6 @@ class Perplexity:
 
     @property
     def value(self) -> float:
-        """The perplexity."""
         return math.exp(math.fsum(self.window_nll) / len(self.window_nll))
 
 
@@ -48,9 +43,8 @@ def perplexity(model: Any, tokens: Tensor, batch_size: int = 4) -> Perplexity:
         NumericalError: a likelihood, or the perplexity, is not finite.
     """
     if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < 2:
-        raise UserError(
-            f"tokens of shape {list(tokens.shape)}: expected [windows, tokens], each window with at least two tokens"
-        )
+        expected = "[windows, tokens], each window with at least two tokens"
+        raise UserError(f"tokens of shape {list(tokens.shape)}: expected {expected}")
     device = next(model.parameters()).device
     nll: list[float] = []
     with eval_mode(model):

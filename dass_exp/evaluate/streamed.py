@@ -1,4 +1,4 @@
-"""Perplexity of the dense and of the pruned model while blocks are streamed: windows pass each twice."""
+"""Perplexity of the dense and of the pruned model while blocks are streamed: windows pass through each twice."""
 
 from typing import Any
 
@@ -23,9 +23,6 @@ class StreamedPerplexity(Callback):
         options: of the engine, whose activation cache is used.
         stopwatch: measures the scoring of both models apart from pruning.
         scores_pruned: whether there is a pruned model to score.
-
-    Attributes:
-        dense_perplexity, pruned_perplexity: once all blocks have passed; None before, or where not scored.
     """
 
     def __init__(
@@ -42,12 +39,11 @@ class StreamedPerplexity(Callback):
         self._blocks = list(decoder_of(model, options.roles).blocks)
         self._dense: list[Batch] = []
         self._pruned: list[Batch] = []
-        self.dense_perplexity: Perplexity | None = None
+        self.dense_perplexity: Perplexity | None = None  # both are None until all blocks have passed, or if not scored
         self.pruned_perplexity: Perplexity | None = None
 
     @property
     def returns_tuple(self) -> bool:
-        """Whether blocks return a tuple."""
         return self._dense[0].returns_tuple
 
     @property
@@ -63,14 +59,10 @@ class StreamedPerplexity(Callback):
     @torch.no_grad()
     def on_start(self, loop: Loop) -> None:
         del loop
+        options = self._options
         with self._stopwatch.measure("dense"), eval_mode(self._model):
             self._dense = capture(
-                self._model,
-                self._blocks,
-                self._windows,
-                self._batch_size,
-                self._options.returns_tuple,
-                self._options.cache,
+                self._model, self._blocks, self._windows, self._batch_size, options.returns_tuple, options.cache
             )
             self._pruned = [batch.copy() for batch in self._dense]
             # an unsupported head is reported now, not after hours

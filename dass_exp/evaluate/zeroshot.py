@@ -4,10 +4,8 @@ Offline tasks are lm-eval's own, read from local files: a generated YAML include
 """
 
 import functools
-import logging
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch import nn
 from dass_exp.data import assets
 from dass_exp.errors import UserError
 from dass_exp.evaluate.loglikelihood import loglikelihoods
+from dass_exp.models.locate import quiet_loggers
 
 # lm-eval's file of each offline task
 _INSTALLED = {
@@ -45,15 +44,11 @@ class ZeroShotOptions:
 
 @dataclass(frozen=True)
 class ZeroShotResult:
-    """Scores by task.
+    """Scores by task."""
 
-    Args:
-        tasks: acc, acc_stderr, acc_norm and acc_norm_stderr (the last two where the task has them), version, split,
-            limit, number of documents.
-        documents: the outcome (0 or 1) of acc and acc_norm for each document, for paired tests.
-    """
-
+    # acc and acc_stderr, acc_norm and acc_norm_stderr where the task has them, version, split, limit, documents
     tasks: dict[str, dict[str, Any]]
+    # the outcome (0 or 1) of acc and acc_norm for each document, for paired tests
     documents: dict[str, dict[str, list[float]]]
 
     @property
@@ -77,12 +72,10 @@ def check_tasks(tasks: Sequence[str], data: str) -> None:
     if not tasks or len(set(tasks)) != len(tasks):
         raise UserError(f"eval.zeroshot.tasks={list(tasks)}: name at least one task, and none twice")
     known: Collection[str] = _INSTALLED if data == "offline" else _all_tasks()
-    allowed = f"one of {', '.join(_INSTALLED)}"
-    if data != "offline":
-        allowed = "a task of lm-eval (`lm-eval ls tasks` lists them)"
-    for task in tasks:
-        if task not in known:
-            raise UserError(f"eval.zeroshot.tasks: unknown task {task!r}; expected {allowed}")
+    listed = "a task of lm-eval (`lm-eval ls tasks` lists them)"
+    allowed = f"one of {', '.join(_INSTALLED)}" if data == "offline" else listed
+    if unknown := [task for task in tasks if task not in known]:
+        raise UserError(f"eval.zeroshot.tasks: unknown task {unknown[0]!r}; expected {allowed}")
 
 
 def zero_shot(
@@ -96,7 +89,7 @@ def zero_shot(
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet_loggers("lm_eval", "evaluate", "datasets"):
         if data == "offline":
             for task in tasks:
                 _write_task(task, Path(folder))
@@ -113,9 +106,8 @@ def zero_shot(
             if data != "hub" or isinstance(error, UserError):
                 raise
             reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"the zero-shot tasks cannot be scored: check the network, or set eval=zeroshot_mini ({reason})"
-            ) from error
+            advice = f"check the network, or set eval=zeroshot_mini ({reason})"
+            raise UserError(f"the zero-shot tasks cannot be scored: {advice}") from error
     return _collect(output, tasks, limit)
 
 
@@ -190,17 +182,3 @@ def _all_tasks() -> frozenset[str]:
     from lm_eval.tasks import TaskManager
 
     return frozenset(TaskManager().all_tasks)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence everything below errors in the logs of lm-eval and its libraries."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "evaluate", "datasets")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,28 +13,32 @@ from transformers.pytorch_utils import Conv1D
 
 from dass_exp.errors import UserError
 from dass_exp.models import families
-from dass_exp.models.families import ATTENTION, DOWN, GATE, GLU, INPUT_OF, ROLES_IN_SCOPE, UP, Experts, Family, Role
+from dass_exp.models.families import (
+    ATTENTION,
+    DOWN,
+    GATE,
+    GLU,
+    INPUT_OF,
+    ROLES_IN_SCOPE,
+    UP,
+    Experts,
+    Family,
+    Role,
+    Rows,
+)
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LinearSite:
-    """One weight matrix of a block.
+    """One weight matrix of a block."""
 
-    Args:
-        name: full name of its module; for a part of a fused linear or of an expert, followed by the role.
-        role: what it does.
-        matrix: the weight.
-        source: its input; matrices of one source read the same tensor.
-        unit: the block, or the expert: what is pruned together.
-    """
-
-    name: str
+    name: str  # full name of its module; for a part of a fused linear or of an expert, followed by the role
     role: Role
     matrix: Matrix
-    source: str
-    unit: str
+    source: str  # its input; matrices of one source read the same tensor
+    unit: str  # the block, or the expert: what is pruned together
 
 
 @dataclass(frozen=True)
@@ -150,21 +154,13 @@ def _check_assumption(decoder: Decoder, model_type: str) -> None:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight [out_features, in_features] inside a module.
+    """A weight [out_features, in_features] inside a module."""
 
-    Args:
-        module: the one that is called with the matrix's input.
-        parameter: the tensor that holds it, of one linear or of several.
-        expert: index along the first of three dimensions; None for a tensor of two.
-        transposed: the tensor is [in_features, out_features] (GPT-2's Conv1D).
-        rows: its output features in a fused linear; None for all.
-    """
-
-    module: nn.Module
-    parameter: Tensor
-    expert: int | None = None
-    transposed: bool = False
-    rows: slice | Sequence[int] | None = None
+    module: nn.Module  # the one that is called with the matrix's input
+    parameter: Tensor  # the tensor that holds it, of one linear or of several
+    expert: int | None = None  # index along the first of three dimensions; None for a tensor of two
+    transposed: bool = False  # the tensor is [in_features, out_features] (GPT-2's Conv1D)
+    rows: Rows | None = None  # its output features in a fused linear; None for all
 
     @classmethod
     def of(cls, linear: nn.Linear) -> Matrix:
@@ -173,12 +169,10 @@ class Matrix:
 
     @property
     def in_features(self) -> int:
-        """Number of columns."""
         return self.parameter.shape[-2 if self.transposed else -1]
 
     @property
     def out_features(self) -> int:
-        """Number of rows."""
         total = self.parameter.shape[-1 if self.transposed else -2]
         if isinstance(self.rows, slice):
             return len(range(total)[self.rows])

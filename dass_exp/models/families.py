@@ -43,58 +43,38 @@ INPUT_OF: dict[Role, str] = {
 # The linear of an MLP that reads the neurons which this one computes.
 READER_OF: dict[Role, Role] = {GATE: DOWN, UP: DOWN, FC1: FC2}
 
-
 Rows = slice | Sequence[int]
 
 
 @dataclass(frozen=True)
 class WeightLocation:
-    """Where a block keeps the weight of a role.
+    """Where a block keeps the weight of a role."""
 
-    Args:
-        path: of the module inside the block.
-        rows: its output features, computed from the model's config, if several roles are fused in one linear.
-    """
-
-    path: str
-    rows: Callable[[Any], Rows] | None = None
+    path: str  # of the module inside the block
+    rows: Callable[[Any], Rows] | None = None  # its output features by the model's config, if roles share one linear
 
 
 @dataclass(frozen=True)
 class Experts:
-    """Where a mixture-of-experts block keeps its experts: tensors [expert, out, in] of one module. Routers stay dense.
+    """Where a mixture-of-experts block keeps its experts: tensors [expert, out, in] of a module. Routers stay dense."""
 
-    Args:
-        path: of the experts' module inside the block.
-        gate_up: the tensor of gate and up, stacked along the output features.
-        down: the tensor of down.
-    """
-
-    path: str = "mlp.experts"
-    gate_up: str = "gate_up_proj"
+    path: str = "mlp.experts"  # of that module inside the block
+    gate_up: str = "gate_up_proj"  # gate and up, stacked along the output features
     down: str = "down_proj"
 
 
 @dataclass(frozen=True)
 class Family:
-    """The roles of one architecture.
+    """The roles of one architecture."""
 
-    Args:
-        locations: of each role's linear inside a block.
-        mlp: kind of MLP, for tables.
-        blocks: path of the list of decoder blocks.
-        bos: ``tokenizer``, once at the head of a text if the tokenizer adds it by itself (as in the Wanda code), or
-            ``window``, at the start of each window (Gemma, whose perplexity is meaningless without it).
-        experts: replace gate, up and down in the blocks that have them.
-        tested_on: the real model that was pruned with this project; empty if only random ones were, in the tests.
-    """
-
-    locations: Mapping[Role, WeightLocation]
-    mlp: str = "GLU"
-    blocks: str = "model.layers"
+    locations: Mapping[Role, WeightLocation]  # of each role's linear inside a block
+    mlp: str = "GLU"  # kind of MLP, for tables
+    blocks: str = "model.layers"  # path of the list of decoder blocks
+    # tokenizer: once at the start of a text if the tokenizer adds it by itself, as in the Wanda code;
+    # window: at the start of each window (Gemma, whose perplexity is meaningless without it)
     bos: str = "tokenizer"
-    experts: Experts | None = None
-    tested_on: str = ""
+    experts: Experts | None = None  # replace gate, up and down in the blocks that have them
+    tested_on: str = ""  # the real model that was pruned with this project; empty: only random ones, in the tests
 
 
 def _locations(**paths: str | WeightLocation) -> dict[Role, WeightLocation]:
@@ -133,6 +113,19 @@ def _neox_qkv(part: int) -> Callable[[Any], Rows]:
 
 _ATTENTION = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"}
 _LLAMA = _locations(**_ATTENTION, gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj")
+_PHI3 = _locations(
+    **_fused_qkv("self_attn.qkv_proj", _phi3_qkv),
+    o="self_attn.o_proj",
+    gate=WeightLocation("mlp.gate_up_proj", _equal_part(0, "intermediate_size")),
+    up=WeightLocation("mlp.gate_up_proj", _equal_part(1, "intermediate_size")),
+    down="mlp.down_proj",
+)
+_OPT = _locations(**_ATTENTION | {"o": "self_attn.out_proj"}, fc1="fc1", fc2="fc2")
+_GPT2 = _locations(**_fused_qkv("attn.c_attn", _equal_part), o="attn.c_proj", fc1="mlp.c_fc", fc2="mlp.c_proj")
+_NEOX_MLP = {"fc1": "mlp.dense_h_to_4h", "fc2": "mlp.dense_4h_to_h"}
+_NEOX = _locations(**_fused_qkv("attention.query_key_value", _neox_qkv), o="attention.dense", **_NEOX_MLP)
+_ARCEE = _locations(**_ATTENTION, fc1="mlp.up_proj", fc2="mlp.down_proj")
+_PHI = _locations(**_ATTENTION | {"o": "self_attn.dense"}, fc1="mlp.fc1", fc2="mlp.fc2")
 ASSUMED = _SWIGLU = Family(_LLAMA, "SwiGLU")  # what a model of an unknown family is assumed to be
 _GEMMA = Family(_LLAMA, "GeGLU", bos="window")
 _MIXTURE = Family(_LLAMA, "SwiGLU experts", experts=Experts())
@@ -142,43 +135,13 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("mistral", "qwen2", "qwen3", "olmo2"), _SWIGLU),
     **dict.fromkeys(("gemma", "gemma2"), _GEMMA),
     "gemma3_text": Family(_LLAMA, "GeGLU", bos="window", tested_on="Gemma-3-270M"),
-    "phi3": Family(
-        _locations(
-            **_fused_qkv("self_attn.qkv_proj", _phi3_qkv),
-            o="self_attn.o_proj",
-            gate=WeightLocation("mlp.gate_up_proj", _equal_part(0, "intermediate_size")),
-            up=WeightLocation("mlp.gate_up_proj", _equal_part(1, "intermediate_size")),
-            down="mlp.down_proj",
-        ),
-        "SwiGLU",
-    ),
+    "phi3": Family(_PHI3, "SwiGLU"),
     **dict.fromkeys(("mixtral", "qwen3_moe", "olmoe"), _MIXTURE),
-    "opt": Family(
-        _locations(**_ATTENTION | {"o": "self_attn.out_proj"}, fc1="fc1", fc2="fc2"),
-        "ReLU, no GLU",
-        blocks="model.decoder.layers",
-    ),
-    "gpt2": Family(
-        _locations(**_fused_qkv("attn.c_attn", _equal_part), o="attn.c_proj", fc1="mlp.c_fc", fc2="mlp.c_proj"),
-        "GELU, no GLU",
-        blocks="transformer.h",
-    ),
-    "gpt_neox": Family(
-        _locations(
-            **_fused_qkv("attention.query_key_value", _neox_qkv),
-            o="attention.dense",
-            fc1="mlp.dense_h_to_4h",
-            fc2="mlp.dense_4h_to_h",
-        ),
-        "GELU, no GLU",
-        blocks="gpt_neox.layers",
-    ),
-    "arcee": Family(
-        _locations(**_ATTENTION, fc1="mlp.up_proj", fc2="mlp.down_proj"),
-        "any activation, no GLU",
-        tested_on="tiny models, trained here",
-    ),
-    "phi": Family(_locations(**_ATTENTION | {"o": "self_attn.dense"}, fc1="mlp.fc1", fc2="mlp.fc2"), "GELU, no GLU"),
+    "opt": Family(_OPT, "ReLU, no GLU", blocks="model.decoder.layers"),
+    "gpt2": Family(_GPT2, "GELU, no GLU", blocks="transformer.h"),
+    "gpt_neox": Family(_NEOX, "GELU, no GLU", blocks="gpt_neox.layers"),
+    "arcee": Family(_ARCEE, "any activation, no GLU", tested_on="tiny models, trained here"),
+    "phi": Family(_PHI, "GELU, no GLU"),
 }
 
 
@@ -211,9 +174,8 @@ def family_of(model_type: str, roles: Mapping[str, str] | None = None) -> Family
     needed = [role for role in Role if role in ATTENTION | mlp]
     missing = [role.value for role in needed if role not in paths]
     if missing or len(paths.keys() - {"blocks"}) > len(needed):
-        problem = (
-            f"missing {', '.join(missing)}" if missing else "an MLP has gate, up and down, or fc1 and fc2, not both"
-        )
+        both = "an MLP has gate, up and down, or fc1 and fc2, not both"
+        problem = f"missing {', '.join(missing)}" if missing else both
         raise UserError(f"model.roles: {problem}; give the path inside a block of each of {', '.join(needed)}")
     base, locations = FAMILIES.get(model_type, ASSUMED), {role: WeightLocation(paths[role]) for role in needed}
     return Family(locations, "as model.roles says", paths.get("blocks", base.blocks), base.bos)

@@ -21,20 +21,13 @@ from dass_exp.models.streamed import StreamedBlocks, empty_model
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec(ModelSource):
-    """An identified model whose weights are not in memory yet.
+    """An identified model whose weights are not in memory yet."""
 
-    Args:
-        name: for tables.
-        dtype, device: resolved, never ``auto``.
-        roles: of a family that the table does not know, or None.
-        trust_remote_code: allow transformers to run code from the model's repository.
-    """
-
-    name: str
-    dtype: torch.dtype
+    name: str  # for tables
+    dtype: torch.dtype  # resolved, like the device: never auto
     device: torch.device
-    roles: Mapping[str, str] | None
-    trust_remote_code: bool
+    roles: Mapping[str, str] | None  # of a family that the table does not know
+    trust_remote_code: bool  # allow transformers to run code from the model's repository
 
     @property
     def family(self) -> Family | None:
@@ -45,6 +38,10 @@ class ModelSpec(ModelSource):
     def positions(self) -> int | None:
         """Maximum sequence length of its position embedding; None if its config does not say."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def hub_options(self) -> dict[str, Any]:
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
     @property
     def dtype_name(self) -> str:
@@ -76,9 +73,7 @@ def identify(config: ModelConfig) -> ModelSpec:
 def load_tokenizer(spec: ModelSpec) -> Any:
     """Load the model's tokenizer, or raise a UserError."""
     with quiet_libraries(), readable_errors(spec.source):
-        return transformers.AutoTokenizer.from_pretrained(
-            spec.source, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-        )
+        return transformers.AutoTokenizer.from_pretrained(spec.source, **spec.hub_options)
 
 
 def load_model(spec: ModelSpec) -> nn.Module:
@@ -88,18 +83,11 @@ def load_model(spec: ModelSpec) -> nn.Module:
             Shards(Path(spec.source))  # names a missing or damaged file; transformers fails in many ways
         try:
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                spec.source,
-                revision=spec.revision,
-                trust_remote_code=spec.trust_remote_code,
-                dtype=spec.dtype,
-                use_safetensors=True,
-                output_loading_info=True,
+                spec.source, **spec.hub_options, dtype=spec.dtype, use_safetensors=True, output_loading_info=True
             )
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"model.path={spec.source}: its weights do not fit its config.json ({reason}); fetch it again"
-            ) from error
+            problem = f"its weights do not fit its config.json ({' '.join(str(error).split())[:300]})"
+            raise UserError(f"model.path={spec.source}: {problem}; fetch it again") from error
         model, loading_info = loaded
         if missing := sorted(loading_info["missing_keys"]):  # transformers would initialise them at random
             tensors = f"{missing[0]} ({len(missing)} tensors are missing)"

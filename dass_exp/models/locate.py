@@ -35,23 +35,14 @@ _IDENTIFYING = {"config.json", "tokenizer.json", "tokenizer.model", "tokenizer_c
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """Where the files of a model are, and which model they are.
+    """Where the files of a model are, and which model they are."""
 
-    Args:
-        source: hub id or folder.
-        revision: resolved commit of a hub model.
-        identity: of its weights, wherever they are stored: hub id and commit, or a digest.
-        config: of transformers.
-        note: what a reader of its numbers must know, or an empty string.
-        trained: ``recipe`` and ``seed`` of a model whose recipe was trained several times; else empty.
-    """
-
-    source: str
-    revision: str | None = None
-    identity: str
-    config: Any = field(repr=False)
-    note: str = ""
-    trained: Mapping[str, Any] = field(default_factory=dict)
+    source: str  # hub id or folder
+    revision: str | None = None  # resolved commit of a hub model
+    identity: str  # of its weights, wherever they are stored: hub id and commit, or a digest
+    config: Any = field(repr=False)  # of transformers
+    note: str = ""  # what a reader of its numbers must know
+    trained: Mapping[str, Any] = field(default_factory=dict)  # recipe and seed, if its recipe was trained several times
 
 
 def locate(config: ModelConfig) -> ModelSource:
@@ -60,10 +51,8 @@ def locate(config: ModelConfig) -> ModelSource:
     if path.startswith(TINY):
         return _tiny_source(path, config.training_seed)
     if config.training_seed is not None:
-        raise UserError(
-            f"model.training_seed={config.training_seed}: "
-            "only the models of `make tiny-models` were trained more than once; leave it null"
-        )
+        problem = "only the models of `make tiny-models` were trained more than once; leave it null"
+        raise UserError(f"model.training_seed={config.training_seed}: {problem}")
     if path.startswith(OFFLINE):
         return _offline_source(path, bool(config.accept_license))
     if Path(path).is_dir():
@@ -75,17 +64,13 @@ def locate(config: ModelConfig) -> ModelSource:
             note=f"pruned by dass_exp: {manifest['told']}, record {manifest['key']}" if manifest else "",
         )
     if path.startswith(("/", ".", "~")):
-        raise UserError(
-            f"model.path={path}: there is no such folder; "
-            f"give a folder, a hub id such as meta-llama/Llama-2-7b-hf, or {OFFLINE}smollm2_135m"
-        )
+        advice = f"give a folder, a hub id such as meta-llama/Llama-2-7b-hf, or {OFFLINE}smollm2_135m"
+        raise UserError(f"model.path={path}: there is no such folder; {advice}")
     with quiet_libraries(), readable_errors(path):
         revision = extract_commit_hash(str(cached_file(path, "config.json", revision=config.revision)), None)
     if revision is None:
-        raise UserError(
-            f"model.path={path}: its commit cannot be told, so its results could not be told apart; "
-            "download it and give the folder"
-        )
+        problem = "its commit cannot be told, so its results could not be told apart"
+        raise UserError(f"model.path={path}: {problem}; download it and give the folder")
     model_config = _read_config(path, revision, trust)
     return ModelSource(source=path, revision=revision, config=model_config, identity=f"{path}@{revision}")
 
@@ -142,20 +127,29 @@ def files_of(source: str, revision: str | None) -> Path:
 
 
 @contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Silence progress bars, advice and retries of transformers and the hub inside the context."""
-    log, hub = transformers.utils.logging, logging.getLogger("huggingface_hub")
-    verbosity, hub_level, bars = log.get_verbosity(), hub.level, log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    hub.setLevel(logging.ERROR)
-    log.disable_progress_bar()
+def quiet_loggers(*names: str) -> Iterator[None]:
+    """Silence everything below errors in these loggers inside the context."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, names)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        log.set_verbosity(verbosity)
-        hub.setLevel(hub_level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silence progress bars, advice and retries of transformers and the hub inside the context."""
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with quiet_loggers("transformers", "huggingface_hub"):
+            yield
+    finally:
         if bars:
-            log.enable_progress_bar()
+            transformers.utils.logging.enable_progress_bar()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from dass_exp.storage.durable import as_os_error, fsync, write_json, write_tenso
 from dass_exp.storage.mask_file import MASKS, PackedMask, write_masks
 
 REPLACED = "before"  # in a partial folder: the checkpoint that is being replaced, which must not be deleted
-_SPARE = 1 << 28  # bytes that must stay free beside the weights: tokenizer, masks, and room for other programs
+_SPARE = 1 << 28  # bytes that must stay free besides the weights: tokenizer, masks, and room for other programs
 
 
 def is_saved(folder: str | Path, key: str) -> bool:
@@ -40,11 +40,7 @@ def is_saved(folder: str | Path, key: str) -> bool:
 
 @contextmanager
 def locked(folder: str | Path | None) -> Iterator[None]:
-    """Lock a save folder against other runs; None locks nothing.
-
-    Raises:
-        UserError: another run holds it.
-    """
+    """Lock a save folder against other runs, or raise a UserError if another run holds it; None locks nothing."""
     if folder is None:
         yield
         return
@@ -68,10 +64,8 @@ def check_room(folder: str | Path, size: int) -> None:
     existing = next(parent for parent in (target, *target.parents) if parent.exists())
     needed, free = size + _SPARE, shutil.disk_usage(existing).free
     if needed > free:
-        raise UserError(
-            f"save={folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free on that disk; make room "
-            "or name another folder"
-        )
+        problem = f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free on that disk"
+        raise UserError(f"save={folder}: {problem}; make room or name another folder")
 
 
 def save_checkpoint(
@@ -79,31 +73,26 @@ def save_checkpoint(
 ) -> Path:
     """Write a model that is in memory to the partial folder, sync it, and rename it into place.
 
-    Its config.json says nothing of sparsity: servers refuse a ``sparsity_config``.
-
-    Args:
-        folder: the target; a checkpoint of the same run is replaced.
-        model: a transformers causal language model.
-        tokenizer: of the model.
-        masks: by linear.
-        manifest: ``key`` of the run, a one-line description ``told``, and further facts.
+    A checkpoint of the same run is replaced. Its config.json says nothing of sparsity: servers refuse a
+    ``sparsity_config``. ``masks`` are by linear; ``manifest`` has the ``key`` of the run, a one-line description
+    ``told``, and further facts.
 
     Raises:
         OSError: the disk is full, or the folder is not writable; nothing is left behind.
     """
     target = target_of(folder)
-    growing = partial_folder_of(folder) / "made"
-    shutil.rmtree(growing, ignore_errors=True)  # left by a killed run
-    growing.mkdir(parents=True)
+    staging = partial_folder_of(folder) / "made"
+    shutil.rmtree(staging, ignore_errors=True)  # left by a killed run
+    staging.mkdir(parents=True)
     try:
         with as_os_error(target):
-            model.save_pretrained(growing)
-            tokenizer.save_pretrained(growing)
-        return _move_into_place(growing, target, masks, manifest)
+            model.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
+        return _move_into_place(staging, target, masks, manifest)
     finally:
-        shutil.rmtree(growing, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         with suppress(OSError):
-            growing.parent.rmdir()  # unless it holds the state of the run
+            staging.parent.rmdir()  # unless it holds the state of the run
 
 
 class CheckpointWriter:
@@ -111,13 +100,13 @@ class CheckpointWriter:
 
     Args:
         folder: the target; a checkpoint of the same run is replaced.
-        partial: where it grows, on the same disk; files of an earlier start are kept.
+        partial: where it is written first, on the same disk; files of an earlier start are kept.
     """
 
     def __init__(self, folder: str | Path, partial: Path) -> None:
         self.folder = folder
         self._partial = partial
-        self._growing = partial / "made"
+        self._staging = partial / "made"
         self._to_stored: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
         self._files: dict[str, str] = {}
         self._blocks, self._bytes = 0, 0
@@ -125,32 +114,29 @@ class CheckpointWriter:
     @property
     def written(self) -> int:
         """Bytes of the blocks that an earlier start has written."""
-        return sum(path.stat().st_size for path in self._growing.glob("model-*.safetensors"))
+        return sum(path.stat().st_size for path in self._staging.glob("model-*.safetensors"))
 
     def in_place(self, key: str) -> bool:
         """Whether the checkpoint of this run was moved into place by an earlier start."""
-        return not self._growing.exists() and is_saved(self.folder, key)
+        return not self._staging.exists() and is_saved(self.folder, key)
 
     def begin(
         self, to_stored: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], blocks: int, done: int = 0
     ) -> None:
-        """Prepare the partial folder.
+        """Prepare the partial folder, of whose ``blocks`` an earlier start has written ``done``.
 
-        Args:
-            to_stored: translates the model's tensors into those of the checkpoint, by the names there.
-            blocks: how many blocks there are.
-            done: how many of them an earlier start has written.
+        ``to_stored`` translates the model's tensors into those of the checkpoint, by the names there.
 
         Raises:
-            UserError: one of those is missing or damaged.
+            UserError: a block that an earlier start has written is missing or damaged.
         """
         self._to_stored, self._blocks = to_stored, blocks
         if not done:
-            shutil.rmtree(self._growing, ignore_errors=True)  # left by a run that was killed before it had a state
-        self._growing.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self._staging, ignore_errors=True)  # left by a run that was killed before it had a state
+        self._staging.mkdir(parents=True, exist_ok=True)
         advice = f"and the run that wrote it cannot go on; remove {self._partial} to begin again"
         for index in range(done):
-            path = self._growing / self._file_name(index + 2)
+            path = self._staging / self._file_name(index + 2)
             if not path.is_file():
                 raise UserError(f"{path} is missing, {advice}")
             try:
@@ -160,37 +146,29 @@ class CheckpointWriter:
                 raise UserError(f"{path} is damaged ({error}), {advice}") from error
 
     def add(self, index: int, weights: Mapping[str, Tensor]) -> None:
-        """Write the weights of block ``index``, by the model's own names.
-
-        Raises:
-            OSError: the disk is full.
-        """
+        """Write the weights of block ``index``, by the model's own names; raise an OSError if the disk is full."""
         self._write(index + 2, weights)
 
     def finish(self, model: Any, tokenizer: Any, masks: Mapping[str, PackedMask], manifest: Mapping[str, Any]) -> Path:
-        """Write everything outside the blocks, and rename the folder into place.
-
-        Raises:
-            OSError: the disk is full.
-        """
+        """Write what is outside the blocks and rename the folder into place; raise an OSError if the disk is full."""
         self._write(1, {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta})
-        write_json(self._growing / INDEX, {"metadata": {"total_size": self._bytes}, "weight_map": self._files})
+        write_json(self._staging / INDEX, {"metadata": {"total_size": self._bytes}, "weight_map": self._files})
         model.config.architectures = [type(model).__name__]
-        with as_os_error(self._growing):
+        with as_os_error(self._staging):
             if model._auto_class is not None:
-                custom_object_save(model, self._growing, config=model.config)
-            model.config.save_pretrained(self._growing)
+                custom_object_save(model, self._staging, config=model.config)
+            model.config.save_pretrained(self._staging)
             if getattr(model, "generation_config", None) is not None:
-                model.generation_config.save_pretrained(self._growing)
-            tokenizer.save_pretrained(self._growing)
-        return _move_into_place(self._growing, target_of(self.folder), masks, manifest)
+                model.generation_config.save_pretrained(self._staging)
+            tokenizer.save_pretrained(self._staging)
+        return _move_into_place(self._staging, target_of(self.folder), masks, manifest)
 
     def _file_name(self, number: int) -> str:
         return f"model-{number:05d}-of-{self._blocks + 1:05d}.safetensors"
 
     def _write(self, number: int, weights: Mapping[str, Tensor]) -> None:
         name, stored = self._file_name(number), self._to_stored(weights)
-        write_tensors(stored, self._growing / name, {"format": "pt"})
+        write_tensors(stored, self._staging / name, {"format": "pt"})
         self._index(name, stored)
 
     def _index(self, file: str, tensors: Mapping[str, Tensor]) -> None:
@@ -204,25 +182,25 @@ def target_of(folder: str | Path) -> Path:
 
 
 def partial_folder_of(folder: str | Path) -> Path:
-    """Where a checkpoint grows: beside its target, so that it can be renamed into place."""
+    """Where a checkpoint is written: on the disk of its target, so that it can be renamed into place."""
     target = target_of(folder)
     return target.with_name(f".{target.name}.partial")
 
 
-def _move_into_place(growing: Path, target: Path, masks: Mapping[str, PackedMask], manifest: Mapping[str, Any]) -> Path:
+def _move_into_place(staging: Path, target: Path, masks: Mapping[str, PackedMask], manifest: Mapping[str, Any]) -> Path:
     """Add masks and manifest, sync, rename; an earlier checkpoint of the run is removed."""
-    write_masks(masks, growing / MASKS)
-    for path in (path for path in growing.rglob("*") if path.is_file()):
+    write_masks(masks, staging / MASKS)
+    for path in (path for path in staging.rglob("*") if path.is_file()):
         path.chmod(0o644)  # safetensors makes files that only their owner can read
         fsync(path)
-    write_json(growing / MANIFEST, {"schema": 1, **manifest})
-    is_saved(target, manifest["key"])  # refuses what others have put there meanwhile
-    replaced = growing.with_name(REPLACED)
+    write_json(staging / MANIFEST, {"schema": 1, **manifest})
+    is_saved(target, manifest["key"])  # raises if another program has written there meanwhile
+    replaced = staging.with_name(REPLACED)
     shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
         target.rename(replaced)
     try:
-        growing.rename(target)
+        staging.rename(target)
     finally:
         _restore_replaced(target, replaced)
     with suppress(OSError):

@@ -44,7 +44,6 @@ class Shards:
         return list(self._files)
 
     def shape(self, name: str) -> list[int]:
-        """Return the shape of a tensor."""
         return self._shapes[name]
 
     def equal(self, one: str, other: str) -> bool:

@@ -27,13 +27,11 @@ class BlockLoader(Protocol):
 
 
 class BlocksInMemory:
-    """All blocks are in memory: nothing to do."""
+    """All blocks are in memory: there is nothing to load or to release."""
 
-    def load(self, index: int) -> None:
-        """All weights are there."""
+    def load(self, index: int) -> None: ...
 
-    def release(self, index: int) -> None:
-        """Nothing is released."""
+    def release(self, index: int) -> None: ...
 
 
 class StreamedBlocks:
@@ -102,17 +100,9 @@ def empty_model(
     dtype: torch.dtype,
     roles: Mapping[str, str] | None = None,
 ) -> tuple[Any, WeightNames]:
-    """Build a model whose blocks are on the meta device; embedding, norm and head are loaded.
+    """Build a model whose blocks are on the meta device; embedding, norm and head are loaded onto ``device``.
 
-    Args:
-        build: makes the model from its config.
-        shards: its checkpoint.
-        device: where it computes.
-        dtype: the dtype it computes in.
-        roles: path of each role's linear, for a family that the table does not know.
-
-    Returns:
-        the model, and the names of its weights in the checkpoint.
+    ``build`` creates it from its config; ``roles`` as in :class:`StreamedBlocks`.
 
     Raises:
         UserError: the checkpoint does not hold all of the model's tensors, or is quantised.

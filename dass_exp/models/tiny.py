@@ -21,17 +21,11 @@ TRAINING_SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Mlp:
-    """The MLP of a variant.
+    """The MLP of a variant."""
 
-    Args:
-        activation: its name in transformers.
-        gated: act(gate x) * (up x), three matrices (arXiv 2002.05202); else act(W x), two.
-        model_type: of transformers; Arcee is LLaMA with a plain MLP.
-    """
-
-    activation: str
-    gated: bool
-    model_type: str
+    activation: str  # its name in transformers
+    gated: bool  # act(gate x) * (up x), three matrices (arXiv 2002.05202); else act(W x), two
+    model_type: str  # of transformers; Arcee is LLaMA with a plain MLP
 
 
 VARIANTS = {
@@ -44,31 +38,22 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines a trained tiny model, except the rounding of the machine that trains it.
+    """Everything that determines a trained tiny model, except the rounding of the machine that trains it."""
 
-    Args:
-        variant: key of :data:`VARIANTS`.
-        training_seed: of the initial weights and of the order of the training sequences.
-        glu_size: intermediate size of a GLU; a plain MLP has 1.5 times as many, so that both have as many weights.
-        context: tokens of a training sequence; the model's maximum.
-        learning_rate: peak value, after a linear warmup and before cosine decay to zero.
-        perplexity: highest perplexity on the held-out articles with which the trained model is accepted.
-    """
-
-    variant: str
-    training_seed: int
+    variant: str  # key of VARIANTS
+    training_seed: int  # of the initial weights and of the order of the training sequences
     vocabulary: int = 2048
     hidden: int = 128
     layers: int = 4
     heads: int = 4
-    glu_size: int = 384
-    context: int = 128
+    glu_size: int = 384  # intermediate size of a GLU; of a plain MLP it is 1.5 times that, for as many weights
+    context: int = 128  # tokens of a training sequence; the model's maximum
     steps: int = 1500
     batch: int = 32
-    learning_rate: float = 5e-3
+    learning_rate: float = 5e-3  # peak value, after a linear warmup and before cosine decay to zero
     warmup: int = 100
     weight_decay: float = 0.1
-    perplexity: float = 70.0
+    perplexity: float = 70.0  # the highest on the held-out articles with which the trained model is accepted
 
     def __post_init__(self) -> None:
         one_of("variant", self.variant, tuple(VARIANTS))
@@ -76,7 +61,6 @@ class Recipe:
 
     @property
     def mlp(self) -> Mlp:
-        """The MLP of its variant."""
         return VARIANTS[self.variant]
 
     @property
@@ -129,8 +113,6 @@ def trained_recipe(variant: str, training_seed: int | None) -> Recipe:
         seed, command = recipe.training_seed, "make tiny-models"
         if seed not in TRAINING_SEEDS:
             command = f"python -m dass_exp.train {variant} --training-seeds {seed}"
-        raise UserError(
-            f"model.path=tiny:{variant}, model.training_seed={seed}: "
-            f"it is not trained yet; run `{command}` once (minutes a model)"
-        )
+        problem = f"it is not trained yet; run `{command}` once (minutes a model)"
+        raise UserError(f"model.path=tiny:{variant}, model.training_seed={seed}: {problem}")
     return recipe

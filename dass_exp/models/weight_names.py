@@ -23,22 +23,15 @@ from dass_exp.models.shards import Shards
 
 @dataclass(frozen=True)
 class JoinedTensors:
-    """Stored tensors that transformers fuses, such as experts: one by one in the checkpoint, one tensor in the model.
+    """Stored tensors that transformers fuses, such as experts: several in the checkpoint, one tensor in the model."""
 
-    Args:
-        first: the name under which the converter knows the result.
-        pieces: stored name of each piece, in the order in which they are joined, and the pattern that it matches.
-        converter: of transformers.
-        names: the model's names of the fused tensors.
-    """
-
-    first: str
-    pieces: dict[str, str]
+    first: str  # the name under which the converter knows the result
+    pieces: dict[str, str]  # by stored name, in the order in which they are joined: the pattern that each matches
     converter: WeightConverter
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()  # of the fused tensors in the model
 
     def join(self, tensors: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
-        """Fuse the pieces, given by stored name, into the model's tensors, by the model's names."""
+        """Fuse the pieces, by stored name, into the model's tensors, by the model's names."""
         converter = deepcopy(self.converter)  # it keeps what is added
         for stored, pattern in self.pieces.items():
             converter.add_tensor(self.first, stored, pattern, tensors[stored])  # type: ignore[arg-type]  # takes tensors too
@@ -101,12 +94,9 @@ class WeightNames:
     def to_checkpoint(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convert tensors of the model, by the model's names, to those that the checkpoint stores, by its names."""
         plain = {self._plain[name]: tensor for name, tensor in weights.items() if name in self._plain}
-        joined = {name for group in self._joined for name in group.names}
-        if not joined:
-            return plain
-        return plain | revert_weight_conversion(
-            self._model, {name: weights[name] for name in weights if name in joined}
-        )
+        names = {name for group in self._joined for name in group.names}
+        joined = {name: tensor for name, tensor in weights.items() if name in names}
+        return plain | revert_weight_conversion(self._model, joined) if names else plain
 
     def _group(self, first: str, pieces: dict[str, str], by_pattern: Mapping[str, WeightConverter]) -> JoinedTensors:
         """Convert empty tensors of the pieces' shapes to see which tensors result."""
@@ -123,28 +113,23 @@ class WeightNames:
         return replace(group, names=tuple(joined))
 
     def _check(self, state: Mapping[str, Tensor]) -> None:
-        checkpoint, advice = (
-            f"model.placement=stream: the checkpoint {self._shards.folder}",
-            "set model.placement=resident",
-        )
+        checkpoint = f"model.placement=stream: the checkpoint {self._shards.folder}"
+        advice = "set model.placement=resident"
         if getattr(self._model.config, "quantization_config", None) is not None or self._shards.quantised:
             raise UserError(f"{checkpoint} is quantised, which only transformers itself can undo; {advice}")
         tied, names = getattr(self._model, "all_tied_weights_keys", {}), self.names
         for name in [name for name in tied if name in names and tied[name] in names]:
             other = tied[name]
             if not self._shards.equal(self._plain[name], self._plain[other]):
-                raise UserError(
-                    f"{checkpoint} stores {name} with other values than those of {other}, to which it is tied; {advice}"
-                )
+                problem = f"stores {name} with other values than those of {other}, to which it is tied"
+                raise UserError(f"{checkpoint} {problem}; {advice}")
             del self._plain[name]  # stored twice
         if missing := [name for name in state if name not in names and name not in tied]:
             raise UserError(f"{checkpoint} has no tensor {missing[0]} as the model has it; {advice}")
         for name, shape in self._shapes.items():
-            expected = list(state[name].shape)
-            if shape != expected:
-                raise UserError(
-                    f"{checkpoint} gives {name} the shape {shape}, and its config.json {expected}; fetch it again"
-                )
+            if shape != (expected := list(state[name].shape)):
+                problem = f"gives {name} the shape {shape}, and its config.json {expected}"
+                raise UserError(f"{checkpoint} {problem}; fetch it again")
 
 
 def _dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:

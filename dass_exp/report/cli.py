@@ -18,7 +18,8 @@ from dass_exp.report.figures import draw, draw_layers
 from dass_exp.report.load import LoadedRecords, Record, cells_of, is_dense, load, repaired
 from dass_exp.report.page import Section, write_page
 from dass_exp.report.table import ResultTable, build_table
-from dass_exp.report.write import caption, long_form, wide_form, write_table, write_text
+from dass_exp.report.write import caption, long_form, wide_form, write_table
+from dass_exp.storage.durable import write_text
 
 log = logging.getLogger("dass_exp.report")
 

@@ -1,4 +1,4 @@
-"""Several records side by side, and how their protocol differs from the paper's."""
+"""A table of several records, and how their protocol differs from the paper's."""
 
 from collections.abc import Iterator, Sequence
 
@@ -36,7 +36,7 @@ def _row(record: Record, shown: Sequence[str]) -> dict[str, str]:
     config, metrics, cost = record["config"], record["metrics"], record["cost"]
     row = {
         "model": model_name(record),
-        "method": " ".join([config["method"]["name"], *(f"{key}={config['method'][key]}" for key in shown)]),
+        "method": method_label(config, shown),
         "pattern": pattern_label(config),
         "scope": config["scope"] or "",
         "calibration": calibration_label(record),
@@ -99,18 +99,16 @@ def _differences(record: Record) -> Iterator[str]:
 def _tokens_differ(record: Record) -> Iterator[str]:
     """Calibration and perplexity tokens other than the paper's."""
     protocol, calibration = record["protocol"], record["calibration"]
-    paper_calibration, paper_eval = (
-        {"name": "c4", **choice("calibration", "c4")},
-        choice("eval", "ppl_paper")["perplexity"],
-    )
+    paper_calibration = {"name": "c4", **choice("calibration", "c4")}
+    paper_eval = choice("eval", "ppl_paper")["perplexity"]
     if calibration:
         name, samples, length = (paper_calibration[field] for field in ("name", "num_samples", "seq_len"))
         if (calibration["name"], calibration["num_samples"], calibration["seq_len"]) != (name, samples, length):
             yield f"calibration: {calibration_label(record)}; the paper: {samples} x {length} of {name}"
-    asked = record["config"]["eval"].get("perplexity") or {}
+    perplexity = record["config"]["eval"].get("perplexity") or {}
     if "dataset" in protocol:
         name, context = paper_eval["name"], paper_eval["context"]
-        if (protocol["dataset"], protocol["context"], asked.get("max_windows")) != (name, context, None):
+        if (protocol["dataset"], protocol["context"], perplexity.get("max_windows")) != (name, context, None):
             yield (
                 f"perplexity: {protocol['windows']} windows of {protocol['context']} tokens of {protocol['dataset']}; "
                 f"the paper: all windows of {context} of {name}, test split"

@@ -1,5 +1,6 @@
-"""Two records side by side: settings that differ, scores with a paired bootstrap, and the overlap of their masks."""
+"""Comparison of two records: settings that differ, scores with a paired bootstrap, and the overlap of their masks."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,22 +82,18 @@ def _mask_overlap(first: Record, second: Record, results: Path) -> list[str]:
     if not common:
         return ["The two records have no linear in common."]
     roles = {layer["name"]: layer["role"] for layer in first["sparsity"]["layers"]}
-    counts: dict[tuple[str, str], tuple[int, int]] = {}  # weights that both keep, and that either keeps
+    both, either = Counter[tuple[str, str]](), Counter[tuple[str, str]]()  # weights kept in both records, in either
     for (name, keep), (_, other) in zip(iter_masks(paths[0], common), iter_masks(paths[1], common), strict=True):
         if keep.shape != other.shape:
             return [f"{name} has another shape in {second['key']}: there is no overlap to speak of."]
-        both, either = int((keep & other).sum()), int((keep | other).sum())
         role, block = roles.get(name, "other"), block_of(name)
-        for place in ((block, role), (block, "all"), ("all", role), ("all", "all")):
-            before = counts.get(place, (0, 0))
-            counts[place] = before[0] + both, before[1] + either
+        places = ((block, role), (block, "all"), ("all", role), ("all", "all"))
+        both.update(dict.fromkeys(places, int((keep & other).sum())))
+        either.update(dict.fromkeys(places, int((keep | other).sum())))
     # all blocks first, then those outside the decoder, then by index
-    blocks = sorted({row for row, _ in counts}, key=lambda row: (row != "all", int(row) if row.isdigit() else -1))
-    columns = [*dict.fromkeys(role for role in roles.values() if ("all", role) in counts), "all"]
-    rows = [(block, *(_jaccard(*counts.get((block, column), (0, 0))) for column in columns)) for block in blocks]
+    blocks = sorted({row for row, _ in both}, key=lambda row: (row != "all", int(row) if row.isdigit() else -1))
+    columns = [*dict.fromkeys(role for role in roles.values() if ("all", role) in both), "all"]
+    overlap = {place: f"{both[place] / either[place]:.4f}" if either[place] else "" for place in both}
+    rows = [(block, *(overlap.get((block, column), "") for column in columns)) for block in blocks]
     explanation = "Jaccard overlap: weights that both keep / weights that either keeps."
     return [explanation, "", *_table(("block", *columns), rows)]
-
-
-def _jaccard(both: int, either: int) -> str:
-    return f"{both / either:.4f}" if either else ""

@@ -1,7 +1,7 @@
 """What a user sees in the terminal: the progress of a run, its summary, a plan."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,8 @@ class TerminalReporter:
 
 
 def show(record: Record, dense: Record | None, path: Path, found: bool) -> None:
-    """Print the summary of a run: pruned beside dense, and where the record is."""
-    config = record["config"]
-    labels = (model_name(record), method_label(config), pattern_label(config), scope_label(config))
-    table = Table(title=" · ".join(filter(None, labels)), title_justify="left")
+    """Print the summary of a run, pruned next to dense, and the path of its record."""
+    table = Table(title=" · ".join(labels(record)), title_justify="left")
     table.add_column("")
     records = [record] if dense is None else [dense, record]
     for column in records:
@@ -76,12 +74,9 @@ def show_plan(cells: list[dict[str, Any]]) -> None:
         seen.add(cell["key"])
         seconds = 0.0 if again else cell["seconds"]
         total, unknown = total + (seconds or 0.0), unknown + (seconds is None)
-        if cell["done"]:
-            state = "done"
-        elif again:
-            state = "same record as above"
-        else:
-            state = "would run" if cell["key"] else "not at hand"
+        state = "would run" if cell["key"] else "not at hand"
+        if cell["done"] or again:
+            state = "done" if cell["done"] else "same record as above"
         basis = "" if cell["done"] or again else cell["basis"]
         name = " ".join(override for override in cell["overrides"] if override not in common)
         table.add_row(name, cell["key"], state, "?" if seconds is None else f"{seconds:.0f}", basis)
@@ -121,10 +116,17 @@ def with_error(scores: dict[str, Any], name: str) -> str:
     return f"{100 * scores[name]:.1f} ± {100 * scores[f'{name}_stderr']:.1f}"
 
 
-def method_label(config: dict[str, Any]) -> str:
-    """The method with its hyper-parameters: ``dass alpha=0.5 granularity=input``."""
+def labels(record: Record) -> list[str]:
+    """Model, method, pattern and scope, as far as the record has them."""
+    config = record["config"]
+    return list(filter(None, (model_name(record), method_label(config), pattern_label(config), scope_label(config))))
+
+
+def method_label(config: Mapping[str, Any], shown: Iterable[str] | None = None) -> str:
+    """The method with its hyper-parameters, or with those to be shown: ``dass alpha=0.5 granularity=input``."""
     method = config["method"]
-    return " ".join([method["name"], *(f"{key}={value}" for key, value in method.items() if key != "name")])
+    names = [name for name in method if name != "name"] if shown is None else shown
+    return " ".join([method["name"], *(f"{name}={method[name]}" for name in names if name in method)])
 
 
 def pattern_label(config: dict[str, Any]) -> str:
@@ -154,7 +156,7 @@ def documents_label(protocol: dict[str, Any]) -> str:
 
 
 def caption(record: Record, others: Sequence[Record] = ()) -> str:
-    """How the numbers of a record were made; calibration and seed only if ``others``, shown with it, share them."""
+    """How the numbers of a record were obtained; calibration and seed only if ``others``, shown with it, share them."""
     protocol = record["protocol"]
     note = f", {protocol['model_note']}" if protocol["model_note"] else ""
     parts = [f"Model {record['identity']['model']}{note}, {protocol['dtype']}"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dass_exp.errors import one_of
-from dass_exp.report.console import method_label, pattern_label, scope_label
+from dass_exp.report.console import labels
 from dass_exp.report.curves import curves_of
 from dass_exp.report.load import Record, block_of, model_name
 from dass_exp.report.table import ResultTable, TableValue, is_finite
@@ -76,8 +76,6 @@ def draw_layers(record: Record, folder: Path) -> list[Path]:
     roles: dict[tuple[tuple[int, float], ...], list[str]] = {}
     for role, series in sparsities.items():
         roles.setdefault(tuple(sorted(series.items())), []).append(role)
-    config = record["config"]
-    title = (model_name(record), method_label(config), pattern_label(config), scope_label(config))
     with canvas() as figure:
         upper, lower = figure.subplots(2, 1, sharex=True)
         upper.plot(*zip(*sorted(errors.items()), strict=True), **_line_style(0))
@@ -87,7 +85,7 @@ def draw_layers(record: Record, folder: Path) -> list[Path]:
         lower.set(xlabel="index of the block", ylabel="sparsity %", ylim=(0, 105))
         lower.xaxis.get_major_locator().set_params(integer=True)
         _add_legend(figure, lower)
-        return save(figure, ", ".join(filter(None, title)), folder / f"layers-{record['key']}")
+        return save(figure, ", ".join(labels(record)), folder / f"layers-{record['key']}")
 
 
 def _draw_bars(table: ResultTable, figure: Figure) -> bool:
@@ -104,8 +102,7 @@ def _draw_bars(table: ResultTable, figure: Figure) -> bool:
     panes = list(figure.subplots(down, across, squeeze=False).flat)
     for spare in panes[len(panels) :]:
         spare.set_axis_off()
-    del panes[len(panels) :]
-    for pane, (model, rows) in zip(panes, panels.items(), strict=True):
+    for pane, (model, rows) in zip(panes, panels.items(), strict=False):
         pane.set_title(model, fontsize="medium")
         _draw_panel(pane, table, model, rows, several=len(panels) > 1)
         _name_columns(pane, table.columns, figure.get_figwidth())
@@ -131,18 +128,14 @@ def _draw_panel(pane: Axes, table: ResultTable, model: str, rows: Sequence[str],
         _draw_spread(pane, bars)
         for x, value in values.items():
             if x not in bars:
-                _write_word(pane, x, format_value(value, table.metric))
+                word = format_value(value, table.metric)  # in the place of the bar, such as "failed"
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+                at = pane.get_xaxis_transform()
+                pane.text(x, 0.03, word, transform=at, rotation=90, ha="center", va="bottom", bbox=box)
     for row in (row for row in rows if row.endswith("dense")):
         dense = {place: table.cells.get((row, column)) for place, column in enumerate(table.columns)}
         levels = {place: value.mean for place, value in dense.items() if is_finite(value)}
         _draw_dense(pane, "dense" if several else row, levels, several)
-
-
-def _write_word(pane: Axes, x: float, word: str) -> None:
-    """A word in the place of a bar, such as ``failed``."""
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    at = pane.get_xaxis_transform()
-    pane.text(x, 0.03, word, transform=at, rotation=90, ha="center", va="bottom", bbox=box)
 
 
 def _draw_dense(pane: Axes, label: str, levels: Mapping[int, float], several: bool) -> None:

@@ -1,7 +1,7 @@
 """Read records and the cells of a sweep from a results folder; files that cannot be read are reported and skipped."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,10 +162,9 @@ def documents(results: Path, key: str) -> dict[str, dict[str, list[float]]]:
         outcomes = _json_object(results / "runs" / key / "documents.json")
     except _UNREADABLE:
         return {}
-    tasks_valid = (
-        isinstance(task, dict) and all(isinstance(v, list) for v in task.values()) for task in outcomes.values()
-    )
-    return outcomes if all(tasks_valid) else {}
+    tasks = outcomes.values()
+    valid = all(isinstance(task, dict) and all(isinstance(each, list) for each in task.values()) for task in tasks)
+    return outcomes if valid else {}
 
 
 def block_of(layer: str) -> str:
@@ -183,10 +182,10 @@ def varying_settings(records: Iterable[Record]) -> dict[str, list[str]]:
     return {method: [name for name, seen in fields.items() if len(seen) > 1] for method, fields in values.items()}
 
 
-def _notes(results: Path) -> Iterator[Path]:
+def _notes(results: Path) -> list[Path]:
     """The notes of all cells, oldest launch first."""
     paths = [path for path in results.glob("hydra/*/*/*/cell.json") if path.parts[-2].isdecimal()]
-    yield from sorted(paths, key=lambda path: (path.parts[-4], path.parts[-3], int(path.parts[-2])))
+    return sorted(paths, key=lambda path: (path.parts[-4], path.parts[-3], int(path.parts[-2])))
 
 
 def _json_object(path: Path) -> dict[str, Any]:

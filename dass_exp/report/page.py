@@ -18,7 +18,8 @@ from dass_exp.report.console import method_label, pattern_label, scope_label
 from dass_exp.report.load import Record, model_name
 from dass_exp.report.published import NOTHING_PUBLISHED, Published
 from dass_exp.report.table import ResultTable
-from dass_exp.report.write import format_value, write_text
+from dass_exp.report.write import format_value
+from dass_exp.storage.durable import write_text
 
 
 @dataclass(frozen=True)

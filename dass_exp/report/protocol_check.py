@@ -38,7 +38,9 @@ class Protocols:
                 contents.setdefault((name, value), set()).add(content)
         self._settings = {
             key: {
-                name: value if len(contents[name, value]) == 1 else f"{value} ({_digest(content)})"
+                name: value
+                if len(contents[name, value]) == 1
+                else f"{value} ({hashlib.sha256(content.encode()).hexdigest()[:8]})"
                 for name, (value, content) in settings.items()
             }
             for key, settings in named.items()
@@ -65,7 +67,7 @@ class Protocols:
         return model if name.partition(".")[0] in _PER_MODEL else ""
 
     def conflicts(self, cells: Iterable[Collection[str]]) -> dict[str, set[str]]:
-        """Settings that differ between the records, given by key, in one cell: they are no repetitions of one run."""
+        """Settings that differ between the records (by key) of one cell: they are not repetitions of one run."""
         conflicts: dict[str, set[str]] = {}
         for keys in cells:
             protocols = [self._settings[key] for key in keys]
@@ -77,12 +79,12 @@ class Protocols:
 
     def label(self, record: Record, names: Sequence[str]) -> str:
         """A record's values of these settings, as the rows of a mixed table show them: ``context=512``."""
-        settings, last = self._settings[record["key"]], [_last_part(name) for name in names]
-        return ", ".join(
-            f"{short if last.count(short) == 1 else name}={settings[name]}"
-            for name, short in zip(names, last, strict=True)
-            if name in settings
+        settings, last = (
+            self._settings[record["key"]],
+            [name.removesuffix(".name").rsplit(".", 1)[-1] for name in names],
         )
+        labels = {name: short if last.count(short) == 1 else name for name, short in zip(names, last, strict=True)}
+        return ", ".join(f"{label}={settings[name]}" for name, label in labels.items() if name in settings)
 
 
 def _settings(record: Record) -> Iterator[tuple[str, str, str]]:
@@ -110,11 +112,3 @@ def _is_shown(name: str, axes: Collection[str]) -> bool:
     """Whether an axis is this setting, a part of it (``pattern.sparsity``), or the group it is in."""
     own = [axis.removeprefix("model.") for axis in axes]  # model.dtype is called dtype in an identity
     return any(axis == name or axis.startswith(f"{name}.") or name.startswith(f"{axis}.") for axis in own)
-
-
-def _last_part(name: str) -> str:
-    return name.removesuffix(".name").rsplit(".", 1)[-1]
-
-
-def _digest(content: str) -> str:
-    return hashlib.sha256(content.encode()).hexdigest()[:8]

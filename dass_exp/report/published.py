@@ -1,4 +1,4 @@
-"""Published numbers beside ours, where model, scope, pattern, method, metric, data set and context are the same."""
+"""Published numbers and ours, where model, scope, pattern, method, metric, data set and context are the same."""
 
 import csv
 import math
@@ -62,7 +62,7 @@ def counterparts(records: list[Record], rows: list[dict[str, str]]) -> list[Publ
     for record in records:
         for described, ours in _scores(record):
             for row in rows:
-                if _describes(row, described):
+                if described.items() <= {**row, "model": _plain(row["model"])}.items():
                     label = f"{row['model']} {row['method']} {row['pattern']} {row['dataset']}"
                     matches.append(Published(label, ours, float(row["value"]), row["source"], _verdict(row, ours)))
     return matches
@@ -87,10 +87,6 @@ def _scores(record: Record) -> Iterator[tuple[dict[str, str], float]]:
         accuracies["mean5"] = metrics["mean_acc"]
     for task, value in accuracies.items():
         yield {**described, "metric": "accuracy_percent", "dataset": task, "context": ""}, 100 * value
-
-
-def _describes(row: dict[str, str], described: dict[str, str]) -> bool:
-    return described.items() <= {**row, "model": _plain(row["model"])}.items()
 
 
 def _plain(model: str) -> str:

@@ -48,15 +48,13 @@ def note_cell(folder: str | Path, content: dict[str, Any]) -> None:
 
 
 class Comparison(Callback):
-    """Prints the comparison of a sweep's cells and keeps it as Markdown in the sweep's folder."""
+    """Prints the comparison of a sweep's cells once all have ended, and keeps it as Markdown in the sweep's folder."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Called by Hydra once the sweep itself is composed."""
         del kwargs
         Sweep.started = config
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Called by Hydra once all cells have ended, wherever they ran."""
         del kwargs
         Sweep.started = config
         Sweep.show_finished()

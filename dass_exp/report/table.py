@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from dass_exp.errors import UserError
+from dass_exp.report.console import method_label
 from dass_exp.report.load import Record, SweepCell, documents, is_dense, model_name, setting, varying_settings
 from dass_exp.report.protocol_check import Protocols
 from dass_exp.report.significance import pairs_differ, seeds_differ
@@ -34,7 +35,6 @@ class TableValue:
 
     @property
     def mean(self) -> float:
-        """Mean over seeds or repeats."""
         return statistics.fmean(self.values)
 
     @property
@@ -96,7 +96,7 @@ def build_table(
         raise UserError(f"{name}: its records were not made alike ({shown}); {advice}")
     mixed = tuple(differing)
     scores = grid.scores(mixed)
-    cells: Cells = {(place.row, place.column): _pooled(found) for place, found in scores.items()}
+    cells: Cells = {(place.row, place.column): _pooled(repeats) for place, repeats in scores.items()}
     groups = {place.row: place.group for place in scores}
     columns = list(dict.fromkeys((*grid.columns, *(column for _, column in cells)))) or [""]
     for place in grid.failures(columns):
@@ -189,9 +189,8 @@ class _Grid:
     def _scores(self, record: Record) -> list[_Score]:
         metrics, cost = record["metrics"], record["cost"]
         if self.metric == "cost":
-            return [
-                _Score(label, cost[name] * unit) for name, (label, unit) in _COSTS.items() if cost.get(name) is not None
-            ]
+            known = {name: column for name, column in _COSTS.items() if cost.get(name) is not None}
+            return [_Score(label, cost[name] * unit) for name, (label, unit) in known.items()]
         if self.metric == "perplexity":
             label = axis_label(record, self.column, self.varying)
             columns = [label] if label else self.columns  # dense has no pattern: it is in every column
@@ -226,9 +225,7 @@ def axis_label(record: Mapping[str, Any], axis: str, varying: Mapping[str, list[
     """A record's label along an axis: ``method`` with its varying hyper-parameters, ``pattern``, or any setting."""
     config = record["config"]
     if axis == "method":
-        method = config["method"]
-        shown = [f"{key}={method[key]}" for key in varying.get(method["name"], ()) if key in method]
-        return " ".join([method["name"], *shown])
+        return method_label(config, varying.get(config["method"]["name"], ()))
     value = setting(config, "pattern.name" if axis == "pattern" else axis)
     if value is None:
         return ""

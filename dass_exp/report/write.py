@@ -1,8 +1,7 @@
-"""Write a table as Markdown, CSV and LaTeX, with a caption that says how its numbers were made."""
+"""Write a table as Markdown, CSV and LaTeX, with a caption that says how its numbers were obtained."""
 
 import csv
 import io
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from dass_exp.report.console import calibration_label, documents_label, windows_label
 from dass_exp.report.load import by_model_note, is_dense, model_of
 from dass_exp.report.table import ResultTable, TableValue
+from dass_exp.storage.durable import write_text
 
 _UNITS = {
     "perplexity": "perplexity, lower is better",
@@ -38,7 +38,7 @@ def format_value(value: TableValue | str, metric: str) -> str:
 
 
 def caption(table: ResultTable) -> str:
-    """How the numbers of a table were made, from its model to its metric, and what its marks mean."""
+    """How the numbers of a table were obtained, from its model to its metric, and what its marks mean."""
     if not table.records:
         return "No cell of this sweep has a record."
     pruned = [record for record in table.records if not is_dense(record)] or table.records
@@ -49,10 +49,8 @@ def caption(table: ResultTable) -> str:
     )
     trainings = {record["identity"]["trained"]["seed"] for record in pruned if record["identity"].get("trained")}
     training = f", training seeds {_joined(sorted(trainings))}" if trainings else ""
-    parts = [
-        f"Model {models}{training}, {protocol['dtype']}",
-        f"scope {_joined(record['config']['scope'] or 'none' for record in pruned)}",
-    ]
+    scopes = _joined(record["config"]["scope"] or "none" for record in pruned)
+    parts = [f"Model {models}{training}, {protocol['dtype']}", f"scope {scopes}"]
     if calibrations := [label for record in pruned if (label := calibration_label(record))]:
         seeds = {record["config"]["seed"] for record in pruned if record["config"]["seed"] is not None}
         parts.append(f"calibration {_joined(calibrations)}, seeds {_joined(sorted(seeds))}")
@@ -62,8 +60,8 @@ def caption(table: ResultTable) -> str:
         documents = documents_label(protocol)
         parts.append(f"{table.metric} by lm-eval {protocol['lm_eval']}, zero-shot, {documents}, ± standard error")
     parts.append(f"beginning-of-sequence token: {_joined(record['protocol']['bos'] for record in pruned)}")
-    several = any(isinstance(value, TableValue) and value.sd is not None for value in table.cells.values())
-    spread = " ± is the standard deviation over seeds." if several else ""
+    repeated = any(isinstance(value, TableValue) and value.sd is not None for value in table.cells.values())
+    spread = " ± is the standard deviation over seeds." if repeated else ""
     note = f" {table.note}" if table.note else ""
     return f"{_UNITS[table.metric]}. {'; '.join(parts)}.{spread}{_MARKS}{note}"
 
@@ -103,21 +101,16 @@ def long_form(table: ResultTable) -> list[list[Any]]:
     """A header, and one line per value in full precision."""
     lines: list[list[Any]] = [["row", "column", "metric", "mean", "sd", "stderr", "n", "mark", "status", "records"]]
     for (row, column), value in table.cells.items():
-        place = [row, column, table.metric]
+        fields: list[Any] = [None, None, None, 0, "", value, ""]
         if isinstance(value, TableValue):
-            numbers = [value.mean, value.sd, value.stderr, len(value.values)]
-            lines.append([*place, *numbers, value.mark, "done", " ".join(value.keys)])
-        else:
-            lines.append([*place, None, None, None, 0, "", value, ""])
+            fields = [value.mean, value.sd, value.stderr, len(value.values), value.mark, "done", " ".join(value.keys)]
+        lines.append([row, column, table.metric, *fields])
     return lines
 
 
 def wide_form(table: ResultTable) -> list[list[str]]:
     """The table as it is printed, its header first."""
-    rows = [
-        [row, *(format_value(table.cells.get((row, column), ""), table.metric) for column in table.columns)]
-        for row in table.rows
-    ]
+    rows = [[row, *_marked(table, row, str, "%s", "%s")] for row in table.rows]
     return [["row", *table.columns], *rows]
 
 
@@ -139,12 +132,12 @@ def latex(table: ResultTable) -> str:
         if dense and number + 1 < len(table.rows):
             lines.append(r"\midrule")
     head = _tex_line(["", *map(tex, table.columns)])
-    title = f"{tex(table.title)}. {tex(caption(table))}"
+    title = tex(f"{table.title}. {caption(table)}")
     return _tex_table(f"l{'r' * len(table.columns)}", head, lines, title, table.name)
 
 
 def latex_published(table: ResultTable, rows: list[list[str]]) -> str:
-    """Published numbers beside ours as a table environment of their own; empty if there are none."""
+    """Published numbers and ours as a table environment of their own; empty if there are none."""
     header, *lines = (_tex_line(map(tex, row)) for row in rows)
     title = f"{tex(table.title)}, beside published numbers."
     return _tex_table("lrrrll", header, lines, title, f"{table.name}-published") if lines else ""
@@ -166,11 +159,11 @@ def tex(text: str) -> str:
 
 
 def write_table(table: ResultTable, folder: Path, notes: str, published: list[list[str]]) -> list[Path]:
-    """Write a table as Markdown, with notes behind its caption, CSV and LaTeX, with published numbers beside ours."""
-    made_by = f"Made by `dass-report {table.name}`."
+    """Write a table as Markdown, with notes after its caption, as CSV, and as LaTeX with the published numbers."""
+    command = f"Made by `dass-report {table.name}`."
+    page = "\n\n".join([f"# {table.title}", markdown(table), caption(table), command, notes]).rstrip() + "\n"
     contents = {
-        f"{table.name}.md": "\n\n".join([f"# {table.title}", markdown(table), caption(table), made_by, notes]).rstrip()
-        + "\n",
+        f"{table.name}.md": page,
         f"{table.name}.csv": to_csv(long_form(table)),
         f"{table.name}.tex": latex(table) + latex_published(table, published),
     }
@@ -179,12 +172,3 @@ def write_table(table: ResultTable, folder: Path, notes: str, published: list[li
     else:
         (folder / f"{table.name}-published.csv").unlink(missing_ok=True)
     return [write_text(folder / name, content) for name, content in contents.items()]
-
-
-def write_text(path: Path, content: str) -> Path:
-    """Write a text file atomically, under a temporary name first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.partial")
-    scratch.write_text(content, encoding="utf-8")
-    os.replace(scratch, path)
-    return path

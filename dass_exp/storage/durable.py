@@ -30,14 +30,20 @@ def write_tensors(
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically and durably; missing parent folders are created."""
+    """Write JSON like :func:`write_text`."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, content: str) -> Path:
+    """Write a text file atomically and durably, creating missing parent folders; return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        scratch.write_text(content, encoding="utf-8")
         replace_durably(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+    return path
 
 
 def now() -> str:

@@ -70,15 +70,19 @@ class PeakMemory:
     def read(self) -> dict[str, int | None]:
         """Return ``peak_rss_bytes`` and ``peak_gpu_bytes``."""
         gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-        return {"peak_rss_bytes": _peak_rss(), "peak_gpu_bytes": gpu}
+        return {"peak_rss_bytes": process_memory("VmHWM") or _peak_rss(), "peak_gpu_bytes": gpu}
+
+
+def process_memory(field: str, process: int | str = "self") -> int | None:
+    """Return a field of a process's memory in bytes, from /proc; None if there is no such process or no /proc."""
+    with suppress(OSError, StopIteration):
+        status = Path(f"/proc/{process}/status").read_text(encoding="ascii")
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
+    return None
 
 
 def _peak_rss() -> int:
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        import resource
+    import resource
 
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

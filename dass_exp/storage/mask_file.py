@@ -23,15 +23,10 @@ _FORMAT = "dass_exp masks, packed along the input axis, first weight in the lowe
 
 @dataclass(frozen=True)
 class PackedMask:
-    """A mask as it is stored.
+    """A mask as it is stored."""
 
-    Args:
-        bits: uint8 [out_features, ceil(in_features / 8)], on the CPU.
-        columns: in_features.
-    """
-
-    bits: Tensor
-    columns: int
+    bits: Tensor  # uint8 [out_features, ceil(in_features / 8)], on the CPU
+    columns: int  # in_features
 
     @classmethod
     def pack(cls, keep: Tensor) -> PackedMask:
