@@ -65,6 +65,8 @@ def build(node: Any, kind: type[Part], setting: str) -> Part:
     Raises:
         UserError: its class is not of this kind, or refuses a value.
     """
+    if isinstance(node, kind):
+        return node  # settings made in Python may hold the object itself
     if not isinstance(node, dict) or "_target_" not in node:
         raise UserError(f"{setting}={node!r}: expected one of the choices of its config group")
     if not issubclass(locate(f"{setting}._target_", node["_target_"]), kind):

@@ -19,18 +19,11 @@ from dass_exp.statistics import Statistic
 
 @dataclass(frozen=True)
 class BlockSeconds:
-    """Seconds spent on one block; on a GPU those of launching, since nothing waits for it.
+    """Seconds spent on one block; on a GPU those of launching, since nothing waits for it."""
 
-    Args:
-        forward: passes through the block, without the statistics.
-        statistics: accumulating statistics.
-        solve: choosing masks and solving for weights.
-        write: writing the weights.
-    """
-
-    forward: float = 0.0
+    forward: float = 0.0  # passes through the block, without the statistics
     statistics: float = 0.0
-    solve: float = 0.0
+    solve: float = 0.0  # choosing masks and solving for weights
     write: float = 0.0
 
     @classmethod

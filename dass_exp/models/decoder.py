@@ -63,7 +63,8 @@ class Decoder:
                 continue
             module, path = self._linear(index, role, location.path), f"{name}.{location.path}"
             rows = location.rows(self.config) if location.rows else None
-            matrix = Matrix(module, module.weight, transposed=isinstance(module, Conv1D), rows=rows)  # type: ignore[arg-type]
+            transposed = isinstance(module, Conv1D)
+            matrix = Matrix(module, module.weight, transposed=transposed, rows=rows)  # type: ignore[arg-type]
             yield LinearSite(path if rows is None else f"{path}.{role.value}", role, matrix, INPUT_OF[role], name)
         if experts is not None and layout is not None and ROLES_IN_SCOPE[scope] & GLU:
             yield from _expert_sites(f"{name}.{layout.path}", experts, layout)

@@ -34,7 +34,7 @@ class JoinedTensors:
         """Fuse the pieces, by stored name, into the model's tensors, by the model's names."""
         converter = deepcopy(self.converter)  # it keeps what is added
         for stored, pattern in self.pieces.items():
-            converter.add_tensor(self.first, stored, pattern, tensors[stored])  # type: ignore[arg-type]  # takes tensors too
+            converter.add_tensor(self.first, stored, pattern, tensors[stored])  # type: ignore[arg-type]
         joined = converter.convert(self.first, model=model, config=model.config)
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in joined.items()}
 

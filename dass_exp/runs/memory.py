@@ -23,32 +23,18 @@ BASE = 700_000_000  # bytes of the interpreter, torch and transformers themselve
 
 @dataclass(frozen=True)
 class MemoryNeeds:
-    """Bytes, by what they are for.
+    """Bytes, by what they are for."""
 
-    Args:
-        model: all weights.
-        block: those of the largest block.
-        ahead: the prefetched block; one whose experts are stored one by one is there twice while they are joined.
-        outside: weights outside the blocks: embedding, norm, head.
-        activations: of the calibration tokens: inputs, dense outputs and attention outputs of a block, unless cached
-            elsewhere.
-        windows: hidden states of the windows scored while streaming, of the dense and of the pruned model.
-        solver: statistics, factors and masks of one block.
-        batch: what one batch needs inside a block, and the logits that are held at once.
-        copy: the dense weights in the scope, from which a sweep restores the shared model.
-        disk: not memory: activations cached on disk, masks, and the resume state, twice while it is replaced.
-    """
-
-    model: int
-    block: int
-    ahead: int
-    outside: int
-    activations: int
-    windows: int
-    solver: int
-    batch: int
-    copy: int = 0
-    disk: int = 0
+    model: int  # all weights
+    block: int  # the largest block
+    ahead: int  # the prefetched block; twice where experts that are stored one by one are joined
+    outside: int  # weights outside the blocks: embedding, norm, head
+    activations: int  # calibration: inputs, dense outputs and attention outputs of a block, unless cached elsewhere
+    windows: int  # hidden states of the windows that are scored while streaming, dense and pruned
+    solver: int  # statistics, factors and masks of one block
+    batch: int  # one batch inside a block, and the logits that are held at once
+    copy: int = 0  # dense weights in the scope, from which a sweep restores the shared model
+    disk: int = 0  # not memory: activations cached on disk, masks, and the resume state, twice while it is replaced
 
     @property
     def resident(self) -> int:
@@ -79,28 +65,17 @@ class MemoryNeeds:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is done to a model.
+    """What is done to a model."""
 
-    Args:
-        scope: what is pruned; None for nothing.
-        stat: the statistic that the method needs; None for none.
-        batch_size: calibration sequences that pass through a block together.
-        scoring_batch_size: windows that do.
-        dtype, device: in which and where the model computes.
-        cache: where activations wait: ``device``, ``cpu`` or ``disk``.
-        shared: whether other runs use the same model afterwards.
-        resumable: whether the state behind each block is kept.
-    """
-
-    scope: str | None
-    stat: type[Statistic] | None
-    batch_size: int
-    scoring_batch_size: int
+    scope: str | None  # what is pruned, None for nothing
+    stat: type[Statistic] | None  # the statistic that the method needs
+    batch_size: int  # calibration sequences that pass through a block together
+    scoring_batch_size: int  # windows that do
     dtype: torch.dtype
     device: torch.device
-    cache: str = "device"
-    shared: bool = False
-    resumable: bool = False
+    cache: str = "device"  # where activations wait: device, cpu or disk
+    shared: bool = False  # whether other runs use the same model afterwards
+    resumable: bool = False  # whether the state behind each block is kept
 
 
 def memory_needs(

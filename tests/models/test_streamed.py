@@ -138,7 +138,7 @@ def test_a_checkpoint_without_the_prefix_of_the_model_is_read(tiny_model, tokens
     weights = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
     save_file(weights, path, metadata={"format": "pt"})
     streamed, blocks = opened(tmp_path)
-    scorer = StreamedPerplexity(streamed, tokens, 5, Stopwatch(), pruned=False)
+    scorer = StreamedPerplexity(streamed, tokens, 5, EngineOptions(), Stopwatch(), scores_pruned=False)
     prune_model(streamed, None, method_of("dense"), NM(2, 4), callbacks=[scorer], blocks=blocks)
     assert scorer.dense_perplexity.window_nll == pytest.approx(perplexity(model, tokens, 5).window_nll, rel=1e-6)
 
