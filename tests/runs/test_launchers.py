@@ -235,6 +235,7 @@ def test_a_launcher_without_a_sweep_is_refused(tiny, tmp_path):
     assert not (tmp_path / "results" / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_leaves_the_table_of_the_others(tiny, tmp_path):
     """As when the kernel kills the process that takes most memory."""
     (tmp_path / "deadly.py").write_text(_DEADLY)
