@@ -106,6 +106,7 @@ def prune_model(
             report = _process_block(loop, index, method, pattern, options)
             for callback in callbacks:
                 callback.on_block_end(report)
+            del report  # with its statistics and masks, before those of the next block are collected
             blocks.release(index)
         for callback in callbacks:
             callback.on_end()

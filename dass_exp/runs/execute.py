@@ -155,7 +155,8 @@ def _with_scores(
     dense = None
     if run.config.eval.zeroshot is None:
         cost = {"prune_s": 0.0, "eval_s": seconds["dense"]}
-        dense = replace(result, layers=[], starved=[], masks=None, perplexity=scorer.dense_perplexity, cost=cost)
+        dense = replace(result, layers=[], starved=[], masks=None, calibration=None, cost=cost)
+        dense = replace(dense, perplexity=scorer.dense_perplexity)
     cost = {**result.cost, "eval_s": seconds["pruned"]}
     return replace(result, perplexity=scorer.pruned_perplexity, cost=cost, dense=dense)
 

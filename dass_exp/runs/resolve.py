@@ -142,9 +142,11 @@ class ResolvedRun(Components):
         evaluation = self.config.eval
         if not self.method.prunes or (evaluation.perplexity is None and evaluation.zeroshot is None):
             return None
-        config = dataclasses.replace(self.config, rerun=False, repeat=0, save=None)
-        # tasks need the whole model in memory, where it fits alone
-        placement = "resident" if evaluation.zeroshot is not None and self.streams else self.placement
+        model, placement = self.config.model, self.placement
+        if evaluation.zeroshot is not None and placement != "resident":
+            # tasks need the whole model in memory, where it may fit alone
+            model, placement = dataclasses.replace(model, placement="resident"), None
+        config = dataclasses.replace(self.config, model=model, rerun=False, repeat=0, save=None)
         return dataclasses.replace(self, config=config, method=Dense(), placement=placement)
 
     def sites(self, decoder: Decoder) -> Iterator[LinearSite]:

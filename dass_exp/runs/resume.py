@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STATE = "state.safetensors"
+_FORMER_NAMES = {"wrapped": "returns_tuple", "told": "results"}  # in states written before these were renamed
 _PLACEMENT = "model.placement"
 
 
@@ -69,7 +70,8 @@ def load_state(folder: Path, identity: Mapping[str, Any], placement: str) -> Sta
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            stored = json.loads(file.metadata()["dass_exp"])
+            metadata = json.loads(file.metadata()["dass_exp"])
+            stored = {_FORMER_NAMES.get(name, name): value for name, value in metadata.items()}
             if stored["identity"] != expected:
                 raise UserError(
                     f"{folder}: an interrupted run lies there that had {_differences(stored['identity'], expected)}; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import weakref
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,9 @@ from engine_support import (
 )
 from torch import Tensor, nn
 
+from dass_exp.engine.callbacks import Callback
 from dass_exp.engine.capture import capture
+from dass_exp.engine.prune import prune_model
 from dass_exp.errors import NumericalError, UserError
 from dass_exp.masks import NM, Pattern
 from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner
@@ -285,6 +288,16 @@ def test_each_block_is_reported_as_soon_as_it_is_pruned(tiny_model, tokens):
         ),
     )
     assert zeros == [("model.layers.0", [True, False]), ("model.layers.1", [True, True])]
+
+
+def test_statistics_and_masks_of_a_block_are_released_before_the_next_one(tiny_model, tokens):
+    reports, alive = [], []
+    callback = Callback()
+    callback.on_block_end = lambda report: reports.append(weakref.ref(report))
+    callback.on_block_start = lambda index: alive.extend(report() for report in reports)
+    prune_model(tiny_model("llama"), tokens, SparseGPT(), NM(2, 4), callbacks=[callback])
+    assert len(reports) == 2
+    assert alive == [None]
 
 
 @pytest.mark.parametrize("calibrated", [True, False])

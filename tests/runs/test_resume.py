@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from support import (
     Killed,
     contains,
@@ -287,6 +288,18 @@ def test_a_changed_setting_is_named(settings, tmp_path):
     words = [".saved.partial", "method.alpha=0.5 (now 0.25)", "seed=0 (now 3)", "set it back, or remove the folder"]
     assert contains(str(caught.value), words)
     assert not (tmp_path / "saved").exists()
+
+
+def test_it_continues_from_a_state_with_the_former_names(settings, tmp_path, caplog):
+    killed_after_block(1, *settings())
+    state = tmp_path / ".saved.partial" / "state.safetensors"
+    with safe_open(state, "pt") as file:
+        metadata = json.loads(file.metadata()["dass_exp"])
+    metadata |= {"wrapped": metadata.pop("returns_tuple"), "told": metadata.pop("results")}
+    save_file(load_file(state), state, {"dass_exp": json.dumps(metadata)})
+    with caplog.at_level("INFO", "dass_exp"):
+        run_with(*settings())
+    assert "continuing after block 1 of an interrupted run" in caplog.text
 
 
 def test_it_may_continue_with_another_batch_size(settings, tmp_path, whole):
