@@ -93,6 +93,13 @@ def test_a_cell_without_enough_memory_is_the_same_cell_once_its_activations_are_
     assert failed["key"] == repaired["key"]
 
 
+def test_a_cell_with_a_wrong_method_still_names_its_pattern(cell):
+    composed, choices = support.composed_with_choices(*cell, "method._target_=dass_exp.nope.Nope")
+    failed = describe_failed(composed, choices, RunContext())
+    assert failed["config"]["pattern"] == {"name": "2:4", "n": 2, "m": 4}
+    assert failed["config"]["method"]["name"] == "dass"
+
+
 # --- a plan
 
 

@@ -54,15 +54,15 @@ def _as_composed(composed: DictConfig, choices: Mapping[str, Any], packages: fro
             config[name] = {"name": str(choices.get(name)), **own}
         else:
             config[name] = node
+    with suppress(UserError, OmegaConfBaseException):  # one of the two may be wrong, and the other built
+        check_targets(OmegaConf.create({"pattern": composed.pattern}), packages)
+        pattern = build(OmegaConf.to_container(composed.pattern, resolve=True), Pattern, "pattern")
+        config["pattern"] = pattern.settings()
     with suppress(UserError, OmegaConfBaseException):
-        check_targets(OmegaConf.create({"method": composed.method, "pattern": composed.pattern}), packages)
-        with suppress(UserError):
-            pattern = build(OmegaConf.to_container(composed.pattern, resolve=True), Pattern, "pattern")
-            config["pattern"] = pattern.settings()
+        check_targets(OmegaConf.create({"method": composed.method}), packages)
         target = OmegaConf.to_container(composed.method, resolve=True)
-        with suppress(UserError):
-            method = build(target, Pruner, "method")
-            config["method"] = {"name": method.name, **method.settings()}
         uses = locate("method", target["_target_"]).uses  # type: ignore[index, call-overload, attr-defined]
         config |= {unused: None for unused in ("pattern", "scope", "seed", "calibration") if unused not in uses}
+        method = build(target, Pruner, "method")
+        config["method"] = {"name": method.name, **method.settings()}
     return config
