@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--training-seeds", type=int, nargs="+", default=list(TRAINING_SEEDS), help="default: 0 1 2")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    transformers.utils.logging.disable_progress_bar()  # of writing shards; the trainer keeps its own
+    transformers.utils.logging.disable_progress_bar()  # those of writing shards; the trainer shows its own
     try:
         recipes = [Recipe(variant, seed) for seed in options.training_seeds for variant in options.variants or VARIANTS]
         for number, recipe in enumerate(recipes, start=1):

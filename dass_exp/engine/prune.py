@@ -1,4 +1,4 @@
-"""The engine: pass calibration tokens through a model block by block; observe, prune, pass on. It names no method.
+"""Prune a model block by block: observe the dense block, prune it, pass the pruned outputs on. Names no method.
 
 Each block runs twice: once dense with observers on, once pruned with observers off for the inputs of the next block.
 The second pass leaves out what pruning has not changed: attention where only the MLP is pruned, and the last block.
@@ -40,7 +40,7 @@ class EngineOptions:
         experts: what to do with experts to which few tokens were routed.
         cache: where activations wait between one block and the next.
         return_hidden: return the pruned model's last hidden states; without, the last block runs once.
-        returns_tuple: whether blocks return a tuple; None finds out by one call of the first block.
+        returns_tuple: whether blocks return a tuple; None: call the first block once to find out.
     """
 
     scope: str = "mlp"
@@ -71,7 +71,7 @@ def prune_model(
     Args:
         model: a transformers causal language model.
         tokens: int64 [sequences, tokens], calibration; None for a method that needs no statistic.
-        method: what to do to each block.
+        method: prunes each block.
         pattern: the sparsity pattern.
         options: scope, batch size, experts, activation cache.
         callbacks: called in this order at the start, around each block, and at the end.
@@ -81,7 +81,7 @@ def prune_model(
         the last hidden states, one tensor [sequences, tokens, features] per batch, if ``return_hidden`` is set.
 
     Raises:
-        UserError: unknown family, empty scope, a pattern that does not divide an axis, tokens that are no sequences,
+        UserError: unknown family, empty scope, a pattern that does not divide an axis, tokens of another shape,
             or weights that are not in memory.
         NumericalError: a number is not finite; the message names the layer.
     """
@@ -95,7 +95,7 @@ def prune_model(
         )
     with eval_mode(model):
         if options.returns_tuple is None:
-            blocks.load(0)  # one real call of it tells what blocks return
+            blocks.load(0)  # it is called once to see whether blocks return a tuple
         loop = Loop(decoder, _calibration_batches(model, decoder, tokens, method, options))
         for callback in callbacks:
             callback.on_start(loop)
@@ -199,7 +199,7 @@ def _pass_on(module: nn.Module, index: int, batches: list[Batch], dense: deque[C
 
 
 def _pruning_units(decoder: Decoder, index: int, scope: str, statistics: Mapping[str, Statistic]) -> list[Block]:
-    """What is pruned together: the block, and each of its experts on its own."""
+    """Group the linears that are pruned together: those of the block, and those of each of its experts."""
     units: dict[str, list[LinearView]] = {}
     for site in decoder.sites(index, scope):
         view = LinearView(site.name, site.role, site.matrix, statistics.get(site.source))

@@ -1,4 +1,4 @@
-"""Perplexity of the dense and of the pruned model while blocks are streamed: windows pass through each twice."""
+"""Perplexity of the dense and the pruned model, computed while their blocks are streamed."""
 
 from typing import Any
 
@@ -44,6 +44,7 @@ class StreamedPerplexity(Callback):
 
     @property
     def returns_tuple(self) -> bool:
+        """Whether the model's blocks return a tuple."""
         return self._dense[0].returns_tuple
 
     @property

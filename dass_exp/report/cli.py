@@ -1,4 +1,4 @@
-"""The command ``dass-report``: tables, pictures and one page from records. It runs no model."""
+"""The command ``dass-report``: tables, figures and one page from records. It runs no model."""
 
 import argparse
 import json
@@ -24,12 +24,12 @@ from dass_exp.storage.durable import write_text
 log = logging.getLogger("dass_exp.report")
 
 _DESCRIPTION = (
-    "Write the tables and pictures of sweeps from their records; or compare two records: dass-report compare KEY KEY"
+    "Write the tables and figures of sweeps from their records; or compare two records: dass-report compare KEY KEY"
 )
 _SWITCHES = {
-    "--mix": "put records of different protocols into one table, with what differs beside each row",
-    "--layers": "also draw the error and sparsity of every block, one picture per pruned record",
-    "--wandb": "log tables and pictures to Weights & Biases, one summary run per sweep",
+    "--mix": "put records of different protocols into one table; each row shows the settings that differ",
+    "--layers": "also draw the error and sparsity of every block, one figure per pruned record",
+    "--wandb": "log tables and figures to Weights & Biases, one summary run per sweep",
 }
 
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dass-report", description=_DESCRIPTION)
-    sweeps = "names of sweeps (all that were run, if none is given), or: compare KEY KEY"
+    sweeps = "names of sweeps (default: all that were run), or: compare KEY KEY"
     output = "where tables/, figures/ and report.html are written (default: the results folder)"
     parser.add_argument("sweeps", nargs="*", metavar="SWEEP", help=sweeps)
     parser.add_argument("--results", default="results", help="the results folder (default: results)")
@@ -88,7 +88,7 @@ def _report(options: argparse.Namespace) -> bool:
 
 
 def _table(name: str, loaded: LoadedRecords, results: Path, mix: bool) -> ResultTable | None:
-    """The table of a sweep; None if it has no table of its own or nothing was run."""
+    """Build the table of a sweep; None if it has no table of its own or nothing was run."""
     layout = yaml.safe_load((project_root() / "sweeps" / f"{name}.yaml").read_text(encoding="utf-8")).get("sweep") or {}
     cells = cells_of(results, name)
     if "metric" not in layout or not cells:
@@ -102,7 +102,7 @@ def _table(name: str, loaded: LoadedRecords, results: Path, mix: bool) -> Result
 def _why_no_table(name: str, results: Path) -> str:
     if not cells_of(results, name):
         return f"no cell of this sweep was run into {results}; run dass-exp sweeps={name}"
-    why = "this sweep has no table of its own; its cells stand in the comparison.md of its folder in"
+    why = "this sweep has no table of its own; comparison.md in its folder lists its cells, see"
     return f"{why} {results / 'hydra'}"
 
 
@@ -162,7 +162,7 @@ def _only(start: str, records: dict[str, Record]) -> Record:
     matching = [record for key, record in records.items() if key.startswith(start)]
     if len(matching) != 1:
         count = len(matching)
-        raise UserError(f"record {start}: {count} records begin so; give more of the key (results/runs lists them)")
+        raise UserError(f"record {start}: {count} keys begin with it; give more of the key (results/runs lists them)")
     return matching[0]
 
 

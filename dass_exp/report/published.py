@@ -1,4 +1,4 @@
-"""Published numbers and ours, where model, scope, pattern, method, metric, data set and context are the same."""
+"""Compare our scores with published ones of the same model, scope, pattern, method, metric, data set and context."""
 
 import csv
 import math
@@ -31,7 +31,7 @@ class Published:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows of published_numbers.csv, with those that a user added (``source=dass-paper``).
+    """Read published_numbers.csv, to which users may add rows (``source=dass-paper``).
 
     Raises:
         UserError: a column is missing, or a value is not a number; the message names the line.
@@ -57,7 +57,7 @@ def _checked(row: dict[str, str], place: str) -> dict[str, str]:
 
 
 def counterparts(records: list[Record], rows: list[dict[str, str]]) -> list[Published]:
-    """Every published number that has a counterpart among the records."""
+    """Return every published number that has a counterpart among the records."""
     matches = []
     for record in records:
         for described, ours in _scores(record):
@@ -106,7 +106,7 @@ def _verdict(row: dict[str, str], ours: float) -> str:
 
 
 def as_rows(published: list[Published]) -> list[list[str]]:
-    """A header and one line per published number."""
+    """Return a header and one line per published number."""
     lines = [
         [row.label, f"{row.ours:.2f}", f"{row.value:.2f}", f"{row.ours - row.value:+.2f}", row.source, row.verdict]
         for row in published
@@ -115,6 +115,6 @@ def as_rows(published: list[Published]) -> list[list[str]]:
 
 
 def as_markdown(published: list[Published]) -> str:
-    """The comparison as a Markdown table, or a line that says that there is nothing to compare with."""
+    """Return the comparison as a Markdown table, or :data:`NOTHING_PUBLISHED`."""
     header, *lines = as_rows(published)
     return markdown_table(header, lines) if lines else NOTHING_PUBLISHED

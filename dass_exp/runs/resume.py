@@ -1,4 +1,4 @@
-"""What a run keeps on disk to continue after its last finished block: results so far, masks, and hidden states."""
+"""Keep on disk what a run needs to continue after its last finished block: results so far, masks, hidden states."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class State:
     Args:
         blocks: how many are done.
         returns_tuple: whether blocks return a tuple.
-        hidden: hidden states [sequences, tokens, features] by whose they are, one tensor per batch; a later start may
-            use other batch sizes.
+        hidden: hidden states [sequences, tokens, features] of the calibration sequences and of the scored windows, by
+            name, one tensor per batch; a later start may use other batch sizes.
         results: ``layers``, ``starved`` and ``seconds`` so far, as JSON values.
     """
 
@@ -54,7 +54,7 @@ class State:
 
 
 def load_state(folder: Path, identity: Mapping[str, Any], placement: str) -> State | None:
-    """The state of an earlier start in ``folder``, its tensors memory-mapped; None if there is none.
+    """Load the state of an earlier start from ``folder``, its tensors memory-mapped; None if there is none.
 
     Args:
         folder: the work folder.
@@ -72,7 +72,7 @@ def load_state(folder: Path, identity: Mapping[str, Any], placement: str) -> Sta
             stored = json.loads(file.metadata()["dass_exp"])
             if stored["identity"] != expected:
                 raise UserError(
-                    f"{folder}: an interrupted run lies there that had {_differences(stored['identity'], expected)}; "
+                    f"{folder}: an interrupted run is stored there with {_differences(stored['identity'], expected)}; "
                     "set it back, or remove the folder"
                 )
             hidden: dict[str, list[Tensor]] = {}
@@ -86,7 +86,7 @@ def load_state(folder: Path, identity: Mapping[str, Any], placement: str) -> Sta
 
 
 def placement_in(folder: Path, identity: Mapping[str, Any]) -> str | None:
-    """The placement of an interrupted run with this identity whose state is in ``folder``; None if there is none."""
+    """Return the placement of an interrupted run with this identity in ``folder``; None if there is none."""
     try:
         with safe_open(folder / STATE, framework="pt") as file:
             stored = json.loads(file.metadata()["dass_exp"])["identity"]
@@ -97,7 +97,7 @@ def placement_in(folder: Path, identity: Mapping[str, Any]) -> str | None:
 
 
 def save_state(folder: Path, identity: Mapping[str, Any], placement: str, state: State) -> None:
-    """Replace the state in ``folder``, durably.
+    """Replace the state in ``folder`` durably.
 
     Raises:
         OSError: the disk is full.
@@ -149,7 +149,7 @@ class MaskFiles(Callback):
 
     @staticmethod
     def complete(folder: Path, blocks: int) -> bool:
-        """Whether the masks of the first ``blocks`` blocks were written."""
+        """Check whether the masks of the first ``blocks`` blocks were written."""
         return all(_masks_file(folder, index).is_file() for index in range(blocks))
 
     def on_block_end(self, report: BlockReport) -> None:
@@ -159,7 +159,7 @@ class MaskFiles(Callback):
         self._blocks = report.index + 1
 
     def read(self) -> dict[str, PackedMask]:
-        """All masks by linear, memory-mapped."""
+        """Return all masks by linear, memory-mapped."""
         masks: dict[str, PackedMask] = {}
         for index in range(self._blocks):
             with readable(_masks_file(self._folder, index), self._folder):
@@ -170,10 +170,10 @@ class MaskFiles(Callback):
 class ResumeState(Callback):
     """Write the state after each block, and continue from that of an earlier start.
 
-    Files of a block are on disk before the state that counts it as done, so it comes last of all that write.
+    Files of a block are on disk before the state that counts it as done, so it is the last callback that writes.
 
     Args:
-        run: where its work folder is, its identity, and whether it is resumable.
+        run: gives work folder, identity, placement, and whether to keep a state.
         earlier: the state of an earlier start.
         verification, scorer, stopwatch: whose results belong to the state.
     """
@@ -231,7 +231,7 @@ class ResumeState(Callback):
 
 @contextmanager
 def readable(path: Path, folder: Path) -> Iterator[None]:
-    """Turn what a missing or damaged file of an interrupted run raises into one line."""
+    """Turn the errors of a missing or damaged file of an interrupted run into a one-line UserError."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError, UserError) as error:
@@ -249,7 +249,7 @@ def _weights_file(folder: Path, index: int) -> Path:
 
 
 def _tagged(identity: Mapping[str, Any], placement: str) -> dict[str, Any]:
-    """The identity with the placement, as JSON holds it."""
+    """Return the identity with the placement, as it is read back from JSON."""
     tagged: dict[str, Any] = json.loads(json.dumps({**identity, _PLACEMENT: placement}))
     return tagged
 

@@ -23,8 +23,8 @@ _HELD: list[FileLock] = []  # held for the life of this process; the kernel free
 
 
 def set_environment() -> None:
-    """Set the environment variables that the launchers' configs read, as this machine allows; keep the user's own."""
-    # a worker that is still starting when its parent is killed could not find out its parent's id any more
+    """Set the environment variables of the launchers' configs to fit this machine; the user's own values are kept."""
+    # a worker cannot find out the id of a parent that was killed while the worker started
     os.environ["DASS_EXP_LAUNCHER"] = str(os.getpid())
     count = workers()
     os.environ.setdefault("DASS_EXP_WORKERS", str(count))
