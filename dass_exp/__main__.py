@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dass_exp.config.components import admitted_packages
 from dass_exp.config.settings import register, validate
 from dass_exp.errors import NumericalError, UserError
-from dass_exp.report.console import TerminalReporter, show, show_plan
+from dass_exp.report.console import TerminalReporter, show_plan, show_run
 from dass_exp.report.sweep_callback import Sweep, note_cell
 from dass_exp.runs import workers
 from dass_exp.runs.context import RunContext, cache_of_process
@@ -64,50 +64,50 @@ def _cell(composed: DictConfig) -> None:
             )
         config = validate(composed, _ADMITTED, job.runtime.choices)
         if config.plan:
-            _planned(plan(config, context), folder, overrides, alone=not in_sweep)
+            _report_planned(plan(config, context), folder, overrides, alone=not in_sweep)
             return
         outcome = run(config, context)
     except Exception as error:
         status = "unplanned" if composed.get("plan") else "failed"
         described = describe_failed(composed, job.runtime.choices, context, _ADMITTED)
-        note_cell(folder, {"status": status, "overrides": overrides, "error": _line(error), **described})
+        note_cell(folder, {"status": status, "overrides": overrides, "error": _one_line(error), **described})
         if in_sweep:  # the other cells continue; the exit code of the sweep reports the failure
-            log.error("%s: %s", " ".join(overrides), _line(error), exc_info=None if _expected(error) else error)
+            log.error("%s: %s", " ".join(overrides), _one_line(error), exc_info=None if _is_expected(error) else error)
             return
-        if _expected(error):
-            log.error("%s", _line(error))
+        if _is_expected(error):
+            log.error("%s", _one_line(error))
             raise SystemExit(2 if isinstance(error, UserError) else 1) from None
         raise
-    _done(outcome, folder, overrides, alone=not in_sweep)
+    _report_done(outcome, folder, overrides, alone=not in_sweep)
 
 
-def _planned(planned: Plan, folder: str, overrides: list[str], alone: bool) -> None:
+def _report_planned(planned: Plan, folder: str, overrides: list[str], alone: bool) -> None:
     note_cell(folder, {"status": "planned", "overrides": overrides, **dataclasses.asdict(planned)})
     if alone:
         show_plan([{"overrides": overrides, **dataclasses.asdict(planned)}])
 
 
-def _done(outcome: Outcome, folder: str, overrides: list[str], alone: bool) -> None:
+def _report_done(outcome: Outcome, folder: str, overrides: list[str], alone: bool) -> None:
     record = {"key": outcome.record["key"], "record": str(outcome.path.resolve())}
     note_cell(folder, {"status": "done", "overrides": overrides, **record})
     if alone:
-        show(outcome.record, outcome.dense, outcome.path, outcome.found)
+        show_run(outcome.record, outcome.dense, outcome.path, outcome.found)
     else:
         log.info("%s %s", "found" if outcome.found else "wrote", outcome.path)
 
 
-def _expected(error: Exception) -> bool:
+def _is_expected(error: Exception) -> bool:
     return isinstance(error, (UserError, NumericalError, OSError))
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"a file cannot be read or written: {error}; check results_dir, DASS_EXP_CACHE and the free disk space"
-    kind = "" if _expected(error) else f"{type(error).__name__}: "
+    kind = "" if _is_expected(error) else f"{type(error).__name__}: "
     return kind + " ".join(str(error).split())
 
 
-def _mistyped() -> str | None:
+def _explain_override() -> str | None:
     """Explain a mistake in the typed overrides where Hydra's own message does not help; None if there is none."""
     for override in sys.argv[1:]:
         group, _, choice = override.partition("=")
@@ -124,7 +124,7 @@ def _mistyped() -> str | None:
     return None
 
 
-def _current(override: str) -> str:
+def _present_name(override: str) -> str:
     """Translate the former name of an override."""
     name, equals, value = override.partition("=")
     if name.lstrip("+") != "sweeps/cells":
@@ -135,7 +135,7 @@ def _current(override: str) -> str:
 
 def _explain(error: Exception) -> int:
     """Log why Hydra or the launcher of a sweep failed; return the exit code."""
-    mistake = _mistyped()
+    mistake = _explain_override()
     parts = (part for part in (error, error.__cause__) if part is not None)
     reason = " ".join(" ".join(str(part).partition("Config search path")[0].split()) for part in parts)
     log.error("%s", mistake or reason)
@@ -166,7 +166,7 @@ def main() -> None:
     except UserError as error:
         log.error("%s", error)
         raise SystemExit(2) from None
-    sys.argv[1:] = [_current(override) for override in sys.argv[1:]]
+    sys.argv[1:] = [_present_name(override) for override in sys.argv[1:]]
     os.environ["DASS_EXP_PLUGINS"] = " ".join(_ADMITTED)  # a worker of a launcher has another command line
     if _names_a_sweep() and not {"-m", "--multirun"} & {*sys.argv}:
         sys.argv.insert(1, "--multirun")  # the sweep's file says so too, but then Hydra hides mistakes in the overrides

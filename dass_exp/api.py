@@ -16,8 +16,8 @@ from dass_exp.errors import UserError, whole_number
 from dass_exp.evaluate.perplexity import perplexity as score
 from dass_exp.masks import NM, Pattern, Unstructured
 from dass_exp.methods.base import Pruner
-from dass_exp.models import load as models
-from dass_exp.models import locate as sources
+from dass_exp.models.load import identify, load_model, load_tokenizer
+from dass_exp.models.locate import OFFLINE
 from dass_exp.storage.mask_file import load_masks
 
 __all__ = ["Pruned", "load", "load_masks", "perplexity", "prune"]
@@ -52,9 +52,9 @@ def load(path: str = "offline:smollm2_135m", **settings: Any) -> tuple[nn.Module
     Raises:
         UserError: the model cannot be found or loaded.
     """
-    path = sources.OFFLINE + path if path in assets.MODELS else path
-    spec = models.identify(ModelConfig(name=path.rsplit("/", 1)[-1], path=path, **settings))
-    return models.load_model(spec), models.load_tokenizer(spec)
+    path = OFFLINE + path if path in assets.MODELS else path
+    spec = identify(ModelConfig(name=path.rsplit("/", 1)[-1], path=path, **settings))
+    return load_model(spec), load_tokenizer(spec)
 
 
 def prune(
@@ -122,7 +122,7 @@ def perplexity(model: nn.Module, tokens: Tensor, context: int | None = None, bat
         stream = tokens.reshape(-1)
         count = len(stream) // context
         if not count:
-            raise UserError(f"context={context}: expected at least 2 and at most {len(stream)}, the number of tokens")
+            raise UserError(f"context={context}: expected at least 2 and at most the {len(stream)} tokens given")
         tokens = stream[: count * context].view(count, context)
     _check_length(model, tokens)
     return score(model, tokens, batch_size).value

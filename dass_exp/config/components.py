@@ -55,7 +55,7 @@ def check_targets(composed: DictConfig, packages: frozenset[str]) -> None:
                 "line"
             )
         # a module of ours that merely imports a class does not admit it
-        if locate(setting, target).__module__.split(".")[0] not in packages:
+        if target_class(setting, target).__module__.split(".")[0] not in packages:
             raise UserError(f"{setting}={target}: this class belongs to another package; name that package as a plugin")
 
 
@@ -69,7 +69,7 @@ def build(node: Any, kind: type[Part], setting: str) -> Part:
         return node  # the Python interface may pass the object itself
     if not isinstance(node, dict) or "_target_" not in node:
         raise UserError(f"{setting}={node!r}: expected one of the choices of its config group")
-    if not issubclass(locate(f"{setting}._target_", node["_target_"]), kind):
+    if not issubclass(target_class(f"{setting}._target_", node["_target_"]), kind):
         raise UserError(f"{setting}._target_={node['_target_']}: expected a {kind.__name__}")
     try:
         built = instantiate({**node, "_target_": _current(node["_target_"])}, _convert_="all")
@@ -97,7 +97,7 @@ def choice(group: str, name: str) -> dict[str, Any]:
     return loaded
 
 
-def locate(setting: str, target: Any) -> type:
+def target_class(setting: str, target: Any) -> type:
     """Import the class that a ``_target_`` names.
 
     Raises:

@@ -47,7 +47,7 @@ class BlockReport:
         results: masks and how they were chosen, by the name of the linear.
         error: relative L2 error of the block's output, pruned against dense, on the same inputs; None without
             calibration, and for the last block, which is not run again.
-        spent: seconds by purpose.
+        seconds: seconds by purpose.
         starved: experts with too few tokens for statistics of their own.
     """
 
@@ -57,12 +57,12 @@ class BlockReport:
     linears: list[LinearView]
     results: dict[str, MaskResult]
     error: float | None
-    spent: BlockSeconds = BlockSeconds()
+    seconds: BlockSeconds = BlockSeconds()
     starved: tuple[str, ...] = ()
 
 
 @dataclass
-class Loop:
+class LoopState:
     """The state of the engine's loop when it starts; a callback may restore that of an earlier start.
 
     Args:
@@ -79,7 +79,7 @@ class Loop:
 class Callback:
     """Base class: every method does nothing. The engine calls its callbacks in the order of their list."""
 
-    def on_start(self, loop: Loop) -> None:
+    def on_start(self, loop: LoopState) -> None:
         """Called before the first block."""
 
     def on_block_start(self, index: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dass_exp.config.settings import SCOPES, CalibrationConfig, ExpertsConfig
 from dass_exp.engine.activation_cache import ON_DEVICE, ActivationCache, CachedTensor
 from dass_exp.engine.attention_replay import AttentionReplay
-from dass_exp.engine.callbacks import BlockReport, BlockSeconds, Callback, Loop
+from dass_exp.engine.callbacks import BlockReport, BlockSeconds, Callback, LoopState
 from dass_exp.engine.capture import Batch, capture, eval_mode
 from dass_exp.engine.observers import observe_inputs
 from dass_exp.errors import NumericalError, UserError, one_of
@@ -96,7 +96,7 @@ def prune_model(
     with eval_mode(model):
         if options.returns_tuple is None:
             blocks.load(0)  # it is called once to see whether blocks return a tuple
-        loop = Loop(decoder, _calibration_batches(model, decoder, tokens, method, options))
+        loop = LoopState(decoder, _calibration_batches(model, decoder, tokens, method, options))
         for callback in callbacks:
             callback.on_start(loop)
         for index in range(loop.first_block, len(decoder.blocks)):
@@ -145,7 +145,9 @@ def _calibration_batches(
     return capture(model, list(decoder.blocks), tokens, options.batch_size, options.returns_tuple, options.cache)
 
 
-def _process_block(loop: Loop, index: int, method: Pruner, pattern: Pattern, options: EngineOptions) -> BlockReport:
+def _process_block(
+    loop: LoopState, index: int, method: Pruner, pattern: Pattern, options: EngineOptions
+) -> BlockReport:
     """Observe a dense block, prune it, and pass the batches on through the pruned one."""
     start = time.perf_counter()
     decoder, batches = loop.decoder, loop.batches
@@ -173,8 +175,8 @@ def _process_block(loop: Loop, index: int, method: Pruner, pattern: Pattern, opt
         if not error < float("inf"):
             raise NumericalError(f"{name}: its output holds numbers that are not finite")
     passes = observed - start + time.perf_counter() - pruned
-    spent = BlockSeconds.split(passes, statistics.values(), pruned - observed, linears)
-    return BlockReport(index, name, module, linears, results, error, spent, starved)
+    seconds = BlockSeconds.split(passes, statistics.values(), pruned - observed, linears)
+    return BlockReport(index, name, module, linears, results, error, seconds, starved)
 
 
 def _dense_pass(module: nn.Module, index: int, batch: Batch, attention: AttentionReplay) -> Tensor:

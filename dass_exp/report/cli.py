@@ -15,7 +15,7 @@ from dass_exp.report import published
 from dass_exp.report.compare import footnotes
 from dass_exp.report.compare_two import compare_records
 from dass_exp.report.figures import draw, draw_layers
-from dass_exp.report.load import LoadedRecords, Record, cells_of, is_dense, load, repaired
+from dass_exp.report.load import LoadedRecords, Record, cells_of, is_dense, load, recovered
 from dass_exp.report.page import Section, write_page
 from dass_exp.report.table import ResultTable, build_table
 from dass_exp.report.write import caption, long_form, wide_form, write_table
@@ -95,7 +95,7 @@ def _table(name: str, loaded: LoadedRecords, results: Path, mix: bool) -> Result
         return None
     own = [loaded.records[cell.key] for cell in cells if cell.key in loaded.records]
     records = list({record["key"]: record for record in (*own, *_dense_of(own, loaded))}.values())
-    failed = [cell for cell in cells if cell.status == "failed" and not repaired(cell, records)]
+    failed = [cell for cell in cells if cell.status == "failed" and not recovered(cell, records)]
     return build_table(name, layout, records, failed, results, mix) if own or failed else None
 
 
@@ -152,13 +152,13 @@ def _compare(results: Path, keys: list[str]) -> None:
     if len(keys) != 2:
         raise UserError("dass-report compare takes two keys, or the beginnings of two keys")
     records = load(results).records
-    first, second = (_only(key, records) for key in keys)
+    first, second = (_record_of(key, records) for key in keys)
     text = compare_records(first, second, results)
     sys.stdout.write(text)
     log.info("wrote %s", write_text(results / "tables" / f"compare-{first['key']}-{second['key']}.md", text))
 
 
-def _only(start: str, records: dict[str, Record]) -> Record:
+def _record_of(start: str, records: dict[str, Record]) -> Record:
     matching = [record for key, record in records.items() if key.startswith(start)]
     if len(matching) != 1:
         count = len(matching)

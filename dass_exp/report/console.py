@@ -45,7 +45,7 @@ class TerminalReporter:
             yield lambda: progress.advance(task)
 
 
-def show(record: Record, dense: Record | None, path: Path, found: bool) -> None:
+def show_run(record: Record, dense: Record | None, path: Path, found: bool) -> None:
     """Print the summary of a run, pruned next to dense, and the path of its record."""
     table = Table(title=" · ".join(labels(record)), title_justify="left")
     table.add_column("")

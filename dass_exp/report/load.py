@@ -8,8 +8,7 @@ from typing import Any
 
 from dass_exp.config.settings import settings_without_effect
 from dass_exp.storage.record_schema import flatten, is_config, record_problem
-
-Record = dict[str, Any]
+from dass_exp.storage.records import Record
 
 _NO_EFFECT = settings_without_effect()
 _UNREADABLE = (OSError, ValueError, RecursionError)
@@ -58,7 +57,7 @@ def cells_of(results: Path, sweep: str) -> list[SweepCell]:
     """
     cells: dict[tuple[str, ...], SweepCell] = {}
     launches: dict[Path, list[tuple[str, ...]]] = {}
-    for path in _notes(results):
+    for path in _cell_files(results):
         try:
             note = _json_object(path)
         except _UNREADABLE:
@@ -69,6 +68,7 @@ def cells_of(results: Path, sweep: str) -> list[SweepCell]:
         if (cell := _cell(note)) is not None:
             cells[cell.overrides] = cell
             launches.setdefault(path.parent.parent, []).append(cell.overrides)
+    # the cells of the largest launch first, each once
     largest_first = sorted(launches.values(), key=len, reverse=True)
     return [cells[overrides] for overrides in dict.fromkeys(name for launch in largest_first for name in launch)]
 
@@ -96,7 +96,7 @@ def _without_effect(name: str) -> bool:
     return any(".".join(parts[:end]) in _NO_EFFECT for end in range(1, len(parts) + 1))
 
 
-def repaired(cell: SweepCell, records: Iterable[Record]) -> bool:
+def recovered(cell: SweepCell, records: Iterable[Record]) -> bool:
     """Check whether a failed cell has a record: of its key or, if no key is known, of the same effective settings.
 
     A setting of its model that was not resolved yet when it failed (null or ``auto``) matches any value.
@@ -134,7 +134,7 @@ def model_name(record: Mapping[str, Any]) -> str:
     return str(record["config"]["model"]["name"])
 
 
-def model_of(record: Record) -> str:
+def model_identity(record: Record) -> str:
     """Return the identity of a record's model; that of its recipe if it was trained several times, as repetitions."""
     identity = record["identity"]
     return str(identity["trained"]["recipe"] if identity.get("trained") else identity["model"])
@@ -182,7 +182,7 @@ def varying_settings(records: Iterable[Record]) -> dict[str, list[str]]:
     return {method: [name for name, seen in fields.items() if len(seen) > 1] for method, fields in values.items()}
 
 
-def _notes(results: Path) -> list[Path]:
+def _cell_files(results: Path) -> list[Path]:
     """Return the cell.json of all cells, oldest launch first."""
     paths = [path for path in results.glob("hydra/*/*/*/cell.json") if path.parts[-2].isdecimal()]
     return sorted(paths, key=lambda path: (path.parts[-4], path.parts[-3], int(path.parts[-2])))

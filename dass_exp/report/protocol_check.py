@@ -8,7 +8,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dass_exp.report.load import Record, model_name, model_of, setting
+from dass_exp.report.load import Record, model_identity, model_name, setting
 
 _REPETITIONS = ("seed", "repeat")
 # A model determines these: they may differ between the models of a table, but not within one.
@@ -88,7 +88,7 @@ class Protocols:
 
 def _settings(record: Record) -> Iterator[tuple[str, str, str]]:
     """Yield name, short value and full content of every setting other than those of repetitions."""
-    identity = {**record["identity"], "model": model_of(record)}
+    identity = {**record["identity"], "model": model_identity(record)}
     for repetition in (*_REPETITIONS, "trained"):
         identity.pop(repetition, None)
     yield from _leaves(identity, record["config"], "")

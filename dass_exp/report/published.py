@@ -62,7 +62,7 @@ def counterparts(records: list[Record], rows: list[dict[str, str]]) -> list[Publ
     for record in records:
         for described, ours in _scores(record):
             for row in rows:
-                if described.items() <= {**row, "model": _plain(row["model"])}.items():
+                if described.items() <= {**row, "model": _normalised(row["model"])}.items():
                     label = f"{row['model']} {row['method']} {row['pattern']} {row['dataset']}"
                     matches.append(Published(label, ours, float(row["value"]), row["source"], _verdict(row, ours)))
     return matches
@@ -72,7 +72,7 @@ def _scores(record: Record) -> Iterator[tuple[dict[str, str], float]]:
     """Each score of a record, described in the columns of the reference file."""
     config, metrics, tasks = record["config"], record["metrics"], record["metrics"].get("tasks", {})
     described = {
-        "model": _plain(model_name(record)),
+        "model": _normalised(model_name(record)),
         "method": config["method"]["name"],
         "pattern": config["pattern"]["name"] if config["pattern"] else "dense",
         **({} if is_dense(record) else {"scope": config["scope"]}),
@@ -89,7 +89,7 @@ def _scores(record: Record) -> Iterator[tuple[dict[str, str], float]]:
         yield {**described, "metric": "accuracy_percent", "dataset": task, "context": ""}, 100 * value
 
 
-def _plain(model: str) -> str:
+def _normalised(model: str) -> str:
     """``llama3.1_8b`` and ``llama31_8b`` are one model."""
     return model.replace(".", "").lower()
 

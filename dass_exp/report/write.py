@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dass_exp.report.console import calibration_label, documents_label, windows_label
-from dass_exp.report.load import by_model_note, is_dense, model_of
+from dass_exp.report.load import by_model_note, is_dense, model_identity
 from dass_exp.report.table import ResultTable, TableValue
 from dass_exp.storage.durable import write_text
 
@@ -45,7 +45,7 @@ def caption(table: ResultTable) -> str:
     protocol = pruned[0]["protocol"]
     # the models with the same note, then that note
     models = ", ".join(
-        ", ".join(dict.fromkeys(map(model_of, records))) + (f" ({note})" if note else "")
+        ", ".join(dict.fromkeys(map(model_identity, records))) + (f" ({note})" if note else "")
         for note, records in by_model_note(pruned).items()
     )
     trainings = {record["identity"]["trained"]["seed"] for record in pruned if record["identity"].get("trained")}

@@ -23,7 +23,7 @@ from dass_exp.runs.memory import available_memory
 if TYPE_CHECKING:
     from dass_exp.runs.resolve import ResolvedRun
 
-Thing = TypeVar("Thing")
+T = TypeVar("T")
 
 
 class ProgressReporter(Protocol):
@@ -54,13 +54,13 @@ class ModelCache:
         self._small: OrderedDict[Hashable, Any] = OrderedDict()
         self._model: tuple[tuple[str, str, str], nn.Module] | None = None
 
-    def once(self, key: Hashable, make: Callable[[], Thing]) -> Thing:
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return the result of ``make``, which is called once per key."""
         if key not in self._small:
             self._small[key] = make()
             if len(self._small) > self._size:
                 self._small.popitem(last=False)
-        value: Thing = self._small[key]
+        value: T = self._small[key]
         return value
 
     def __contains__(self, key: Hashable) -> bool:
@@ -126,7 +126,7 @@ class RunContext:
                 spec = load.identify(model)
                 return spec, load.load_tokenizer(spec)
 
-        return self.cache.once(("model", repr(model)), search)
+        return self.cache.get(("model", repr(model)), search)
 
     def has_found(self, model: ModelConfig) -> bool:
         """Check whether the model was identified before."""
@@ -138,7 +138,7 @@ class RunContext:
 
     def skeleton(self, run: ResolvedRun) -> nn.Module:
         """Return the model on the meta device: modules and shapes without weights."""
-        return self.cache.once(("skeleton", _identity(run.spec)), lambda: load.skeleton(run.spec))
+        return self.cache.get(("skeleton", _identity(run.spec)), lambda: load.skeleton(run.spec))
 
     def calibration(self, run: ResolvedRun) -> tokens.Tokens | None:
         """Return the calibration tokens; None for a method that needs none.
@@ -151,7 +151,7 @@ class RunContext:
         text, config, seed = run.calibration_text, run.config.calibration, run.config.seed
         cut = config.sampling, config.separator, config.num_samples, config.seq_len
         key = ("calibration", run.spec.identity, run.bos, json.dumps(text.identity, sort_keys=True), cut, seed)
-        return self.cache.once(key, lambda: tokens.calibration_tokens(text, config, self.tokenizer(run), run.bos, seed))
+        return self.cache.get(key, lambda: tokens.calibration_tokens(text, config, self.tokenizer(run), run.bos, seed))
 
     def windows(self, run: ResolvedRun) -> tokens.Tokens | None:
         """Return the windows to score; None if no perplexity is requested.
@@ -164,7 +164,7 @@ class RunContext:
             return None
         size = scored.context, scored.max_windows
         key = ("windows", run.spec.identity, run.bos, json.dumps(text.identity, sort_keys=True), *size)
-        return self.cache.once(key, lambda: tokens.evaluation_windows(text, *size, self.tokenizer(run), run.bos))
+        return self.cache.get(key, lambda: tokens.evaluation_windows(text, *size, self.tokenizer(run), run.bos))
 
     @contextmanager
     def resident_model(self, run: ResolvedRun) -> Iterator[nn.Module]:

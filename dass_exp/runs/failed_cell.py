@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dass_exp.config.components import OURS, build, check_targets, locate
+from dass_exp.config.components import OURS, build, check_targets, target_class
 from dass_exp.config.settings import validate
 from dass_exp.errors import UserError
 from dass_exp.masks import Pattern
@@ -63,6 +63,6 @@ def _as_composed(composed: DictConfig, choices: Mapping[str, Any], packages: fro
         with suppress(UserError):
             method = build(target, Pruner, "method")
             config["method"] = {"name": method.name, **method.settings()}
-        uses = locate("method", target["_target_"]).uses  # type: ignore[index, call-overload, attr-defined]
+        uses = target_class("method", target["_target_"]).uses  # type: ignore[index, call-overload, attr-defined]
         config |= {unused: None for unused in ("pattern", "scope", "seed", "calibration") if unused not in uses}
     return config

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dass_exp.engine.callbacks import BlockReport, Callback, Loop, Stopwatch
+from dass_exp.engine.callbacks import BlockReport, Callback, LoopState, Stopwatch
 from dass_exp.engine.capture import restore_hidden
 from dass_exp.engine.verify import Layer, Verification
 from dass_exp.errors import UserError
@@ -64,7 +64,7 @@ def load_state(folder: Path, identity: Mapping[str, Any], placement: str) -> Sta
     Raises:
         UserError: it belongs to a run with other settings, which are named, or it is damaged.
     """
-    path, expected = folder / STATE, _tagged(identity, placement)
+    path, expected = folder / STATE, _with_placement(identity, placement)
     if not path.is_file():
         return None
     try:
@@ -91,7 +91,7 @@ def placement_in(folder: Path, identity: Mapping[str, Any]) -> str | None:
         with safe_open(folder / STATE, framework="pt") as file:
             stored = json.loads(file.metadata()["dass_exp"])["identity"]
             placement = str(stored[_PLACEMENT])
-            return placement if stored == _tagged(identity, placement) else None
+            return placement if stored == _with_placement(identity, placement) else None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 
@@ -104,7 +104,7 @@ def save_state(folder: Path, identity: Mapping[str, Any], placement: str, state:
     """
     scratch = folder / f"{STATE}.partial"
     metadata = {
-        "identity": _tagged(identity, placement),
+        "identity": _with_placement(identity, placement),
         "blocks": state.blocks,
         "returns_tuple": state.returns_tuple,
         "results": state.results,
@@ -144,7 +144,7 @@ class MaskFiles(Callback):
     def __init__(self, folder: Path, done: int = 0) -> None:
         self._folder, self._blocks = folder, done
         for index in range(done):
-            with readable(_masks_file(folder, index), folder):
+            with as_user_error(_masks_file(folder, index), folder):
                 mask_names(_masks_file(folder, index))
 
     @staticmethod
@@ -162,7 +162,7 @@ class MaskFiles(Callback):
         """Return all masks by linear, memory-mapped."""
         masks: dict[str, PackedMask] = {}
         for index in range(self._blocks):
-            with readable(_masks_file(self._folder, index), self._folder):
+            with as_user_error(_masks_file(self._folder, index), self._folder):
                 masks |= read_packed(_masks_file(self._folder, index))
         return masks
 
@@ -188,13 +188,13 @@ class ResumeState(Callback):
     ) -> None:
         self._run, self._earlier, self._folder = run, earlier, run.work_folder
         self._verification, self._scorer, self._stopwatch = verification, scorer, stopwatch
-        self._loop: Loop | None = None
+        self._loop: LoopState | None = None
         if earlier is not None:
             verification.layers += [Layer(**layer) for layer in earlier.results["layers"]]
             verification.starved += earlier.results["starved"]
             stopwatch.add(earlier.results["seconds"])
 
-    def on_start(self, loop: Loop) -> None:
+    def on_start(self, loop: LoopState) -> None:
         self._loop = loop
         if (earlier := self._earlier) is None:
             return
@@ -204,7 +204,7 @@ class ResumeState(Callback):
             self._scorer.hidden = earlier.hidden
         if not self._run.streams:
             for index, block in enumerate(loop.decoder.blocks[: earlier.blocks]):
-                with readable(_weights_file(self._folder, index), self._folder):
+                with as_user_error(_weights_file(self._folder, index), self._folder):
                     block.load_state_dict(load_file(_weights_file(self._folder, index)))
         loop.first_block = earlier.blocks
         earlier.hidden.clear()
@@ -230,7 +230,7 @@ class ResumeState(Callback):
 
 
 @contextmanager
-def readable(path: Path, folder: Path) -> Iterator[None]:
+def as_user_error(path: Path, folder: Path) -> Iterator[None]:
     """Turn the errors of a missing or damaged file of an interrupted run into a one-line UserError."""
     try:
         yield
@@ -248,7 +248,7 @@ def _weights_file(folder: Path, index: int) -> Path:
     return folder / f"block-{index:05d}.safetensors"
 
 
-def _tagged(identity: Mapping[str, Any], placement: str) -> dict[str, Any]:
+def _with_placement(identity: Mapping[str, Any], placement: str) -> dict[str, Any]:
     """Return the identity with the placement, as it is read back from JSON."""
     tagged: dict[str, Any] = json.loads(json.dumps({**identity, _PLACEMENT: placement}))
     return tagged
