@@ -1,4 +1,4 @@
-# Thin on purpose: each target builds .venv by itself when it is missing or stale.
+# Each target builds .venv if it is missing or out of date.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo report bench tiny-models test test-all check clean
@@ -21,29 +21,29 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## prune SmolLM2-135M 2:4 with every method and print the comparison (offline models and data are fetched once)
 	@$(RUN)dass-exp sweeps=demo
 
-report: $(STAMP)  ## write the tables, pictures and page of every sweep that was run
+report: $(STAMP)  ## write the tables, figures and page of every sweep that was run
 	@$(RUN)dass-report
 
-bench: $(STAMP)  ## time every method against the passes that none can avoid (a quarter of an hour on an idle machine)
+bench: $(STAMP)  ## time every method against the forward passes that none can avoid (15 minutes on an idle machine)
 	@$(RUN)python -m dass_exp.benchmark
 
-tiny-models: $(STAMP)  ## train the twelve tiny models of sweeps/glu_variants.yaml (once; seen: 96 minutes on 2 busy cores; goes on where it was stopped)
+tiny-models: $(STAMP)  ## train the twelve tiny models of sweeps/glu_variants.yaml (once; took 96 minutes on 2 busy cores; resumes after an interruption)
 	@$(RUN)python -m dass_exp.train
 
-test: $(STAMP)  ## the tests: CPU, offline once the assets are there, some minutes
+test: $(STAMP)  ## run the tests (CPU, offline once the assets are cached, some minutes)
 	@HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false $(RUN)python -m pytest -m 'not slow' -n 2
 
 $(STAMP_ALL): $(STAMP)
 	@$(RUN)python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,ray]'
 	@touch $@
 
-test-all: $(STAMP_ALL)  ## the tests and the slow ones, a sweep through a local Ray among them
+test-all: $(STAMP_ALL)  ## run all tests, including slow ones and a sweep through a local Ray
 	@HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false $(RUN)python -m pytest -n 2
 
-check: $(STAMP)  ## lint, formatting, types
+check: $(STAMP)  ## check lint, formatting and types
 	@$(RUN)ruff check .
 	@$(RUN)ruff format --check .
 	@$(RUN)mypy
 
-clean:  ## remove .venv and what tools leave behind; results stay
+clean:  ## remove .venv and the caches of tools; results stay
 	@rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""dass_exp: one-shot pruning of large language models, compared honestly.
+"""dass_exp: one-shot pruning of large language models, compared under equal conditions.
 
 The functions here are what the command ``dass-exp`` runs, usable from a notebook without Hydra.
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dass_exp.paths import project_root
 
-os.environ.setdefault("DASS_EXP_ROOT", str(project_root()))  # conf/config.yaml finds sweeps/ by it
+os.environ.setdefault("DASS_EXP_ROOT", str(project_root()))  # conf/config.yaml looks for sweeps/ there
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow small products down
 os.environ.setdefault("TQDM_DISABLE", "1")  # the progress bars of libraries; ours show what a run is doing
@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dass_exp.config.components import admitted_packages
 from dass_exp.config.settings import register, validate
 from dass_exp.errors import NumericalError, UserError
-from dass_exp.report.console import TerminalReporter, show, show_plan
+from dass_exp.report.console import TerminalReporter, show_plan, show_run
 from dass_exp.report.sweep_callback import Sweep, note_cell
 from dass_exp.runs import workers
 from dass_exp.runs.context import RunContext, cache_of_process
@@ -36,6 +36,7 @@ log = logging.getLogger("dass_exp")
 
 _ADMITTED = admitted_packages(sys.argv[1:])  # before any config file can add to it
 
+# launchers that are extras: the Hydra plugin of each, and the extra of dass_exp that installs it
 _LAUNCHERS = {"slurm": "submitit", "submitit_slurm": "submitit", "submitit_local": "submitit", "ray": "ray"}
 _EXTRAS = {"submitit": "slurm", "ray": "ray"}
 
@@ -63,51 +64,51 @@ def _cell(composed: DictConfig) -> None:
             )
         config = validate(composed, _ADMITTED, job.runtime.choices)
         if config.plan:
-            _planned(plan(config, context), folder, overrides, alone=not in_sweep)
+            _report_planned(plan(config, context), folder, overrides, alone=not in_sweep)
             return
         outcome = run(config, context)
     except Exception as error:
         status = "unplanned" if composed.get("plan") else "failed"
         described = describe_failed(composed, job.runtime.choices, context, _ADMITTED)
-        note_cell(folder, {"status": status, "overrides": overrides, "error": _line(error), **described})
-        if in_sweep:  # the other cells go on; the exit code at the end tells
-            log.error("%s: %s", " ".join(overrides), _line(error), exc_info=None if _expected(error) else error)
+        note_cell(folder, {"status": status, "overrides": overrides, "error": _one_line(error), **described})
+        if in_sweep:  # the other cells continue; the exit code of the sweep reports the failure
+            log.error("%s: %s", " ".join(overrides), _one_line(error), exc_info=None if _is_expected(error) else error)
             return
-        if _expected(error):
-            log.error("%s", _line(error))
+        if _is_expected(error):
+            log.error("%s", _one_line(error))
             raise SystemExit(2 if isinstance(error, UserError) else 1) from None
         raise
-    _done(outcome, folder, overrides, alone=not in_sweep)
+    _report_done(outcome, folder, overrides, alone=not in_sweep)
 
 
-def _planned(planned: Plan, folder: str, overrides: list[str], alone: bool) -> None:
+def _report_planned(planned: Plan, folder: str, overrides: list[str], alone: bool) -> None:
     note_cell(folder, {"status": "planned", "overrides": overrides, **dataclasses.asdict(planned)})
     if alone:
         show_plan([{"overrides": overrides, **dataclasses.asdict(planned)}])
 
 
-def _done(outcome: Outcome, folder: str, overrides: list[str], alone: bool) -> None:
+def _report_done(outcome: Outcome, folder: str, overrides: list[str], alone: bool) -> None:
     record = {"key": outcome.record["key"], "record": str(outcome.path.resolve())}
     note_cell(folder, {"status": "done", "overrides": overrides, **record})
     if alone:
-        show(outcome.record, outcome.dense, outcome.path, outcome.found)
+        show_run(outcome.record, outcome.dense, outcome.path, outcome.found)
     else:
         log.info("%s %s", "found" if outcome.found else "wrote", outcome.path)
 
 
-def _expected(error: Exception) -> bool:
+def _is_expected(error: Exception) -> bool:
     return isinstance(error, (UserError, NumericalError, OSError))
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     if isinstance(error, OSError):
-        return f"a file cannot be read or written: {error}; check results_dir, DASS_EXP_CACHE and the room on the disk"
-    kind = "" if _expected(error) else f"{type(error).__name__}: "
+        return f"a file cannot be read or written: {error}; check results_dir, DASS_EXP_CACHE and the free disk space"
+    kind = "" if _is_expected(error) else f"{type(error).__name__}: "
     return kind + " ".join(str(error).split())
 
 
-def _mistyped() -> str | None:
-    """What is wrong with the typed overrides, where Hydra's own message does not help."""
+def _explain_override() -> str | None:
+    """Explain a mistake in the typed overrides where Hydra's own message does not help; None if there is none."""
     for override in sys.argv[1:]:
         group, _, choice = override.partition("=")
         folder = project_root() / "conf" / group
@@ -123,8 +124,8 @@ def _mistyped() -> str | None:
     return None
 
 
-def _current(override: str) -> str:
-    """An override under its present name."""
+def _present_name(override: str) -> str:
+    """Translate the former name of an override."""
     name, equals, value = override.partition("=")
     if name.lstrip("+") != "sweeps/cells":
         return override
@@ -133,8 +134,8 @@ def _current(override: str) -> str:
 
 
 def _explain(error: Exception) -> int:
-    """Say why Hydra, or the launcher of a sweep, gave up; returns the exit code."""
-    mistake = _mistyped()
+    """Log why Hydra or the launcher of a sweep failed; return the exit code."""
+    mistake = _explain_override()
     parts = (part for part in (error, error.__cause__) if part is not None)
     reason = " ".join(" ".join(str(part).partition("Config search path")[0].split()) for part in parts)
     log.error("%s", mistake or reason)
@@ -145,8 +146,8 @@ def _explain(error: Exception) -> int:
         return 2
     Sweep.show_finished()
     log.error(
-        "the launcher ended before the sweep did; what its cells have written is kept. Some may still run elsewhere "
-        "(squeue): once they have ended, give the same command again"
+        "the launcher ended before the sweep did; the results of its cells are kept. Some may still run elsewhere "
+        "(squeue): once they have ended, run the same command again"
     )
     return 1
 
@@ -158,18 +159,18 @@ def _names_a_sweep() -> bool:
 
 
 def main() -> None:
-    """Entry point. Exit code 2: a setting is wrong; 1: a run failed, or cells of a sweep did."""
+    """Entry point. Exit code 2: a setting is wrong; 1: a run or a cell of a sweep failed; 130: interrupted."""
     register()
     try:
         workers.set_environment()
     except UserError as error:
         log.error("%s", error)
         raise SystemExit(2) from None
-    sys.argv[1:] = [_current(override) for override in sys.argv[1:]]
+    sys.argv[1:] = [_present_name(override) for override in sys.argv[1:]]
     os.environ["DASS_EXP_PLUGINS"] = " ".join(_ADMITTED)  # a worker of a launcher has another command line
     if _names_a_sweep() and not {"-m", "--multirun"} & {*sys.argv}:
         sys.argv.insert(1, "--multirun")  # the sweep's file says so too, but then Hydra hides mistakes in the overrides
-    if any(override.lower() == "plan=true" for override in sys.argv):  # it runs nothing, so it needs no worker
+    if any(override.lower() == "plan=true" for override in sys.argv):  # nothing is run, so no launcher is needed
         launcher = ("hydra/launcher=", "hydra.launcher.")
         sys.argv[1:] = [text for text in sys.argv[1:] if not text.lstrip("+").startswith(launcher)]
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -178,8 +179,8 @@ def main() -> None:
         _cell()
     except KeyboardInterrupt:
         log.error(
-            "stopped; what is finished is kept, and the same command goes on from there. Cells on other machines were "
-            "not stopped"
+            "stopped; finished cells are kept, and the same command continues from there. Cells on other machines "
+            "were not stopped"
         )
         raise SystemExit(130) from None
     except Exception as error:

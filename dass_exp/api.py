@@ -16,8 +16,8 @@ from dass_exp.errors import UserError, whole_number
 from dass_exp.evaluate.perplexity import perplexity as score
 from dass_exp.masks import NM, Pattern, Unstructured
 from dass_exp.methods.base import Pruner
-from dass_exp.models import load as models
-from dass_exp.models import locate as sources
+from dass_exp.models.load import identify, load_model, load_tokenizer
+from dass_exp.models.locate import OFFLINE
 from dass_exp.storage.mask_file import load_masks
 
 __all__ = ["Pruned", "load", "load_masks", "perplexity", "prune"]
@@ -25,10 +25,10 @@ __all__ = ["Pruned", "load", "load_masks", "perplexity", "prune"]
 
 @dataclass(frozen=True)
 class Pruned:
-    """What :func:`prune` did.
+    """The masks of a model pruned by :func:`prune`, and what was verified.
 
     Args:
-        masks: by linear, bool [out_features, in_features], True where the weight stays.
+        masks: bool [out_features, in_features] by name of the linear, True where the weight is kept.
         layers: one verified entry per linear: zeros, axis, excess, score range, error of its block.
     """
 
@@ -43,18 +43,18 @@ class Pruned:
 
 
 def load(path: str = "offline:smollm2_135m", **settings: Any) -> tuple[nn.Module, Any]:
-    """A model and its tokenizer.
+    """Load a causal language model and its tokenizer; the model is in evaluation mode.
 
     Args:
-        path: hub id, folder, or ``offline:smollm2_135m`` or ``offline:gemma3_270m``.
+        path: hub id, folder, or an offline model: ``smollm2_135m`` or ``gemma3_270m``.
         settings: other fields of :class:`dass_exp.config.settings.ModelConfig`, such as revision, dtype and device.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: the model cannot be found or loaded.
     """
-    path = sources.OFFLINE + path if path in assets.MODELS else path
-    spec = models.identify(ModelConfig(name=path.rsplit("/", 1)[-1], path=path, **settings))
-    return models.load_model(spec), models.load_tokenizer(spec)
+    path = OFFLINE + path if path in assets.MODELS else path
+    spec = identify(ModelConfig(name=path.rsplit("/", 1)[-1], path=path, **settings))
+    return load_model(spec), load_tokenizer(spec)
 
 
 def prune(
@@ -79,7 +79,7 @@ def prune(
 
     Raises:
         UserError: a setting does not fit the model.
-        NumericalError, VerificationError: the method went wrong in the named layer.
+        NumericalError, VerificationError: the method failed in the named layer.
     """
     chosen, shape = method_of(method), pattern_of(pattern)
     if tokens is not None:
@@ -104,7 +104,7 @@ class _CollectMasks(Callback):
 
 
 def perplexity(model: nn.Module, tokens: Tensor, context: int | None = None, batch_size: int = 4) -> float:
-    """Perplexity over consecutive windows, each scored on its own; an incomplete last window is dropped.
+    """Compute perplexity over consecutive windows, each scored on its own; an incomplete last window is dropped.
 
     Args:
         model: a transformers causal language model.
@@ -122,7 +122,7 @@ def perplexity(model: nn.Module, tokens: Tensor, context: int | None = None, bat
         stream = tokens.reshape(-1)
         count = len(stream) // context
         if not count:
-            raise UserError(f"context={context}: expected at least 2 and at most the {len(stream)} tokens at hand")
+            raise UserError(f"context={context}: expected at least 2 and at most the {len(stream)} tokens given")
         tokens = stream[: count * context].view(count, context)
     _check_length(model, tokens)
     return score(model, tokens, batch_size).value
@@ -135,7 +135,7 @@ def _check_tokens(model: Any, tokens: Any) -> None:
         raise UserError(f"tokens: expected a tensor of token ids, got {kind}")
     size = model.get_input_embeddings().weight.shape[0]
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
-        raise UserError(f"tokens: ids from {int(tokens.min())} to {int(tokens.max())}; this model has {size} words")
+        raise UserError(f"tokens: ids from {int(tokens.min())} to {int(tokens.max())}; the vocabulary has {size}")
 
 
 def _check_length(model: Any, tokens: Tensor) -> None:
@@ -145,7 +145,7 @@ def _check_length(model: Any, tokens: Tensor) -> None:
 
 
 def method_of(method: Pruner | str) -> Pruner:
-    """A method by the name of its file in conf/method, with its settings; an instance is returned as it is.
+    """Build a method from the name of its file in conf/method, with its defaults; return an instance unchanged.
 
     Raises:
         UserError: the name is unknown.
@@ -156,10 +156,10 @@ def method_of(method: Pruner | str) -> Pruner:
 
 
 def pattern_of(pattern: Pattern | str) -> Pattern:
-    """A pattern from ``2:4``, ``2of4`` or ``50%``; an instance is handed through.
+    """Build a pattern from ``2:4``, ``2of4``, ``50%`` or ``unstructured``; return an instance unchanged.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the text describes no pattern.
     """
     if isinstance(pattern, Pattern):
         return pattern

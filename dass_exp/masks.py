@@ -19,7 +19,7 @@ _PAIRWISE_LIMIT = 16
 
 
 class Pattern(ABC):
-    """How many weights of a group stay. Groups lie along ``dim``, the axis along which weights compete.
+    """Which weights of each group are kept. Groups extend along ``dim``, the axis along which weights compete.
 
     Everywhere below ``dim`` is 0 (weights of one input column compete), 1 (weights of one output row) or None (all
     weights of the matrix; N:M patterns take None as 1).
@@ -28,7 +28,7 @@ class Pattern(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """The field's short name of the pattern: ``2:4``, ``50%``."""
+        """The short name of the pattern: ``2:4``, ``50%``."""
 
     def settings(self) -> dict[str, Any]:
         """The pattern in canonical form: ``2of4`` and ``nm`` with n=2, m=4 are the same."""

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from dass_exp.data import assets, texts
-from dass_exp.data import tokens as data
+from dass_exp.data.tokens import encode, evaluation_windows
 from dass_exp.errors import UserError
 from dass_exp.evaluate.perplexity import perplexity
 from dass_exp.models.tiny import TRAINING_SEEDS, VARIANTS, Recipe
@@ -41,7 +41,7 @@ def _train_into(recipe: Recipe, folder: Path) -> None:
     documents = [document for text in TRAINED_ON for document in text.documents()]
     tokenizer = _tokenizer(recipe, documents)
     scratch = recipe.folder.with_name(f".training-{recipe.folder.name}")
-    stream = data.encode(tokenizer, "\n\n".join(documents), "never")
+    stream = encode(tokenizer, "\n\n".join(documents), "never")
     transformers.set_seed(recipe.training_seed)
     config = transformers.AutoConfig.for_model(recipe.mlp.model_type, **recipe.config())
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -49,7 +49,7 @@ def _train_into(recipe: Recipe, folder: Path) -> None:
     examples: Any = [{"input_ids": ids, "labels": ids} for ids in windows]
     trainer = transformers.Trainer(model=model, args=_training_arguments(recipe, scratch), train_dataset=examples)
     trainer.train(resume_from_checkpoint=_last_checkpoint(scratch))
-    held_out = data.evaluation_windows(HELD_OUT, recipe.context, None, tokenizer, "never").ids
+    held_out = evaluation_windows(HELD_OUT, recipe.context, None, tokenizer, "never").ids
     reached = perplexity(model.eval(), held_out, batch_size=recipe.batch).value
     if not reached <= recipe.perplexity:
         problem = f"held-out perplexity {reached:.2f}, above the {recipe.perplexity} of its recipe"
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--training-seeds", type=int, nargs="+", default=list(TRAINING_SEEDS), help="default: 0 1 2")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    transformers.utils.logging.disable_progress_bar()  # of writing shards; the trainer keeps its own
+    transformers.utils.logging.disable_progress_bar()  # those of writing shards; the trainer shows its own
     try:
         recipes = [Recipe(variant, seed) for seed in options.training_seeds for variant in options.variants or VARIANTS]
         for number, recipe in enumerate(recipes, start=1):

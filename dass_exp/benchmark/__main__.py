@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as the command sets them, before a library reads them
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as __main__.py does, before a library reads them
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -62,7 +62,7 @@ def measure(repeats: int) -> dict[str, Any]:
 
 
 def _growth(model: Any, tokens: torch.Tensor) -> Iterator[dict[str, float]]:
-    """Floor and DaSS with fewer sequences, shorter ones, and models of the same shape with fewer blocks."""
+    """Time the floor and DaSS with fewer sequences, shorter ones, and models of the same shape with fewer blocks."""
     jobs = [(model.config.num_hidden_layers, PruningJob(model, tokens[:count, :length])) for count, length in SHAPES]
     for depth in DEPTHS:
         config = copy.deepcopy(model.config)

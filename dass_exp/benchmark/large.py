@@ -17,7 +17,7 @@ from dass_exp.runs.memory import MemoryNeeds, Workload, memory_needs
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """Sizes of a LLaMA; by default it has the vocabulary of SmolLM2, and as many key-value heads as heads."""
+    """Sizes of a LLaMA; by default with the vocabulary of SmolLM2 and as many key-value heads as query heads."""
 
     name: str
     hidden: int
@@ -28,7 +28,7 @@ class LlamaShape:
     vocabulary: int = 49152
 
     def empty_model(self) -> Any:
-        """The model in bfloat16 on the meta device."""
+        """Build the model in bfloat16 on the meta device."""
         config = transformers.LlamaConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
@@ -99,7 +99,7 @@ def disk_traffic(blocks: int, needs: MemoryNeeds) -> float:
 
 
 def table() -> str:
-    """The needs of all models as a Markdown table."""
+    """Return the needs of all models as a Markdown table."""
     rows = [_row(shape) for shape in MODELS]
     return markdown_table(list(rows[0]), (list(row.values()) for row in rows)) + "\n"
 
@@ -125,7 +125,7 @@ def _row(shape: LlamaShape) -> dict[str, str]:
 
 
 def operations_per_second(repeats: int = 5) -> float:
-    """Of this processor in a bfloat16 product of [2048, 4096] by [4096, 11008], median of ``repeats``."""
+    """Measure this processor in a bfloat16 product of [2048, 4096] by [4096, 11008], median of ``repeats``."""
     left, right = torch.randn(2048, 4096, dtype=torch.bfloat16), torch.randn(4096, 11008, dtype=torch.bfloat16)
     seconds = [time_call(lambda: left @ right) for _ in range(repeats + 1)]
     return 2 * 2048 * 4096 * 11008 / statistics.median(seconds[1:])  # the first product is slower

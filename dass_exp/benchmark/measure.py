@@ -72,7 +72,7 @@ class _TimedVerification(Callback):
     def on_block_end(self, report: BlockReport) -> None:
         start = time.perf_counter()
         verify(report, self._pattern)
-        self.seconds.update({"verify": time.perf_counter() - start, **vars(report.spent)})
+        self.seconds.update({"verify": time.perf_counter() - start, **vars(report.seconds)})
 
 
 def time_floor(job: PruningJob) -> float:

@@ -13,7 +13,7 @@ _ZERO_SHOT = "Zero-shot, lm-eval's own work included"
 
 
 def markdown(measured: dict[str, Any]) -> str:
-    """The page about what ``make bench`` measured."""
+    """Return the Markdown page of a measurement."""
     machine, settings, methods = measured["machine"], measured["settings"], measured["methods"]
     floor, masks, sweep = measured["floor_s"], measured["masks"], measured["sweep"]
     paragraphs = [

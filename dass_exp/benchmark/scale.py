@@ -45,7 +45,7 @@ SAMPLES, LENGTH = 4, 128  # calibration sequences and scored windows, and tokens
 
 
 def write_checkpoint(shape: LlamaShape, folder: Path) -> Path:
-    """Write a checkpoint of random weights block by block; it is never in memory as a whole."""
+    """Write a checkpoint of random weights block by block; the whole model is never in memory."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(assets.convert_once("smollm2_135m", convert_gguf))
     model, generator = shape.empty_model(), torch.Generator().manual_seed(0)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -109,7 +109,7 @@ def measure_shape(shape: LlamaShape, methods: Sequence[str]) -> Iterator[dict[st
 
 
 def table(rows: Sequence[Mapping[str, Any]], machine: Mapping[str, Any], command: str) -> str:
-    """The measurements as a Markdown page."""
+    """Return the measurements as a Markdown page."""
     cells = [_row(row) for row in rows]
     paragraphs = [
         f"# Peak anonymous memory of a streamed run, {now()[:10]}",

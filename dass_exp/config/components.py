@@ -1,4 +1,4 @@
-"""Build what a config names by ``_target_``. A target is code that runs, so its package must be admitted."""
+"""Build the objects that a config names by ``_target_``, from admitted packages only: a target is code that runs."""
 
 import importlib
 import os
@@ -31,7 +31,7 @@ def admitted_packages(command_line: Iterable[str]) -> frozenset[str]:
     Call it before Hydra composes: a config file can set variables and overrides too, and must not admit anything.
 
     Args:
-        command_line: what was typed.
+        command_line: the overrides as typed.
     """
     named = os.environ.get("DASS_EXP_PLUGINS", "").replace(",", " ").split()
     for override in command_line:
@@ -55,7 +55,7 @@ def check_targets(composed: DictConfig, packages: frozenset[str]) -> None:
                 "line"
             )
         # a module of ours that merely imports a class does not admit it
-        if locate(setting, target).__module__.split(".")[0] not in packages:
+        if target_class(setting, target).__module__.split(".")[0] not in packages:
             raise UserError(f"{setting}={target}: this class belongs to another package; name that package as a plugin")
 
 
@@ -66,25 +66,25 @@ def build(node: Any, kind: type[Part], setting: str) -> Part:
         UserError: its class is not of this kind, or refuses a value.
     """
     if isinstance(node, kind):
-        return node  # settings made in Python may hold the object itself
+        return node  # the Python interface may pass the object itself
     if not isinstance(node, dict) or "_target_" not in node:
         raise UserError(f"{setting}={node!r}: expected one of the choices of its config group")
-    if not issubclass(locate(f"{setting}._target_", node["_target_"]), kind):
+    if not issubclass(target_class(f"{setting}._target_", node["_target_"]), kind):
         raise UserError(f"{setting}._target_={node['_target_']}: expected a {kind.__name__}")
     try:
-        made = instantiate({**node, "_target_": _current(node["_target_"])}, _convert_="all")
+        built = instantiate({**node, "_target_": _current(node["_target_"])}, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
         raise UserError(str(cause) if isinstance(cause, UserError) else f"{setting}: {cause or error}") from error
-    if not isinstance(made, kind):
+    if not isinstance(built, kind):
         raise UserError(
-            f"{setting}: Hydra made a {type(made).__name__} of it; expected a {kind.__name__} (leave _partial_ out)"
+            f"{setting}: Hydra built a {type(built).__name__}; expected a {kind.__name__} (leave _partial_ out)"
         )
-    return made
+    return built
 
 
 def choice(group: str, name: str) -> dict[str, Any]:
-    """The content of one file of a config group.
+    """Load one file of a config group.
 
     Raises:
         UserError: there is no such choice.
@@ -97,8 +97,8 @@ def choice(group: str, name: str) -> dict[str, Any]:
     return loaded
 
 
-def locate(setting: str, target: Any) -> type:
-    """The class that a ``_target_`` names.
+def target_class(setting: str, target: Any) -> type:
+    """Import the class that a ``_target_`` names.
 
     Raises:
         UserError: there is no such class.
@@ -114,7 +114,7 @@ def locate(setting: str, target: Any) -> type:
 
 
 def _current(target: Any) -> str:
-    """A target under its present name: configs of users may hold the former one."""
+    """Translate the former name of a target, which configs of users may still hold."""
     return _MOVED.get(str(target), str(target))
 
 

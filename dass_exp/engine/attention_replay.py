@@ -20,7 +20,7 @@ class AttentionReplay:
     replayed, since they would run a second time on their own output.
 
     Args:
-        module: of the attention; None for a block without a separate one: nothing is recorded or replayed.
+        module: the attention; None for a block without a separate one: nothing is recorded or replayed.
         stats: of the linears to be pruned; their token counts show whether one of them has run.
         cache: where outputs are stored.
     """
@@ -29,7 +29,7 @@ class AttentionReplay:
         self, module: nn.Module | None, stats: Mapping[str, Statistic], cache: ActivationCache = ON_DEVICE
     ) -> None:
         self._module, self._stats, self._cache = module, stats, cache
-        # with the number of further entries of the output tuple, None for an output that is no tuple
+        # each with the number of further entries of the output tuple; None if the output is a tensor
         self._outputs: deque[tuple[CachedTensor, int | None]] = deque()
         self._batches = 0
         self._observed_tokens = 0

@@ -1,4 +1,4 @@
-"""What the engine's loop over blocks tells the outside, and the ordered list of callbacks that listens."""
+"""Callbacks of the engine's loop over blocks, and what the loop passes to them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dass_exp.statistics import Statistic
 
 @dataclass(frozen=True)
 class BlockSeconds:
-    """Seconds spent on one block; on a GPU those of launching, since nothing waits for it."""
+    """Seconds spent on one block; on a GPU those of launching kernels, since nothing waits for them."""
 
     forward: float = 0.0  # passes through the block, without the statistics
     statistics: float = 0.0
@@ -30,7 +30,7 @@ class BlockSeconds:
     def split(
         cls, passes: float, statistics: Iterable[Statistic], pruning: float, linears: Iterable[LinearView]
     ) -> BlockSeconds:
-        """From the seconds measured around passes and pruning, and inside statistics and views."""
+        """Split the seconds measured around passes and around pruning, using those measured inside each."""
         observing, write = sum(entry.seconds for entry in statistics), sum(linear.write_s for linear in linears)
         return cls(passes - observing, observing, pruning - write, write)
 
@@ -44,10 +44,10 @@ class BlockReport:
         name: full module name.
         module: the block itself, still in memory.
         linears: the views that were pruned.
-        results: what the method did, by the name of the linear.
+        results: masks and how they were chosen, by the name of the linear.
         error: relative L2 error of the block's output, pruned against dense, on the same inputs; None without
             calibration, and for the last block, which is not run again.
-        spent: seconds by what they were spent on.
+        seconds: seconds by purpose.
         starved: experts with too few tokens for statistics of their own.
     """
 
@@ -57,18 +57,18 @@ class BlockReport:
     linears: list[LinearView]
     results: dict[str, MaskResult]
     error: float | None
-    spent: BlockSeconds = BlockSeconds()
+    seconds: BlockSeconds = BlockSeconds()
     starved: tuple[str, ...] = ()
 
 
 @dataclass
-class Loop:
+class LoopState:
     """The state of the engine's loop when it starts; a callback may restore that of an earlier start.
 
     Args:
         decoder: the model's blocks.
         batches: calibration batches in front of the first block; empty for a method that needs none.
-        first_block: where the loop begins.
+        first_block: index of the block at which the loop begins.
     """
 
     decoder: Decoder
@@ -77,19 +77,19 @@ class Loop:
 
 
 class Callback:
-    """Listens to the loop over blocks. Callbacks are called in the order of their list."""
+    """Base class: every method does nothing. The engine calls its callbacks in the order of their list."""
 
-    def on_start(self, loop: Loop) -> None:
-        """Before the first block."""
+    def on_start(self, loop: LoopState) -> None:
+        """Called before the first block."""
 
     def on_block_start(self, index: int) -> None:
-        """Block ``index`` is in memory and dense."""
+        """Called when block ``index`` is in memory and dense."""
 
     def on_block_end(self, report: BlockReport) -> None:
-        """A block is pruned and the calibration batches have passed it; it is still in memory."""
+        """Called when a block is pruned and the calibration batches have passed it; it is still in memory."""
 
     def on_end(self) -> None:
-        """After the last block."""
+        """Called after the last block."""
 
 
 class SeedEachBlock(Callback):
@@ -114,7 +114,7 @@ class ProgressBar(Callback):
 
 
 class Stopwatch:
-    """Seconds by purpose, over all starts of a run; whatever is not measured apart counts as ``prune``."""
+    """Seconds by purpose, over all starts of a run; all time that is not measured separately counts as ``prune``."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
@@ -132,6 +132,6 @@ class Stopwatch:
         self._seconds.update(seconds)
 
     def read(self) -> dict[str, float]:
-        """Seconds up to now: ``prune``, and scoring of the ``dense`` and the ``pruned`` model."""
+        """Return the seconds so far: ``prune``, and scoring of the ``dense`` and the ``pruned`` model."""
         prune = self._seconds["prune"] + time.perf_counter() - self._started
         return {"prune": prune, "dense": self._seconds["dense"], "pruned": self._seconds["pruned"]}

@@ -166,9 +166,7 @@ class _Recorder:
 
         def record(*args: Any, **kwargs: Any) -> Any:
             hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-            if (
-                self.returns_tuple is None
-            ):  # only a real call shows it: older blocks return a tuple, newer ones a tensor
+            if self.returns_tuple is None:  # only a real call shows it: older blocks return a tuple
                 self.returns_tuple = isinstance(forward(hidden, *rest, **kwargs), tuple)
             self.hidden.append(hidden)
             self.calls.append(Call(rest, dict(kwargs)))

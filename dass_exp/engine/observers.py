@@ -22,9 +22,8 @@ _EXPERTS_LAYOUT = {
     "is_concatenated": True,
     "has_post_expert_norm": False,
 }
-ExpertStatistics = Mapping[
-    int, Mapping[bool, Statistic]
-]  # by expert: at the input of down (True), of gate and up (False)
+# By expert: the statistics at the input of down (True), and at that of gate and up (False).
+ExpertStatistics = Mapping[int, Mapping[bool, Statistic]]
 
 
 @contextmanager
@@ -69,7 +68,7 @@ def observe_experts(module: nn.Module, table: Experts, stats: ExpertStatistics, 
     """Run the experts one by one and collect each one's statistics over the tokens routed to it.
 
     transformers stores the experts in one tensor behind a fused kernel, out of reach of module hooks. Sequences, of
-    ``tokens`` each, reach the experts flatten. A UserError is raised for an unsupported layout of the tensors.
+    ``tokens`` each, reach the experts flattened. A UserError is raised for an unsupported layout of the tensors.
     """
     unknown = [name for name, usual in _EXPERTS_LAYOUT.items() if getattr(module, name, usual) is not usual]
     if unknown or getattr(module, table.gate_up).ndim != 3:

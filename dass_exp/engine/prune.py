@@ -1,4 +1,4 @@
-"""The engine: pass calibration tokens through a model block by block; observe, prune, pass on. It names no method.
+"""Prune a model block by block: observe the dense block, prune it, pass the pruned outputs on. Names no method.
 
 Each block runs twice: once dense with observers on, once pruned with observers off for the inputs of the next block.
 The second pass leaves out what pruning has not changed: attention where only the MLP is pruned, and the last block.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dass_exp.config.settings import SCOPES, CalibrationConfig, ExpertsConfig
 from dass_exp.engine.activation_cache import ON_DEVICE, ActivationCache, CachedTensor
 from dass_exp.engine.attention_replay import AttentionReplay
-from dass_exp.engine.callbacks import BlockReport, BlockSeconds, Callback, Loop
+from dass_exp.engine.callbacks import BlockReport, BlockSeconds, Callback, LoopState
 from dass_exp.engine.capture import Batch, capture, eval_mode
 from dass_exp.engine.observers import observe_inputs
 from dass_exp.errors import NumericalError, UserError, one_of
@@ -40,7 +40,7 @@ class EngineOptions:
         experts: what to do with experts to which few tokens were routed.
         cache: where activations wait between one block and the next.
         return_hidden: return the pruned model's last hidden states; without, the last block runs once.
-        returns_tuple: whether blocks return a tuple; None finds out by one call of the first block.
+        returns_tuple: whether blocks return a tuple; None: call the first block once to find out.
     """
 
     scope: str = "mlp"
@@ -71,7 +71,7 @@ def prune_model(
     Args:
         model: a transformers causal language model.
         tokens: int64 [sequences, tokens], calibration; None for a method that needs no statistic.
-        method: what to do to each block.
+        method: prunes each block.
         pattern: the sparsity pattern.
         options: scope, batch size, experts, activation cache.
         callbacks: called in this order at the start, around each block, and at the end.
@@ -81,7 +81,7 @@ def prune_model(
         the last hidden states, one tensor [sequences, tokens, features] per batch, if ``return_hidden`` is set.
 
     Raises:
-        UserError: unknown family, empty scope, a pattern that does not divide an axis, tokens that are no sequences,
+        UserError: unknown family, empty scope, a pattern that does not divide an axis, tokens of another shape,
             or weights that are not in memory.
         NumericalError: a number is not finite; the message names the layer.
     """
@@ -95,8 +95,8 @@ def prune_model(
         )
     with eval_mode(model):
         if options.returns_tuple is None:
-            blocks.load(0)  # one real call of it tells what blocks return
-        loop = Loop(decoder, _calibration_batches(model, decoder, tokens, method, options))
+            blocks.load(0)  # it is called once to see whether blocks return a tuple
+        loop = LoopState(decoder, _calibration_batches(model, decoder, tokens, method, options))
         for callback in callbacks:
             callback.on_start(loop)
         for index in range(loop.first_block, len(decoder.blocks)):
@@ -146,7 +146,9 @@ def _calibration_batches(
     return capture(model, list(decoder.blocks), tokens, options.batch_size, options.returns_tuple, options.cache)
 
 
-def _process_block(loop: Loop, index: int, method: Pruner, pattern: Pattern, options: EngineOptions) -> BlockReport:
+def _process_block(
+    loop: LoopState, index: int, method: Pruner, pattern: Pattern, options: EngineOptions
+) -> BlockReport:
     """Observe a dense block, prune it, and pass the batches on through the pruned one."""
     start = time.perf_counter()
     decoder, batches = loop.decoder, loop.batches
@@ -174,8 +176,8 @@ def _process_block(loop: Loop, index: int, method: Pruner, pattern: Pattern, opt
         if not error < float("inf"):
             raise NumericalError(f"{name}: its output holds numbers that are not finite")
     passes = observed - start + time.perf_counter() - pruned
-    spent = BlockSeconds.split(passes, statistics.values(), pruned - observed, linears)
-    return BlockReport(index, name, module, linears, results, error, spent, starved)
+    seconds = BlockSeconds.split(passes, statistics.values(), pruned - observed, linears)
+    return BlockReport(index, name, module, linears, results, error, seconds, starved)
 
 
 def _dense_pass(module: nn.Module, index: int, batch: Batch, attention: AttentionReplay) -> Tensor:
@@ -200,7 +202,7 @@ def _pass_on(module: nn.Module, index: int, batches: list[Batch], dense: deque[C
 
 
 def _pruning_units(decoder: Decoder, index: int, scope: str, statistics: Mapping[str, Statistic]) -> list[Block]:
-    """What is pruned together: the block, and each of its experts on its own."""
+    """Group the linears that are pruned together: those of the block, and those of each of its experts."""
     units: dict[str, list[LinearView]] = {}
     for site in decoder.sites(index, scope):
         view = LinearView(site.name, site.role, site.matrix, statistics.get(site.source))

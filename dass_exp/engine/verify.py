@@ -1,4 +1,4 @@
-"""Check what a method did: masks exactly as sparse as asked, weights at least, no over-full N:M group."""
+"""Verify masks and weights: masks have exactly the requested sparsity, weights at least, no N:M group is over-full."""
 
 from dataclasses import dataclass
 
@@ -23,15 +23,15 @@ class Layer:
     Args:
         name: full module name.
         role: what it does in its block.
-        zeros: weights that the mask removes.
-        size: all its weights.
+        zeros: number of weights that the mask removes.
+        size: number of all its weights.
         axis: the axis along which weights competed: output, input or matrix.
         kernel_ready: a stock 2:4 kernel could use it: 2:4 along the input axis.
         excess: zeros beyond the mask (weights that were zero before, dead columns).
         underfull: N:M groups with fewer than n non-zeros.
         score_low, score_high: range of the scores.
         block_error: relative L2 error of the block's output, None without calibration and in the last block.
-        seconds: time to score, rank and cut.
+        seconds: time to score, rank and write.
         damping_retries: how often damping was raised (SparseGPT).
         tokens: calibration tokens that its input statistic has seen; None without calibration.
     """
@@ -53,7 +53,7 @@ class Layer:
 
 
 def verify(report: BlockReport, pattern: Pattern) -> list[Layer]:
-    """Check every linear of a pruned block.
+    """Verify every linear of a pruned block.
 
     Raises:
         VerificationError: a mask does not have the pattern, a masked weight is not zero, or a group is over-full.

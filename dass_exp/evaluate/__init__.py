@@ -1,3 +1,6 @@
-"""Scoring: perplexity and zero-shot tasks."""
+"""Scoring: perplexity and zero-shot tasks.
+
+In: a model, token windows, names of tasks. Out: scores, by window and by document.
+"""
 
 EVALUATION_VERSION = 1  # part of every record's key; raise it when a score changes

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from dass_exp.errors import UserError
 
-MAX_LOGITS = 1 << 25  # logits held at once: 128 MiB in float32, whatever the vocabulary
+MAX_LOGITS = 1 << 25  # logits computed at a time: 128 MiB in float32, whatever the vocabulary
 
 
 def last_hidden(model: Any, ids: Tensor) -> Tensor:
@@ -19,9 +19,9 @@ def last_hidden(model: Any, ids: Tensor) -> Tensor:
 
 
 def check_head(model: Any, ids: Tensor) -> None:
-    """Raise a UserError unless the head, applied here, computes the logits: some families rescale or cap theirs.
+    """Raise a UserError unless applying the head reproduces the model's logits: some families rescale theirs.
 
-    Tried on the first eight tokens of ``ids``, int64 [sequences, tokens].
+    Compared on the first eight tokens of ``ids``, int64 [sequences, tokens].
     """
     ids = ids[:1, :8].to(next(model.parameters()).device)
     compare_head(model, model(input_ids=ids, use_cache=False).logits, last_hidden(model, ids))

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations, in pure torch: what a multiple-choice task asks of a model."""
+"""Log-likelihoods of continuations, as multiple-choice tasks need them, in pure torch."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -31,6 +31,7 @@ class Perplexity:
 
     @property
     def value(self) -> float:
+        """The perplexity."""
         return math.exp(math.fsum(self.window_nll) / len(self.window_nll))
 
 

@@ -1,11 +1,11 @@
-"""Perplexity of the dense and of the pruned model while blocks are streamed: windows pass through each twice."""
+"""Perplexity of the dense and the pruned model, computed while their blocks are streamed."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dass_exp.engine.callbacks import BlockReport, Callback, Loop, Stopwatch
+from dass_exp.engine.callbacks import BlockReport, Callback, LoopState, Stopwatch
 from dass_exp.engine.capture import Batch, capture, eval_mode, finish_forward, restore_hidden
 from dass_exp.engine.prune import EngineOptions
 from dass_exp.evaluate.head import compare_head
@@ -44,6 +44,7 @@ class StreamedPerplexity(Callback):
 
     @property
     def returns_tuple(self) -> bool:
+        """Whether the model's blocks return a tuple."""
         return self._dense[0].returns_tuple
 
     @property
@@ -57,7 +58,7 @@ class StreamedPerplexity(Callback):
             restore_hidden(batches, stored[name])
 
     @torch.no_grad()
-    def on_start(self, loop: Loop) -> None:
+    def on_start(self, loop: LoopState) -> None:
         del loop
         options = self._options
         with self._stopwatch.measure("dense"), eval_mode(self._model):

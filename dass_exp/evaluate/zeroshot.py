@@ -1,4 +1,4 @@
-"""Zero-shot tasks through lm-eval, on the model in memory. The only import of ``lm_eval``.
+"""Zero-shot tasks through lm-eval, on the model in memory. Only this file imports ``lm_eval``.
 
 Offline tasks are lm-eval's own, read from local files: a generated YAML includes the installed one.
 """

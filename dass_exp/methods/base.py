@@ -1,4 +1,4 @@
-"""What a pruning method is: a :class:`Pruner` may change weights, a :class:`ScorePruner` scores, ranks and zeroes."""
+"""Base classes of pruning methods: a :class:`Pruner` may update weights, a :class:`ScorePruner` only zeroes them."""
 
 import time
 from abc import ABC, abstractmethod
@@ -88,7 +88,7 @@ class Block:
 
 @dataclass
 class MaskResult:
-    """What a method did to one linear.
+    """The mask of one linear, and how it was chosen.
 
     Args:
         keep: bool [out, in], True where the weight stays.
@@ -123,7 +123,7 @@ class Pruner(ABC):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "group" in vars(cls):  # it would be ignored without a word, and the wrong weights would compete
+        if "group" in vars(cls):  # it would be ignored silently, and the wrong weights would compete
             raise TypeError(f"{cls.__name__}.group is now called comparison_dim")
 
     @property
@@ -150,7 +150,7 @@ class Pruner(ABC):
         return 1
 
     def remark(self, roles: Collection[Role]) -> str:
-        """Return what readers of a result must know about this method on these roles, or an empty string."""
+        """Return a note for readers of the results of this method on these roles, or an empty string."""
         del roles
         return ""
 

@@ -1,4 +1,4 @@
-"""No pruning: the model as it is."""
+"""The dense baseline: nothing is pruned."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""The decoder blocks of a model and their weight matrices by role: where a family's table meets real modules."""
+"""The decoder blocks of a model and their weight matrices by role: finds the modules that a family's table names."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LinearSite:
     name: str  # full name of its module; for a part of a fused linear or of an expert, followed by the role
     role: Role
     matrix: Matrix
-    source: str  # its input; matrices of one source read the same tensor
+    source: str  # name of its input; matrices with the same source read the same tensor
     unit: str  # the block, or the expert: what is pruned together
 
 
@@ -56,7 +56,11 @@ class Decoder:
         return sum(parameter.numel() for parameter in self.blocks.parameters() if parameter.ndim > 1)
 
     def sites(self, index: int, scope: str) -> Iterator[LinearSite]:
-        """Yield the matrices of block ``index`` in ``scope`` by role, then by expert; raise if a path is no linear."""
+        """Yield the matrices of block ``index`` in ``scope``, by role, then by expert.
+
+        Raises:
+            UserError: the module of a role is missing or no linear.
+        """
         name, experts, layout = self.names[index], self.experts(index), self.family.experts
         for role, location in self.family.locations.items():
             if role not in ROLES_IN_SCOPE[scope] or (experts is not None and role in GLU):
@@ -157,7 +161,7 @@ def _check_assumption(decoder: Decoder, model_type: str) -> None:
 class Matrix:
     """A weight [out_features, in_features] inside a module."""
 
-    module: nn.Module  # the one that is called with the matrix's input
+    module: nn.Module  # the module that receives the matrix's input
     parameter: Tensor  # the tensor that holds it, of one linear or of several
     expert: int | None = None  # index along the first of three dimensions; None for a tensor of two
     transposed: bool = False  # the tensor is [in_features, out_features] (GPT-2's Conv1D)
@@ -181,12 +185,12 @@ class Matrix:
 
     @property
     def weight(self) -> Tensor:
-        """[out_features, in_features] in the model's dtype; do not change it in place: it may be a copy."""
+        """The weight, [out_features, in_features], in the model's dtype; not to be modified: it may be a copy."""
         whole = self._whole()
         return whole if self.rows is None else whole[self._index()]
 
     def zero(self, keep: Tensor) -> None:
-        """Zero the weights where ``keep`` (bool [out, in]) is False; the others stay bit for bit."""
+        """Zero the weights where ``keep`` (bool [out, in]) is False; leave the others unchanged, bit for bit."""
         if self.rows is None or isinstance(self.rows, slice):
             self.weight.masked_fill_(~keep, 0)
         else:

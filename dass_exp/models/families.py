@@ -1,7 +1,4 @@
-"""Model families: which module plays which role in a decoder block. Only this file knows the names of modules.
-
-Methods ask for roles, never for names.
-"""
+"""Model families: which module has which role in a decoder block. Only this file knows the names of modules."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +37,7 @@ INPUT_OF: dict[Role, str] = {
     **dict.fromkeys((DOWN, FC2), "intermediate"),
 }
 
-# The linear of an MLP that reads the neurons which this one computes.
+# The linear of an MLP that reads the outputs of this one, through the activation.
 READER_OF: dict[Role, Role] = {GATE: DOWN, UP: DOWN, FC1: FC2}
 
 Rows = slice | Sequence[int]
@@ -74,7 +71,7 @@ class Family:
     # window: at the start of each window (Gemma, whose perplexity is meaningless without it)
     bos: str = "tokenizer"
     experts: Experts | None = None  # replace gate, up and down in the blocks that have them
-    tested_on: str = ""  # the real model that was pruned with this project; empty: only random ones, in the tests
+    tested_on: str = ""  # real models that this project has pruned; empty: only random ones, in the tests
 
 
 def _locations(**paths: str | WeightLocation) -> dict[Role, WeightLocation]:
@@ -146,15 +143,15 @@ FAMILIES: dict[str, Family] = {
 
 
 def markdown_table() -> str:
-    """Return the table of supported families that README.md shows."""
-    lines = ["| `model_type` | MLP | where the roles lie | BOS | run for real here |", "|---|---|---|---|---|"]
+    """Return the table of supported families in docs/models.md, which a test compares with it."""
+    lines = ["| `model_type` | MLP | weights of the roles | BOS | pruned for real here |", "|---|---|---|---|---|"]
     for name, family in FAMILIES.items():
         fused = [role.value for role, location in family.locations.items() if location.rows is not None]
         layout = [f"{', '.join(fused)} fused"] if fused else []
-        layout += ["each expert by its own tokens, router dense"] if family.experts else []
-        bos = "in every window" if family.bos == "window" else "as its tokenizer does"
-        tested = family.tested_on or "no: random two-layer models in the tests"
-        lines.append(f"| {name} | {family.mlp} | {'; '.join(layout) or 'each its own linear'} | {bos} | {tested} |")
+        layout += ["one matrix per expert, router not pruned"] if family.experts else []
+        bos = "at the start of every window" if family.bos == "window" else "if the tokenizer adds it"
+        tested = family.tested_on or "no (random two-layer models in tests)"
+        lines.append(f"| {name} | {family.mlp} | {'; '.join(layout) or 'separate linears'} | {bos} | {tested} |")
     return "\n".join(lines) + "\n"
 
 

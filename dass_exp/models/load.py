@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer, and say exactly which model it is."""
+"""Identify a model, and load it and its tokenizer."""
 
 import functools
 from collections.abc import Mapping
@@ -41,6 +41,7 @@ class ModelSpec(ModelSource):
 
     @property
     def hub_options(self) -> dict[str, Any]:
+        """Keyword arguments for ``from_pretrained``."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
     @property
@@ -96,7 +97,7 @@ def load_model(spec: ModelSpec) -> nn.Module:
 
 
 def load_streamed(spec: ModelSpec) -> tuple[nn.Module, StreamedBlocks]:
-    """Load the model without its blocks, and a source that reads those one by one, or raise a UserError."""
+    """Load the model without its blocks, and a loader that reads those one by one, or raise a UserError."""
     build = functools.partial(_from_config, spec, dtype=spec.dtype)
     with quiet_libraries(), readable_errors(spec.source):
         shards = Shards(files_of(spec.source, spec.revision))
@@ -150,7 +151,7 @@ def _device(setting: str) -> torch.device:
 
 
 def _dtype(setting: str, config: Any, device: torch.device) -> torch.dtype:
-    """``auto`` is float32 on a CPU, so that numbers do not depend on the processor; else the checkpoint's dtype."""
+    """Resolve ``auto``: float32 on a CPU, so that numbers do not depend on it; else the checkpoint's dtype."""
     if setting != "auto":
         return getattr(torch, setting)
     if device.type == "cpu":

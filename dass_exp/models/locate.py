@@ -1,4 +1,4 @@
-"""Where a model is and which one it is: on the hub, in a folder, an offline model or a tiny one."""
+"""Find and identify a model on the hub, in a folder, among the offline models or the tiny ones."""
 
 import functools
 import hashlib
@@ -41,12 +41,12 @@ class ModelSource:
     revision: str | None = None  # resolved commit of a hub model
     identity: str  # of its weights, wherever they are stored: hub id and commit, or a digest
     config: Any = field(repr=False)  # of transformers
-    note: str = ""  # what a reader of its numbers must know
+    note: str = ""  # remark on the weights for readers of its results
     trained: Mapping[str, Any] = field(default_factory=dict)  # recipe and seed, if its recipe was trained several times
 
 
 def locate(config: ModelConfig) -> ModelSource:
-    """Find the files of a model, downloaded and converted if it is an offline one. Raises as ``load.identify``."""
+    """Find the files of a model; an offline one is downloaded and converted. Raises as :func:`load.identify`."""
     path, trust = str(config.path), bool(config.trust_remote_code)
     if path.startswith(TINY):
         return _tiny_source(path, config.training_seed)
@@ -69,7 +69,7 @@ def locate(config: ModelConfig) -> ModelSource:
     with quiet_libraries(), readable_errors(path):
         revision = extract_commit_hash(str(cached_file(path, "config.json", revision=config.revision)), None)
     if revision is None:
-        problem = "its commit cannot be told, so its results could not be told apart"
+        problem = "its commit cannot be determined, so results of different versions would share a record"
         raise UserError(f"model.path={path}: {problem}; download it and give the folder")
     model_config = _read_config(path, revision, trust)
     return ModelSource(source=path, revision=revision, config=model_config, identity=f"{path}@{revision}")

@@ -22,7 +22,7 @@ _SPARE = 1 << 28  # bytes that must stay free besides the weights: tokenizer, ma
 
 
 def is_saved(folder: str | Path, key: str) -> bool:
-    """Whether the checkpoint of this run is in ``folder``; it is moved there as a whole, so it is complete.
+    """Check whether ``folder`` holds the complete checkpoint of this run, which is moved there as a whole.
 
     Raises:
         UserError: the folder holds something else.
@@ -75,7 +75,7 @@ def save_checkpoint(
 
     A checkpoint of the same run is replaced. Its config.json says nothing of sparsity: servers refuse a
     ``sparsity_config``. ``masks`` are by linear; ``manifest`` has the ``key`` of the run, a one-line description
-    ``told``, and further facts.
+    ``told``, and more.
 
     Raises:
         OSError: the disk is full, or the folder is not writable; nothing is left behind.

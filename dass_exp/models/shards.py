@@ -27,7 +27,7 @@ class Shards:
         self.folder = folder
         self._files = _files(folder)
         self._shapes: dict[str, list[int]] = {}
-        self.quantised = False  # has one-byte floats, which mean nothing without their scales
+        self.quantised = False  # has one-byte floats, which are meaningless without their scales
         for file in sorted(set(self._files.values())):
             with _opened(folder, file) as shard:
                 names = shard.keys()
@@ -44,6 +44,7 @@ class Shards:
         return list(self._files)
 
     def shape(self, name: str) -> list[int]:
+        """Return the shape of a tensor without reading it."""
         return self._shapes[name]
 
     def equal(self, one: str, other: str) -> bool:

@@ -1,4 +1,4 @@
-"""Where the engine gets a model's blocks from: memory, or a checkpoint that is read block by block."""
+"""Load a model's blocks for the engine: they are in memory already, or are read from the checkpoint one by one."""
 
 import ctypes
 from collections.abc import Callable, Mapping
@@ -17,13 +17,13 @@ from dass_exp.models.weight_names import WeightNames
 
 
 class BlockLoader(Protocol):
-    """Has the weights of a block in memory between ``load`` and ``release``."""
+    """Provides the weights of a block between ``load`` and ``release``."""
 
     def load(self, index: int) -> None:
         """Load the weights of block ``index`` unless they are in memory."""
 
     def release(self, index: int) -> None:
-        """Block ``index`` is not needed any more."""
+        """Free the weights of block ``index`` if they can be loaded again."""
 
 
 class BlocksInMemory:
@@ -40,7 +40,7 @@ class StreamedBlocks:
     Args:
         model: as returned by :func:`empty_model`.
         names: the names of its weights in the checkpoint.
-        device: where a block computes.
+        device: where blocks are computed.
         roles: path of each role's linear, for a family that the table does not know.
     """
 
@@ -80,7 +80,7 @@ class StreamedBlocks:
         _trim()
 
     def stop(self) -> None:
-        """Read no further."""
+        """Stop reading ahead."""
         self._reader.shutdown(cancel_futures=True)
 
     def _read(self, index: int) -> Future[dict[str, Tensor]]:

@@ -15,7 +15,7 @@ from dass_exp.data import assets
 from dass_exp.errors import UserError, one_of, whole_number
 from dass_exp.paths import cache_dir
 
-TRAINING_VERSION = 1  # to be raised when a change of the code makes a recipe train another model
+TRAINING_VERSION = 1  # raise it when a change of the code changes the model that a recipe trains
 TRAINING_SEEDS = (0, 1, 2)
 
 
@@ -53,7 +53,7 @@ class Recipe:
     learning_rate: float = 5e-3  # peak value, after a linear warmup and before cosine decay to zero
     warmup: int = 100
     weight_decay: float = 0.1
-    perplexity: float = 70.0  # the highest on the held-out articles with which the trained model is accepted
+    perplexity: float = 70.0  # a trained model is accepted up to this perplexity on the held-out articles
 
     def __post_init__(self) -> None:
         one_of("variant", self.variant, tuple(VARIANTS))
@@ -61,6 +61,7 @@ class Recipe:
 
     @property
     def mlp(self) -> Mlp:
+        """The MLP of its variant."""
         return VARIANTS[self.variant]
 
     @property

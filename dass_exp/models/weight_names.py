@@ -25,7 +25,7 @@ from dass_exp.models.shards import Shards
 class JoinedTensors:
     """Stored tensors that transformers fuses, such as experts: several in the checkpoint, one tensor in the model."""
 
-    first: str  # the name under which the converter knows the result
+    first: str  # name of the result in the converter
     pieces: dict[str, str]  # by stored name, in the order in which they are joined: the pattern that each matches
     converter: WeightConverter
     names: tuple[str, ...] = ()  # of the fused tensors in the model

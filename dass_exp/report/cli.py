@@ -1,4 +1,4 @@
-"""The command ``dass-report``: tables, pictures and one page from records. It runs no model."""
+"""The command ``dass-report``: tables, figures and one page from records. It runs no model."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ from dass_exp.report import published
 from dass_exp.report.compare import footnotes
 from dass_exp.report.compare_two import compare_records
 from dass_exp.report.figures import draw, draw_layers
-from dass_exp.report.load import LoadedRecords, Record, cells_of, is_dense, load, repaired
+from dass_exp.report.load import LoadedRecords, Record, cells_of, is_dense, load, recovered
 from dass_exp.report.page import Section, write_page
 from dass_exp.report.table import ResultTable, build_table
 from dass_exp.report.write import caption, long_form, wide_form, write_table
@@ -24,12 +24,12 @@ from dass_exp.storage.durable import write_text
 log = logging.getLogger("dass_exp.report")
 
 _DESCRIPTION = (
-    "Write the tables and pictures of sweeps from their records; or compare two records: dass-report compare KEY KEY"
+    "Write the tables and figures of sweeps from their records; or compare two records: dass-report compare KEY KEY"
 )
 _SWITCHES = {
-    "--mix": "put records of different protocols into one table, with what differs beside each row",
-    "--layers": "also draw the error and sparsity of every block, one picture per pruned record",
-    "--wandb": "log tables and pictures to Weights & Biases, one summary run per sweep",
+    "--mix": "put records of different protocols into one table; each row shows the settings that differ",
+    "--layers": "also draw the error and sparsity of every block, one figure per pruned record",
+    "--wandb": "log tables and figures to Weights & Biases, one summary run per sweep",
 }
 
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dass-report", description=_DESCRIPTION)
-    sweeps = "names of sweeps (all that were run, if none is given), or: compare KEY KEY"
+    sweeps = "names of sweeps (default: all that were run), or: compare KEY KEY"
     output = "where tables/, figures/ and report.html are written (default: the results folder)"
     parser.add_argument("sweeps", nargs="*", metavar="SWEEP", help=sweeps)
     parser.add_argument("--results", default="results", help="the results folder (default: results)")
@@ -88,21 +88,21 @@ def _report(options: argparse.Namespace) -> bool:
 
 
 def _table(name: str, loaded: LoadedRecords, results: Path, mix: bool) -> ResultTable | None:
-    """The table of a sweep; None if it has no table of its own or nothing was run."""
+    """Build the table of a sweep; None if it has no table of its own or nothing was run."""
     layout = yaml.safe_load((project_root() / "sweeps" / f"{name}.yaml").read_text(encoding="utf-8")).get("sweep") or {}
     cells = cells_of(results, name)
     if "metric" not in layout or not cells:
         return None
     own = [loaded.records[cell.key] for cell in cells if cell.key in loaded.records]
     records = list({record["key"]: record for record in (*own, *_dense_of(own, loaded))}.values())
-    failed = [cell for cell in cells if cell.status == "failed" and not repaired(cell, records)]
+    failed = [cell for cell in cells if cell.status == "failed" and not recovered(cell, records)]
     return build_table(name, layout, records, failed, results, mix) if own or failed else None
 
 
 def _why_no_table(name: str, results: Path) -> str:
     if not cells_of(results, name):
         return f"no cell of this sweep was run into {results}; run dass-exp sweeps={name}"
-    why = "this sweep has no table of its own; its cells stand in the comparison.md of its folder in"
+    why = "this sweep has no table of its own; comparison.md in its folder lists its cells, see"
     return f"{why} {results / 'hydra'}"
 
 
@@ -152,17 +152,17 @@ def _compare(results: Path, keys: list[str]) -> None:
     if len(keys) != 2:
         raise UserError("dass-report compare takes two keys, or the beginnings of two keys")
     records = load(results).records
-    first, second = (_only(key, records) for key in keys)
+    first, second = (_record_of(key, records) for key in keys)
     text = compare_records(first, second, results)
     sys.stdout.write(text)
     log.info("wrote %s", write_text(results / "tables" / f"compare-{first['key']}-{second['key']}.md", text))
 
 
-def _only(start: str, records: dict[str, Record]) -> Record:
+def _record_of(start: str, records: dict[str, Record]) -> Record:
     matching = [record for key, record in records.items() if key.startswith(start)]
     if len(matching) != 1:
         count = len(matching)
-        raise UserError(f"record {start}: {count} records begin so; give more of the key (results/runs lists them)")
+        raise UserError(f"record {start}: {count} keys begin with it; give more of the key (results/runs lists them)")
     return matching[0]
 
 

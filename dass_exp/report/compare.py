@@ -1,4 +1,4 @@
-"""A table of several records, and how their protocol differs from the paper's."""
+"""Compare several records in one table, and their protocol with that of the paper."""
 
 from collections.abc import Iterator, Sequence
 
@@ -15,9 +15,9 @@ _LABELS = ("model", "method", "pattern", "scope", "calibration", "seed")
 
 
 def comparison(records: list[Record]) -> pd.DataFrame:
-    """One row per record as text, best perplexity first (best mean accuracy if no perplexity was scored).
+    """Return one row of text per record, best perplexity first (best mean accuracy if no perplexity was scored).
 
-    Labels that are the same in all records are left out, the method excepted.
+    Labels other than the method are left out if they are the same in all records.
     """
     varying = varying_settings(records)
     rows = sorted(records, key=_rank)
@@ -53,7 +53,7 @@ def _row(record: Record, shown: Sequence[str]) -> dict[str, str]:
 
 
 def settings_line(records: list[Record]) -> str:
-    """What the rows leave out because it is the same in all: pattern, scope, and the methods' hyper-parameters."""
+    """Describe the settings that all rows share, which :func:`comparison` leaves out, and all hyper-parameters."""
     configs = [record["config"] for record in records]
     labels = [{label(config) for config in configs} - {""} for label in (pattern_label, scope_label)]
     shared = [label.pop() for label in labels if len(label) == 1]
@@ -62,7 +62,7 @@ def settings_line(records: list[Record]) -> str:
 
 
 def footnotes(records: list[Record]) -> list[str]:
-    """How the protocol of these records differs from that of the paper (arXiv 2405.01943), each difference once."""
+    """List how the protocol of these records differs from the paper's (arXiv 2405.01943), each difference once."""
     notes: dict[str, None] = {}
     others = [record for record in records if model_name(record) not in PAPER_MODELS]
     for note, noted in by_model_note(others).items():
@@ -81,7 +81,7 @@ def _differences(record: Record) -> Iterator[str]:
     if starved := record.get("solver", {}).get("starved_experts"):
         yield (
             f"{len(starved)} experts saw too few calibration tokens for statistics of their own: "
-            "their inputs were taken for equally important"
+            "their inputs were treated as equally important"
         )
     yield from _tokens_differ(record)
     if protocol.get("limit"):

@@ -1,4 +1,4 @@
-"""Comparison of two records: settings that differ, scores with a paired bootstrap, and the overlap of their masks."""
+"""Compare two records: settings that differ, scores with a paired bootstrap, overlap of the masks."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from dass_exp.storage.mask_file import iter_masks, mask_names
 
 
 def compare_records(first: Record, second: Record, results: Path) -> str:
-    """Compare two records, as Markdown."""
+    """Return the comparison of two records as Markdown."""
     keys = (first["key"], second["key"])
     lines = [f"# {keys[0]} and {keys[1]}", "", "## Settings that differ", ""]
     lines += _table(("setting", *keys), _differences(first["identity"], second["identity"]))
@@ -85,7 +85,7 @@ def _mask_overlap(first: Record, second: Record, results: Path) -> list[str]:
     both, either = Counter[tuple[str, str]](), Counter[tuple[str, str]]()  # weights kept in both records, in either
     for (name, keep), (_, other) in zip(iter_masks(paths[0], common), iter_masks(paths[1], common), strict=True):
         if keep.shape != other.shape:
-            return [f"{name} has another shape in {second['key']}: there is no overlap to speak of."]
+            return [f"{name} has another shape in {second['key']}: the masks cannot be compared."]
         role, block = roles.get(name, "other"), block_of(name)
         places = ((block, role), (block, "all"), ("all", role), ("all", "all"))
         both.update(dict.fromkeys(places, int((keep & other).sum())))

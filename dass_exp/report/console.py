@@ -1,4 +1,4 @@
-"""What a user sees in the terminal: the progress of a run, its summary, a plan."""
+"""Terminal output: the progress of a run, its summary, the plan of a sweep."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ _SECONDS = {"load_s": "seconds to load", "prune_s": "to prune", "eval_s": "to ev
 
 
 def console(stderr: bool = False) -> Console:
-    """A Rich console that does not squeeze tables when the output goes to a pipe."""
+    """Return a Rich console; in a pipe it is wide enough for tables."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(file=stream, width=None if stream.isatty() else _PLAIN_WIDTH, highlight=False)
 
@@ -45,7 +45,7 @@ class TerminalReporter:
             yield lambda: progress.advance(task)
 
 
-def show(record: Record, dense: Record | None, path: Path, found: bool) -> None:
+def show_run(record: Record, dense: Record | None, path: Path, found: bool) -> None:
     """Print the summary of a run, pruned next to dense, and the path of its record."""
     table = Table(title=" · ".join(labels(record)), title_justify="left")
     table.add_column("")
@@ -74,7 +74,7 @@ def show_plan(cells: list[dict[str, Any]]) -> None:
         seen.add(cell["key"])
         seconds = 0.0 if again else cell["seconds"]
         total, unknown = total + (seconds or 0.0), unknown + (seconds is None)
-        state = "would run" if cell["key"] else "not at hand"
+        state = "would run" if cell["key"] else "model not available"
         if cell["done"] or again:
             state = "done" if cell["done"] else "same record as above"
         basis = "" if cell["done"] or again else cell["basis"]
@@ -85,17 +85,17 @@ def show_plan(cells: list[dict[str, Any]]) -> None:
     for needed in dict.fromkeys(filter(None, (cell["needs"] for cell in cells))):
         screen.print(f"needs: {needed}")
     if unknown == len(cells):
-        screen.print("no like record yet: how long it takes is not known")
+        screen.print("no similar record yet: the time cannot be estimated")
         return
     more = f", and {unknown} cells of unknown cost" if unknown else ""
     screen.print(
         f"about {total / 60:.0f} min in one process{more}; "
-        "loading the model, and a dense record that is not there yet, are not counted"
+        "without loading the model, and without the dense run where its record is missing"
     )
 
 
 def _summary(record: Record) -> dict[str, str]:
-    """The rows of a run's summary by label."""
+    """Return the rows of a run's summary by label."""
     metrics, cost = record["metrics"], record["cost"]
     rows = {f"perplexity {name}": f"{value:.2f}" for name, value in metrics.get("perplexity", {}).items()}
     for task, scores in metrics.get("tasks", {}).items():
@@ -112,51 +112,51 @@ def _summary(record: Record) -> dict[str, str]:
 
 
 def with_error(scores: dict[str, Any], name: str) -> str:
-    """A score in percent with its standard error."""
+    """Format a score in percent with its standard error."""
     return f"{100 * scores[name]:.1f} ± {100 * scores[f'{name}_stderr']:.1f}"
 
 
 def labels(record: Record) -> list[str]:
-    """Model, method, pattern and scope, as far as the record has them."""
+    """Return model, method, pattern and scope of a record; dense has no pattern and scope."""
     config = record["config"]
     return list(filter(None, (model_name(record), method_label(config), pattern_label(config), scope_label(config))))
 
 
 def method_label(config: Mapping[str, Any], shown: Iterable[str] | None = None) -> str:
-    """The method with its hyper-parameters, or with those to be shown: ``dass alpha=0.5 granularity=input``."""
+    """Return the method with its hyper-parameters, or only those in ``shown``: ``dass alpha=0.5 granularity=input``."""
     method = config["method"]
     names = [name for name in method if name != "name"] if shown is None else shown
     return " ".join([method["name"], *(f"{name}={method[name]}" for name in names if name in method)])
 
 
 def pattern_label(config: dict[str, Any]) -> str:
-    """``2:4``, ``50%``, or empty for dense."""
+    """Return ``2:4``, ``50%``, or an empty string for dense."""
     return config["pattern"]["name"] if config["pattern"] else ""
 
 
 def scope_label(config: dict[str, Any]) -> str:
-    """``scope mlp``, or empty for dense."""
+    """Return ``scope mlp``, or an empty string for dense."""
     return f"scope {config['scope']}" if config["scope"] else ""
 
 
 def calibration_label(record: Record) -> str:
-    """``16 x 512 tokens of c4_mini``, or empty for a method without calibration."""
+    """Return ``16 x 512 tokens of c4_mini``, or an empty string without calibration."""
     used = record["calibration"]
     return f"{used['num_samples']} x {used['seq_len']} tokens of {used['name']}" if used else ""
 
 
 def windows_label(protocol: dict[str, Any]) -> str:
-    """``16 windows of 512 tokens of wikipedia_mini (even)``."""
+    """Return ``16 windows of 512 tokens of wikipedia_mini (even)``."""
     return "{windows} windows of {context} tokens of {dataset} ({split})".format_map(protocol)
 
 
 def documents_label(protocol: dict[str, Any]) -> str:
-    """``the first 20 documents of each task``, or all."""
+    """Return ``the first 20 documents of each task`` or ``all documents``."""
     return f"the first {protocol['limit']} documents of each task" if protocol["limit"] else "all documents"
 
 
 def caption(record: Record, others: Sequence[Record] = ()) -> str:
-    """How the numbers of a record were obtained; calibration and seed only if ``others``, shown with it, share them."""
+    """Describe how the numbers of a record were obtained; calibration and seed only if all ``others`` share them."""
     protocol = record["protocol"]
     note = f", {protocol['model_note']}" if protocol["model_note"] else ""
     parts = [f"Model {record['identity']['model']}{note}, {protocol['dtype']}"]

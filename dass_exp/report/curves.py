@@ -1,4 +1,4 @@
-"""What a line picture shows of a table: a curve for each row or column other than x; levels for records without x."""
+"""The curves of a line figure, and the baselines: horizontal lines for records without the setting on the x axis."""
 
 import math
 
@@ -10,27 +10,27 @@ Curves = dict[str, dict[float, TableValue]]
 
 
 def curves_of(table: ResultTable, x_axis: str) -> tuple[Curves, dict[str, TableValue]]:
-    """Curves by label and x, pooled over seeds; and levels by label, of the records without the setting x."""
+    """Return curves by label and x, and baselines by label, both pooled over seeds."""
     scores = {record["key"]: (record, _score(record, table.metric)) for record in table.records}
     scored = [(record, score) for record, score in scores.values() if score is not None]
     labels = _labels(table, [record for record, _ in scored], x_axis)
     points: dict[str, dict[float, list[float]]] = {}
-    levels: dict[str, list[float]] = {}
+    baselines: dict[str, list[float]] = {}
     for record, score in scored:
         x, label = _x_of(record, x_axis), labels[record["key"]]
         if x is None:
-            levels.setdefault(label, []).append(score)
+            baselines.setdefault(label, []).append(score)
         else:
             points.setdefault(label, {}).setdefault(x, []).append(score)
     curves = {label: {x: TableValue(tuple(curve[x])) for x in sorted(curve)} for label, curve in points.items()}
-    dense_first = sorted(levels.items(), key=lambda level: not level[0].endswith("dense"))
+    dense_first = sorted(baselines.items(), key=lambda baseline: not baseline[0].endswith("dense"))
     return curves, {label: TableValue(tuple(values)) for label, values in dense_first}
 
 
 def _labels(table: ResultTable, records: list[Record], x_axis: str) -> dict[str, str]:
-    """By key: the record's labels along the axes of the table, as far as they vary, and the settings that it mixes."""
+    """Label each record, by key, along the axes of the table that vary, and with the settings that the table mixes."""
     pruned = [record for record in records if not is_dense(record)]
-    # x itself tells the points of a curve apart, not the curves
+    # x distinguishes the points of a curve, not the curves
     varying = {
         method: [name for name in names if f"method.{name}" != x_axis]
         for method, names in varying_settings(pruned).items()
@@ -62,7 +62,7 @@ def _x_of(record: Record, x_axis: str) -> float | None:
 
 
 def _score(record: Record, metric: str) -> float | None:
-    """The one finite number of a record that a line shows: perplexity, or mean accuracy in percent."""
+    """Return the number that a line shows of a record, if finite: perplexity, or mean accuracy in percent."""
     metrics = record["metrics"]
     if metric == "perplexity":
         score = next(iter(metrics.get("perplexity", {}).values()), None)

@@ -1,4 +1,4 @@
-"""Pictures of a table and of the layers of one record, as SVG and PNG, readable in black and white."""
+"""Figures of a table and of the layers of one record, as SVG and PNG, readable in black and white."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ _DENSE: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.3}
 
 
 def draw(table: ResultTable, folder: Path) -> list[Path]:
-    """Draw a table as its ``figure`` asks: ``{kind: bars}`` or ``{kind: line, x: <dotted path into the config>}``.
+    """Draw a table as its ``figure`` says: ``{kind: bars}`` or ``{kind: line, x: <dotted path into the config>}``.
 
-    Writes no file if it asks for none or if no number is finite; raises UserError for an unknown kind.
+    Writes no file if it has none or if no number is finite; raises a UserError for an unknown kind.
     """
     if table.figure is None:
         return []
@@ -89,7 +89,7 @@ def draw_layers(record: Record, folder: Path) -> list[Path]:
 
 
 def _draw_bars(table: ResultTable, figure: Figure) -> bool:
-    """One panel per model, one group per column, one bar per row; dense as dashed lines."""
+    """Draw one panel per model, one group per column, one bar per row; dense as dashed lines."""
     if not any(is_finite(value) for value in table.cells.values()):
         return False
     models = dict.fromkeys(map(model_name, table.records))
@@ -113,7 +113,7 @@ def _draw_bars(table: ResultTable, figure: Figure) -> bool:
 
 
 def _draw_panel(pane: Axes, table: ResultTable, model: str, rows: Sequence[str], several: bool) -> None:
-    """The bars of one model and its dense lines; ``several``: there are panels of other models."""
+    """Draw the bars and dense lines of one model; ``several``: there are panels of other models."""
     pruned = [row for row in rows if not row.endswith("dense")]
     width = 0.8 / max(len(pruned), 1)
     for number, row in enumerate(pruned):
@@ -160,17 +160,17 @@ def _name_columns(pane: Axes, columns: Sequence[str], inches: float) -> None:
 
 
 def _draw_lines(table: ResultTable, x_axis: str, figure: Figure) -> bool:
-    """One line per curve; records without the setting ``x_axis``, such as dense, are levels."""
-    curves, levels = curves_of(table, x_axis)
+    """Draw one line per curve, and a horizontal one for records without the setting ``x_axis``, such as dense."""
+    curves, baselines = curves_of(table, x_axis)
     if not curves:
         return False
     pane = figure.subplots()
     for number, (label, curve) in enumerate(curves.items()):
         pane.plot(list(curve), [value.mean for value in curve.values()], label=f" {label}", **_line_style(number))
         _draw_spread(pane, curve)
-    for number, (label, level) in enumerate(levels.items()):
+    for number, (label, baseline) in enumerate(baselines.items()):
         style = {**_DENSE, "linestyle": (0, (5 + 4 * number, 3))}
-        pane.axhline(level.mean, label=f" {label} ({level.mean:.4g})", **style)
+        pane.axhline(baseline.mean, label=f" {label} ({baseline.mean:.4g})", **style)
     ticks, name = sorted({x for curve in curves.values() for x in curve}), x_axis.rsplit(".", 1)[-1]
     if name == "num_samples" and ticks[0] > 0:
         pane.set_xscale("log", base=2)
@@ -179,7 +179,7 @@ def _draw_lines(table: ResultTable, x_axis: str, figure: Figure) -> bool:
         pane.xaxis.minorticks_off()
     pane.set_xlabel(_AXES.get(name, name.replace("_", " ")))
     values = [value for curve in curves.values() for value in curve.values()]
-    _set_scale(pane, table.metric, [*values, *levels.values()])
+    _set_scale(pane, table.metric, [*values, *baselines.values()])
     _add_legend(figure, pane)
     return True
 
@@ -197,7 +197,7 @@ def _draw_spread(pane: Axes, values: Mapping[float, TableValue]) -> None:
 
 
 def _set_scale(pane: Axes, metric: str, values: Sequence[TableValue], floor: bool = False) -> None:
-    """Label the y axis with what its error bars are, and make it logarithmic where the range asks for it."""
+    """Label the y axis with what its error bars are, and make it logarithmic for a wide range."""
     from matplotlib.ticker import LogLocator
 
     means = [value.mean for value in values] or [1]
@@ -227,7 +227,7 @@ def _add_legend(figure: Figure, *panes: Axes) -> None:
 
 @contextmanager
 def canvas() -> Iterator[Figure]:
-    """A figure in the project's style; no pyplot, so no window and no global figure."""
+    """Yield a figure in the project's style; without pyplot, so no window and no global figure."""
     import matplotlib.style
     from matplotlib.figure import Figure
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from dass_exp.config.settings import settings_without_effect
 from dass_exp.storage.record_schema import flatten, is_config, record_problem
-
-Record = dict[str, Any]
+from dass_exp.storage.records import Record
 
 _NO_EFFECT = settings_without_effect()
 _UNREADABLE = (OSError, ValueError, RecursionError)
@@ -27,7 +26,7 @@ class LoadedRecords:
 class SweepCell:
     """How a cell of a sweep last ended."""
 
-    overrides: tuple[str, ...]  # that tell it from other cells
+    overrides: tuple[str, ...]  # that distinguish it from other cells
     status: str  # done or failed
     key: str | None  # of its record; None if the run failed before its key was known
     error: str | None
@@ -52,13 +51,13 @@ def load(results: Path) -> LoadedRecords:
 
 
 def cells_of(results: Path, sweep: str) -> list[SweepCell]:
-    """The cells of all launches of a sweep, each with its latest outcome, in the order of the largest launch.
+    """Return the cells of all launches of a sweep, each with its latest outcome, in the order of the largest launch.
 
-    So the order depends neither on interruptions nor on the number of workers.
+    The order therefore depends neither on interruptions nor on the number of workers.
     """
     cells: dict[tuple[str, ...], SweepCell] = {}
     launches: dict[Path, list[tuple[str, ...]]] = {}
-    for path in _notes(results):
+    for path in _cell_files(results):
         try:
             note = _json_object(path)
         except _UNREADABLE:
@@ -69,12 +68,13 @@ def cells_of(results: Path, sweep: str) -> list[SweepCell]:
         if (cell := _cell(note)) is not None:
             cells[cell.overrides] = cell
             launches.setdefault(path.parent.parent, []).append(cell.overrides)
+    # the cells of the largest launch first, each once
     largest_first = sorted(launches.values(), key=len, reverse=True)
     return [cells[overrides] for overrides in dict.fromkeys(name for launch in largest_first for name in launch)]
 
 
 def _cell(note: dict[str, Any]) -> SweepCell | None:
-    """The cell that a note describes; None if it neither finished nor failed."""
+    """Parse the content of a cell.json; None if the cell neither finished nor failed."""
     overrides = tuple(text for text in map(str, note["overrides"]) if _tells_cells_apart(text))
     if note.get("status") == "done" and isinstance(record := note.get("record"), str):
         return SweepCell(overrides, "done", Path(record).parent.name, None)
@@ -96,8 +96,8 @@ def _without_effect(name: str) -> bool:
     return any(".".join(parts[:end]) in _NO_EFFECT for end in range(1, len(parts) + 1))
 
 
-def repaired(cell: SweepCell, records: Iterable[Record]) -> bool:
-    """Whether a failed cell has a record by now: of its key, or, where no key is known, of the same effective settings.
+def recovered(cell: SweepCell, records: Iterable[Record]) -> bool:
+    """Check whether a failed cell has a record: of its key or, if no key is known, of the same effective settings.
 
     A setting of its model that was not resolved yet when it failed (null or ``auto``) matches any value.
     """
@@ -116,7 +116,7 @@ def _matches(intended: Mapping[str, str], config: Mapping[str, Any]) -> bool:
 
 
 def _effective_settings(config: Mapping[str, Any]) -> dict[str, str]:
-    """The settings that can change a number, by dotted name; classes by name alone, for their modules may move."""
+    """Return the settings that can change a number, by dotted name; classes without their modules, which may change."""
     return {
         name: value.rsplit(".", 1)[-1] if name.endswith("._target_") else value
         for name, value in flatten(config).items()
@@ -125,23 +125,23 @@ def _effective_settings(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def is_dense(record: Mapping[str, Any]) -> bool:
-    """Whether a record is of the unpruned model."""
+    """Check whether a record is of the unpruned model."""
     return bool(record["config"]["method"]["name"] == "dense")
 
 
 def model_name(record: Mapping[str, Any]) -> str:
-    """The name of a record's model, as in conf/model."""
+    """Return the name of a record's model, as in conf/model."""
     return str(record["config"]["model"]["name"])
 
 
-def model_of(record: Record) -> str:
-    """The weights of a record's model; if it was trained several times, the recipe: trainings are repetitions."""
+def model_identity(record: Record) -> str:
+    """Return the identity of a record's model; that of its recipe if it was trained several times, as repetitions."""
     identity = record["identity"]
     return str(identity["trained"]["recipe"] if identity.get("trained") else identity["model"])
 
 
 def by_model_note(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Records by what their protocol says of their model (that it was dequantised, say)."""
+    """Group records by the remark on their model, such as that it was dequantised."""
     notes: dict[str, list[Record]] = {}
     for record in records:
         notes.setdefault(record["protocol"]["model_note"], []).append(record)
@@ -149,7 +149,7 @@ def by_model_note(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def setting(config: Mapping[str, Any], path: str) -> Any:
-    """The value of a setting by its dotted name; None if there is no such setting."""
+    """Return the value of a setting by its dotted name; None if there is no such setting."""
     value: Any = config
     for part in path.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -157,7 +157,7 @@ def setting(config: Mapping[str, Any], path: str) -> Any:
 
 
 def documents(results: Path, key: str) -> dict[str, dict[str, list[float]]]:
-    """Outcomes by task, metric and document; empty if the run scored no tasks."""
+    """Return the outcomes by task, metric and document; empty if the run scored no tasks."""
     try:
         outcomes = _json_object(results / "runs" / key / "documents.json")
     except _UNREADABLE:
@@ -168,12 +168,12 @@ def documents(results: Path, key: str) -> dict[str, dict[str, list[float]]]:
 
 
 def block_of(layer: str) -> str:
-    """The index of a layer's decoder block, from its full name; ``other`` if it is in none."""
+    """Return the index of a layer's decoder block from its full name; ``other`` if it is in none."""
     return next((part for part in layer.split(".") if part.isdigit()), "other")
 
 
 def varying_settings(records: Iterable[Record]) -> dict[str, list[str]]:
-    """By method: the hyper-parameters that are not the same in all its records."""
+    """Return by method the hyper-parameters that are not the same in all its records."""
     values: dict[str, dict[str, set[str]]] = {}
     for record in records:
         method = record["config"]["method"]
@@ -182,8 +182,8 @@ def varying_settings(records: Iterable[Record]) -> dict[str, list[str]]:
     return {method: [name for name, seen in fields.items() if len(seen) > 1] for method, fields in values.items()}
 
 
-def _notes(results: Path) -> list[Path]:
-    """The notes of all cells, oldest launch first."""
+def _cell_files(results: Path) -> list[Path]:
+    """Return the cell.json of all cells, oldest launch first."""
     paths = [path for path in results.glob("hydra/*/*/*/cell.json") if path.parts[-2].isdecimal()]
     return sorted(paths, key=lambda path: (path.parts[-4], path.parts[-3], int(path.parts[-2])))
 

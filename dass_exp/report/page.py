@@ -65,7 +65,7 @@ def _template() -> Any:
 
 
 def _csp_hash(script: str) -> str:
-    """What a Content-Security-Policy calls a script."""
+    """Hash a script as a Content-Security-Policy expects it."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 

@@ -1,6 +1,6 @@
-"""Which settings differ between the records of one table. Derived from their identities (dass_exp/runs/identity.py).
+"""Find settings that differ between the records of a table, from their identities (dass_exp/runs/identity.py).
 
-Whatever can change a number must be equal in all rows, unless an axis of the table shows it.
+A setting that can change a number must be equal in all rows, unless an axis of the table shows it.
 """
 
 import hashlib
@@ -8,7 +8,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dass_exp.report.load import Record, model_name, model_of, setting
+from dass_exp.report.load import Record, model_identity, model_name, setting
 
 _REPETITIONS = ("seed", "repeat")
 # A model determines these: they may differ between the models of a table, but not within one.
@@ -26,16 +26,17 @@ _NAMES = {
 class Protocols:
     """The settings of each record, by key, that can change a number.
 
-    Texts and patterns go by their short name; where one name stands for different contents, a digest follows it.
+    Texts and patterns are given by name, with a digest where the same name has different contents.
     """
 
     def __init__(self, records: Iterable[Record]) -> None:
         self.records = {record["key"]: record for record in records}
         named = {key: {name: value for name, *value in _settings(one)} for key, one in self.records.items()}
-        contents: dict[tuple[str, str], set[str]] = {}
+        contents: dict[tuple[str, str], set[str]] = {}  # by setting and short value
         for settings in named.values():
             for name, (value, content) in settings.items():
                 contents.setdefault((name, value), set()).add(content)
+        # by key and name: the short value, with a digest where it is ambiguous
         self._settings = {
             key: {
                 name: value
@@ -47,7 +48,7 @@ class Protocols:
         }
 
     def differing(self, axes: Collection[str]) -> dict[str, set[str]]:
-        """Settings with different values in the rows of a table, other than those its axes or its methods show."""
+        """Return settings with several values in a table, other than hyper-parameters and those that its axes show."""
         values: dict[tuple[str, str], set[str]] = {}
         for key, settings in self._settings.items():
             for name, value in settings.items():
@@ -59,7 +60,7 @@ class Protocols:
         return differing
 
     def _group(self, key: str, name: str) -> str:
-        """The records among which a setting must be equal; empty for all."""
+        """Name the group of records within which a setting must be equal; empty for all records."""
         settings, model = self._settings[key], model_name(self.records[key])
         if name == _WINDOWS:  # one model and one evaluation must give the same windows
             evaluation = [value for own, value in settings.items() if own == "bos" or own.startswith("eval.perplexity")]
@@ -67,7 +68,7 @@ class Protocols:
         return model if name.partition(".")[0] in _PER_MODEL else ""
 
     def conflicts(self, cells: Iterable[Collection[str]]) -> dict[str, set[str]]:
-        """Settings that differ between the records (by key) of one cell: they are not repetitions of one run."""
+        """Return settings that differ between the records (by key) of one cell, which should be repetitions."""
         conflicts: dict[str, set[str]] = {}
         for keys in cells:
             protocols = [self._settings[key] for key in keys]
@@ -78,18 +79,16 @@ class Protocols:
         return conflicts
 
     def label(self, record: Record, names: Sequence[str]) -> str:
-        """A record's values of these settings, as the rows of a mixed table show them: ``context=512``."""
-        settings, last = (
-            self._settings[record["key"]],
-            [name.removesuffix(".name").rsplit(".", 1)[-1] for name in names],
-        )
+        """Return a record's values of these settings, as the rows of a mixed table show them: ``context=512``."""
+        settings = self._settings[record["key"]]
+        last = [name.removesuffix(".name").rsplit(".", 1)[-1] for name in names]
         labels = {name: short if last.count(short) == 1 else name for name, short in zip(names, last, strict=True)}
         return ", ".join(f"{label}={settings[name]}" for name, label in labels.items() if name in settings)
 
 
 def _settings(record: Record) -> Iterator[tuple[str, str, str]]:
-    """Name, short value and full content of every setting, repetitions apart."""
-    identity = {**record["identity"], "model": model_of(record)}
+    """Yield name, short value and full content of every setting other than those of repetitions."""
+    identity = {**record["identity"], "model": model_identity(record)}
     for repetition in (*_REPETITIONS, "trained"):
         identity.pop(repetition, None)
     yield from _leaves(identity, record["config"], "")
@@ -109,6 +108,6 @@ def _leaves(node: Any, config: Mapping[str, Any], path: str) -> Iterator[tuple[s
 
 
 def _is_shown(name: str, axes: Collection[str]) -> bool:
-    """Whether an axis is this setting, a part of it (``pattern.sparsity``), or the group it is in."""
+    """Check whether an axis is this setting, a part of it (``pattern.sparsity``), or the group it is in."""
     own = [axis.removeprefix("model.") for axis in axes]  # model.dtype is called dtype in an identity
     return any(axis == name or axis.startswith(f"{name}.") or name.startswith(f"{axis}.") for axis in own)

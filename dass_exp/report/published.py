@@ -1,4 +1,4 @@
-"""Published numbers and ours, where model, scope, pattern, method, metric, data set and context are the same."""
+"""Compare our scores with published ones of the same model, scope, pattern, method, metric, data set and context."""
 
 import csv
 import math
@@ -31,7 +31,7 @@ class Published:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows of published_numbers.csv, with those that a user added (``source=dass-paper``).
+    """Read published_numbers.csv, to which users may add rows (``source=dass-paper``).
 
     Raises:
         UserError: a column is missing, or a value is not a number; the message names the line.
@@ -57,12 +57,12 @@ def _checked(row: dict[str, str], place: str) -> dict[str, str]:
 
 
 def counterparts(records: list[Record], rows: list[dict[str, str]]) -> list[Published]:
-    """Every published number that has a counterpart among the records."""
+    """Return every published number that has a counterpart among the records."""
     matches = []
     for record in records:
         for described, ours in _scores(record):
             for row in rows:
-                if described.items() <= {**row, "model": _plain(row["model"])}.items():
+                if described.items() <= {**row, "model": _normalised(row["model"])}.items():
                     label = f"{row['model']} {row['method']} {row['pattern']} {row['dataset']}"
                     matches.append(Published(label, ours, float(row["value"]), row["source"], _verdict(row, ours)))
     return matches
@@ -72,7 +72,7 @@ def _scores(record: Record) -> Iterator[tuple[dict[str, str], float]]:
     """Each score of a record, described in the columns of the reference file."""
     config, metrics, tasks = record["config"], record["metrics"], record["metrics"].get("tasks", {})
     described = {
-        "model": _plain(model_name(record)),
+        "model": _normalised(model_name(record)),
         "method": config["method"]["name"],
         "pattern": config["pattern"]["name"] if config["pattern"] else "dense",
         **({} if is_dense(record) else {"scope": config["scope"]}),
@@ -89,7 +89,7 @@ def _scores(record: Record) -> Iterator[tuple[dict[str, str], float]]:
         yield {**described, "metric": "accuracy_percent", "dataset": task, "context": ""}, 100 * value
 
 
-def _plain(model: str) -> str:
+def _normalised(model: str) -> str:
     """``llama3.1_8b`` and ``llama31_8b`` are one model."""
     return model.replace(".", "").lower()
 
@@ -106,7 +106,7 @@ def _verdict(row: dict[str, str], ours: float) -> str:
 
 
 def as_rows(published: list[Published]) -> list[list[str]]:
-    """A header and one line per published number."""
+    """Return a header and one line per published number."""
     lines = [
         [row.label, f"{row.ours:.2f}", f"{row.value:.2f}", f"{row.ours - row.value:+.2f}", row.source, row.verdict]
         for row in published
@@ -115,6 +115,6 @@ def as_rows(published: list[Published]) -> list[list[str]]:
 
 
 def as_markdown(published: list[Published]) -> str:
-    """The comparison as a Markdown table, or a line that says that there is nothing to compare with."""
+    """Return the comparison as a Markdown table, or :data:`NOTHING_PUBLISHED`."""
     header, *lines = as_rows(published)
     return markdown_table(header, lines) if lines else NOTHING_PUBLISHED

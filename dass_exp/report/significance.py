@@ -1,4 +1,4 @@
-"""Whether two results differ by more than noise: over seeds where there are several, else by a paired bootstrap."""
+"""Test whether two results differ by more than noise: over several seeds, or by a paired bootstrap."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ LEVEL = 0.95
 
 
 def bootstrap(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of ``first - second`` over paired outcomes and its 95 % interval (percentile bootstrap, fixed seed).
+    """Bootstrap paired outcomes: the mean of ``first - second`` and its 95 % interval (percentiles, fixed seed).
 
     Args:
         first: outcomes by window or document.
@@ -28,13 +28,13 @@ def bootstrap(first: Sequence[float], second: Sequence[float]) -> tuple[float, f
 
 
 def seeds_differ(first: Sequence[float], second: Sequence[float]) -> bool:
-    """Whether the means over seeds differ by more than two standard errors of their difference (Welch)."""
+    """Check whether the means over seeds differ by more than two standard errors of their difference (Welch)."""
     variance = np.var(first, ddof=1) / len(first) + np.var(second, ddof=1) / len(second)
     return bool(abs(np.mean(first) - np.mean(second)) > 2 * np.sqrt(variance))
 
 
 def pairs_differ(first: Sequence[float], second: Sequence[float]) -> bool:
-    """Whether the 95 % interval of a paired bootstrap excludes zero; never for fewer than two pairs."""
+    """Check whether the 95 % interval of a paired bootstrap excludes zero; never for fewer than two pairs."""
     if len(first) != len(second) or len(first) < 2:
         return False
     _, low, high = bootstrap(first, second)

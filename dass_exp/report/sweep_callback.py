@@ -1,4 +1,4 @@
-"""After a sweep: a comparison of its cells, and those that failed."""
+"""Print a comparison of a sweep's cells after it has ended, and the cells that failed."""
 
 import json
 import logging

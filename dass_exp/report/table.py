@@ -28,10 +28,10 @@ class TableValue:
     """One value of a table, over seeds or repeats."""
 
     values: tuple[float, ...]
-    stderr: float | None = None  # of a single accuracy, in the unit of the values
+    stderr: float | None = None  # of a single accuracy, in the same unit
     keys: tuple[str, ...] = ()  # of its records
     outcomes: tuple[float, ...] = field(default=(), repr=False)  # of a single record, by window or document
-    mark: str = ""  # best or second, only if it differs from the next beyond noise
+    mark: str = ""  # best or second, only if it differs from the next by more than noise
 
     @property
     def mean(self) -> float:
@@ -44,12 +44,12 @@ class TableValue:
 
     @property
     def spread(self) -> float | None:
-        """What follows the ± sign: the standard deviation, or the standard error of a single value."""
+        """The number after the ± sign: the standard deviation, or the standard error of a single value."""
         return self.sd if self.sd is not None else self.stderr
 
 
 def is_finite(value: TableValue | str | None) -> TypeGuard[TableValue]:
-    """Whether a value is a finite number."""
+    """Check whether a value is a finite number."""
     return isinstance(value, TableValue) and math.isfinite(value.mean)
 
 
@@ -85,15 +85,15 @@ def build_table(
     """Lay the records of a sweep out as a table, as the ``sweep`` block of its file says.
 
     Raises:
-        UserError: the records differ in a setting that no axis shows. With ``mix`` the names of the rows show it.
+        UserError: the records differ in a setting that no axis shows. With ``mix`` the rows show it instead.
     """
     grid = _Grid(layout, records, failed, results)
     differing = grid.protocols.differing(grid.axes)
     differing |= grid.protocols.conflicts(scores.keys() for scores in grid.scores(tuple(differing)).values())
     if differing and not mix:
         shown = "; ".join(f"{where}: {', '.join(sorted(values))}" for where, values in differing.items())
-        advice = "run one of them into another results_dir, or ask for --mix"
-        raise UserError(f"{name}: its records were not made alike ({shown}); {advice}")
+        advice = "use another results_dir for one of them, or add --mix"
+        raise UserError(f"{name}: its records differ in settings that the table does not show ({shown}); {advice}")
     mixed = tuple(differing)
     scores = grid.scores(mixed)
     cells: Cells = {(place.row, place.column): _pooled(repeats) for place, repeats in scores.items()}
@@ -112,7 +112,7 @@ def build_table(
 
 
 class _Place(NamedTuple):
-    """Where a value goes; rows of one group are ranked together."""
+    """The position of a value; rows of one group are ranked together."""
 
     group: tuple[str, ...]
     row: str
@@ -129,7 +129,7 @@ class _Score(NamedTuple):
 
 
 class _Grid:
-    """Which record goes where in a table."""
+    """Assigns records to rows and columns of a table."""
 
     def __init__(
         self, layout: Mapping[str, Any], records: list[Record], failed: list[SweepCell], results: Path
@@ -151,7 +151,7 @@ class _Grid:
         return list(dict.fromkeys(filter(None, (axis_label(record, self.column, self.varying) for record in pruned))))
 
     def scores(self, mixed: tuple[str, ...]) -> dict[_Place, dict[str, _Score]]:
-        """By place: the scores by the key of their record."""
+        """Return by place the scores by the key of their record."""
         places: dict[_Place, dict[str, _Score]] = {}
         for record in self.records:
             outer = axis_label(record, self.rows[0], self.varying) if len(self.rows) > 1 else ""
@@ -162,14 +162,14 @@ class _Grid:
         return places
 
     def failures(self, columns: list[str]) -> Iterator[tuple[str, str]]:
-        """Row and column of each failed cell; all columns where the column is not known before the evaluation."""
+        """Yield row and column of each failed cell; all columns if the column is known only after the evaluation."""
         for record in self.intended:
             column = axis_label(record, self.column, self.varying) if self.metric == "perplexity" else ""
             for place in [column] if column in columns else columns:
                 yield self._row(record), place
 
     def ordered(self, rows: Iterator[str]) -> list[str]:
-        """Rows by model, dense first, each once."""
+        """Sort rows by model, dense first, each once."""
 
         def position(row: str) -> tuple[int, bool]:
             model = next((number for number, name in enumerate(self.models) if row.startswith(f"{name} ")), 0)
@@ -202,7 +202,7 @@ class _Grid:
         return self._accuracies(record)
 
     def _accuracies(self, record: Record) -> list[_Score]:
-        """Accuracies in percent by task, and their mean."""
+        """Return accuracies in percent by task, and their mean."""
         outcomes, scores = documents(self.results, record["key"]), []
         for task, values in record["metrics"].get("tasks", {}).items():
             name = self.metric if self.metric in values else "acc"
@@ -215,14 +215,14 @@ class _Grid:
 
 
 def _pooled(scores: Mapping[str, _Score]) -> TableValue:
-    """One value from the scores of several seeds or repeats; error and outcomes only where there is a single one."""
+    """Pool the scores of several seeds or repeats; keep error and outcomes only of a single one."""
     values = tuple(score.value for score in scores.values())
     single = next(iter(scores.values())) if len(scores) == 1 else _Score("", 0.0)
     return TableValue(values, single.stderr, tuple(scores), single.outcomes)
 
 
 def axis_label(record: Mapping[str, Any], axis: str, varying: Mapping[str, list[str]]) -> str:
-    """A record's label along an axis: ``method`` with its varying hyper-parameters, ``pattern``, or any setting."""
+    """Return a record's label along an axis: ``method`` with varying hyper-parameters, ``pattern``, or any setting."""
     config = record["config"]
     if axis == "method":
         return method_label(config, varying.get(config["method"]["name"], ()))
@@ -233,7 +233,7 @@ def axis_label(record: Mapping[str, Any], axis: str, varying: Mapping[str, list[
 
 
 def _marks(cells: Cells, rows: list[str], columns: list[str], higher: bool) -> Cells:
-    """The best and the second of these rows in each column, each only if it differs from the next beyond noise."""
+    """Mark the best and second of these rows per column, each only if it differs from the next by more than noise."""
     marked: Cells = {}
     for column in columns:
         finite = [(row, value) for row in rows if is_finite(value := cells.get((row, column)))]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dass_exp.report.console import calibration_label, documents_label, windows_label
-from dass_exp.report.load import by_model_note, is_dense, model_of
+from dass_exp.report.load import by_model_note, is_dense, model_identity
 from dass_exp.report.table import ResultTable, TableValue
 from dass_exp.storage.durable import write_text
 
@@ -30,7 +30,7 @@ _TEX = {
 
 
 def format_value(value: TableValue | str, metric: str) -> str:
-    """A value as tables print it: the mean, with the standard deviation over seeds or the standard error if known."""
+    """Format a value: the mean, with the standard deviation over seeds or the standard error if known."""
     if isinstance(value, str):
         return value
     digits = 1 if metric in ("acc", "acc_norm", "cost") else 2
@@ -38,13 +38,14 @@ def format_value(value: TableValue | str, metric: str) -> str:
 
 
 def caption(table: ResultTable) -> str:
-    """How the numbers of a table were obtained, from its model to its metric, and what its marks mean."""
+    """Describe how the numbers of a table were obtained, and what its marks mean."""
     if not table.records:
         return "No cell of this sweep has a record."
     pruned = [record for record in table.records if not is_dense(record)] or table.records
     protocol = pruned[0]["protocol"]
+    # the models with the same note, then that note
     models = ", ".join(
-        ", ".join(dict.fromkeys(map(model_of, records))) + (f" ({note})" if note else "")
+        ", ".join(dict.fromkeys(map(model_identity, records))) + (f" ({note})" if note else "")
         for note, records in by_model_note(pruned).items()
     )
     trainings = {record["identity"]["trained"]["seed"] for record in pruned if record["identity"].get("trained")}
@@ -71,7 +72,7 @@ def _joined(values: Iterable[Any]) -> str:
 
 
 def _marked(table: ResultTable, row: str, escape: Callable[[str], str], best: str, second: str) -> list[str]:
-    """The values of a row, the marked ones inside the templates ``best`` and ``second``."""
+    """Format the values of a row, the marked ones inside the templates ``best`` and ``second``."""
     texts = []
     for column in table.columns:
         value = table.cells.get((row, column), "")
@@ -81,14 +82,14 @@ def _marked(table: ResultTable, row: str, escape: Callable[[str], str], best: st
 
 
 def markdown(table: ResultTable) -> str:
-    """The table in Markdown: best in bold, second underlined."""
+    """Return the table in Markdown: best in bold, second underlined."""
     rows = [[_pipe(row), *_marked(table, row, str, "**%s**", "<u>%s</u>")] for row in table.rows]
     text = markdown_table(["", *map(_pipe, table.columns)], rows)
     return text.replace("|  |", "| |", 1)  # the empty head of the first column
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Rows of text as a table in Markdown."""
+    """Return rows of text as a table in Markdown."""
     lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
@@ -98,7 +99,7 @@ def _pipe(text: str) -> str:
 
 
 def long_form(table: ResultTable) -> list[list[Any]]:
-    """A header, and one line per value in full precision."""
+    """Return a header, and one line per value in full precision."""
     lines: list[list[Any]] = [["row", "column", "metric", "mean", "sd", "stderr", "n", "mark", "status", "records"]]
     for (row, column), value in table.cells.items():
         fields: list[Any] = [None, None, None, 0, "", value, ""]
@@ -109,20 +110,20 @@ def long_form(table: ResultTable) -> list[list[Any]]:
 
 
 def wide_form(table: ResultTable) -> list[list[str]]:
-    """The table as it is printed, its header first."""
+    """Return the table as it is printed, its header first."""
     rows = [[row, *_marked(table, row, str, "%s", "%s")] for row in table.rows]
     return [["row", *table.columns], *rows]
 
 
 def to_csv(rows: Iterable[Sequence[Any]]) -> str:
-    """Rows as CSV."""
+    """Return rows as CSV."""
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows(rows)
     return out.getvalue()
 
 
 def latex(table: ResultTable) -> str:
-    """A table environment; it needs the package booktabs."""
+    """Return a LaTeX table environment; it needs the package booktabs."""
     lines: list[str] = []
     for number, row in enumerate(table.rows):
         dense = row.endswith("dense")
@@ -137,7 +138,7 @@ def latex(table: ResultTable) -> str:
 
 
 def latex_published(table: ResultTable, rows: list[list[str]]) -> str:
-    """Published numbers and ours as a table environment of their own; empty if there are none."""
+    """Return published numbers and ours as a LaTeX table environment; empty if there are none."""
     header, *lines = (_tex_line(map(tex, row)) for row in rows)
     title = f"{tex(table.title)}, beside published numbers."
     return _tex_table("lrrrll", header, lines, title, f"{table.name}-published") if lines else ""
@@ -154,7 +155,7 @@ def _tex_table(columns: str, header: str, lines: list[str], title: str, label: s
 
 
 def tex(text: str) -> str:
-    """Text with LaTeX's special characters escaped."""
+    """Escape LaTeX's special characters."""
     return "".join(_TEX.get(mark, mark) for mark in text)
 
 

@@ -1,4 +1,4 @@
 """One run from its settings to its record.
 
-In: validated settings. Out: a record, found or made. Trackers, launcher workers and planning stand here too.
+In: validated settings. Out: a record, new or existing. Trackers, launcher workers and planning are here too.
 """

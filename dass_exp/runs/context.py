@@ -1,4 +1,4 @@
-"""What a run computes with: model, tokenizer and tokens, and how much of it the runs of one process share."""
+"""Load model, tokenizer and tokens of a run on first use, and share them between the runs of one process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dass_exp.runs.memory import available_memory
 if TYPE_CHECKING:
     from dass_exp.runs.resolve import ResolvedRun
 
-Thing = TypeVar("Thing")
+T = TypeVar("T")
 
 
 class ProgressReporter(Protocol):
@@ -43,7 +43,7 @@ class SilentReporter:
 
 
 class ModelCache:
-    """Models found, tokens drawn, and the last model in memory, dense.
+    """Keeps what runs of one process share: identified models, tokenizers, tokens, and one dense model in memory.
 
     Args:
         size: how many small objects (specs, tokenizers, tokens) are kept.
@@ -54,28 +54,28 @@ class ModelCache:
         self._small: OrderedDict[Hashable, Any] = OrderedDict()
         self._model: tuple[tuple[str, str, str], nn.Module] | None = None
 
-    def once(self, key: Hashable, make: Callable[[], Thing]) -> Thing:
-        """The result of ``make``, which is called once per key."""
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return the result of ``make``, which is called once per key."""
         if key not in self._small:
             self._small[key] = make()
             if len(self._small) > self._size:
                 self._small.popitem(last=False)
-        value: Thing = self._small[key]
+        value: T = self._small[key]
         return value
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._small
 
     def model(self, spec: load.ModelSpec) -> nn.Module | None:
-        """The model of this spec if it is the one in memory."""
+        """Return the model of this spec if it is the one in memory."""
         return self._model[1] if self._model is not None and self._model[0] == _identity(spec) else None
 
     def put(self, spec: load.ModelSpec, model: nn.Module) -> None:
-        """Keep this model instead of the last one."""
+        """Keep this model instead of the previous one."""
         self._model = (_identity(spec), model)
 
     def clear(self) -> None:
-        """Free the model, before another one is loaded or counted."""
+        """Free the model in memory."""
         self._model = None
 
 
@@ -85,18 +85,18 @@ def _identity(spec: load.ModelSpec) -> tuple[str, str, str]:
 
 @cache
 def cache_of_process() -> ModelCache:
-    """The cache that all cells of a sweep in this process share: a launcher's worker outlives a cell."""
+    """Return the cache that all cells of a sweep in this process share: a launcher's worker outlives a cell."""
     return ModelCache()
 
 
 class RunContext:
-    """Loads what runs need, each thing when it is first asked for. It holds no settings.
+    """Loads what runs need on first use. It holds no settings.
 
     Args:
         reporter: shows the phases of a run.
-        shared: the cache of a process whose later runs use the same model; without, the context serves one run and its
-            dense counterpart.
-        callbacks: further callbacks of the engine's loop, called after the run's own.
+        shared: the cache of a process whose later runs use the same model; None for a single run and its dense
+            counterpart.
+        callbacks: further callbacks of the engine's loop, after the run's own.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class RunContext:
         self.load_s = 0.0
 
     def available_memory(self, device: torch.device) -> int:
-        """Bytes that are free where a model computes."""
+        """Return the free bytes of a device."""
         return available_memory(device)
 
     def find(self, model: ModelConfig) -> tuple[load.ModelSpec, Any]:
@@ -126,22 +126,22 @@ class RunContext:
                 spec = load.identify(model)
                 return spec, load.load_tokenizer(spec)
 
-        return self.cache.once(("model", repr(model)), search)
+        return self.cache.get(("model", repr(model)), search)
 
     def has_found(self, model: ModelConfig) -> bool:
-        """Whether the model was identified before."""
+        """Check whether the model was identified before."""
         return ("model", repr(model)) in self.cache
 
     def tokenizer(self, run: ResolvedRun) -> Any:
-        """The tokenizer of a run's model."""
+        """Return the tokenizer of a run's model."""
         return self.find(run.config.model)[1]
 
     def skeleton(self, run: ResolvedRun) -> nn.Module:
-        """The model's modules and shapes, on the meta device."""
-        return self.cache.once(("skeleton", _identity(run.spec)), lambda: load.skeleton(run.spec))
+        """Return the model on the meta device: modules and shapes without weights."""
+        return self.cache.get(("skeleton", _identity(run.spec)), lambda: load.skeleton(run.spec))
 
     def calibration(self, run: ResolvedRun) -> tokens.Tokens | None:
-        """The calibration tokens, None for a method that needs none.
+        """Return the calibration tokens; None for a method that needs none.
 
         Raises:
             UserError: the text is too short, or cannot be loaded.
@@ -151,10 +151,10 @@ class RunContext:
         text, config, seed = run.calibration_text, run.config.calibration, run.config.seed
         cut = config.sampling, config.separator, config.num_samples, config.seq_len
         key = ("calibration", run.spec.identity, run.bos, json.dumps(text.identity, sort_keys=True), cut, seed)
-        return self.cache.once(key, lambda: tokens.calibration_tokens(text, config, self.tokenizer(run), run.bos, seed))
+        return self.cache.get(key, lambda: tokens.calibration_tokens(text, config, self.tokenizer(run), run.bos, seed))
 
     def windows(self, run: ResolvedRun) -> tokens.Tokens | None:
-        """The windows to score, None where no perplexity is requested.
+        """Return the windows to score; None if no perplexity is requested.
 
         Raises:
             UserError: the text is shorter than one window, or cannot be loaded.
@@ -164,11 +164,11 @@ class RunContext:
             return None
         size = scored.context, scored.max_windows
         key = ("windows", run.spec.identity, run.bos, json.dumps(text.identity, sort_keys=True), *size)
-        return self.cache.once(key, lambda: tokens.evaluation_windows(text, *size, self.tokenizer(run), run.bos))
+        return self.cache.get(key, lambda: tokens.evaluation_windows(text, *size, self.tokenizer(run), run.bos))
 
     @contextmanager
     def resident_model(self, run: ResolvedRun) -> Iterator[nn.Module]:
-        """The dense model in memory, to be pruned by ``run``; a shared one is restored afterwards, whatever happens."""
+        """Yield the dense model in memory, to be pruned by ``run``; on exit restore it if it is shared."""
         model = self.cache.model(run.spec)
         if model is None:
             self.cache.clear()

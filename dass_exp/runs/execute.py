@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 def execute(run: ResolvedRun, context: RunContext) -> RunResult:
     """Prune, score and save the model of a run.
 
-    Resident and streamed models take the same way and differ in the loader of their blocks. A streamed model is scored
+    Resident and streamed models differ in the loader of their blocks. A streamed model is scored
     and written while its blocks pass, a resident one afterwards.
 
     Args:
@@ -43,7 +43,7 @@ def execute(run: ResolvedRun, context: RunContext) -> RunResult:
 
     Raises:
         UserError: a file of the model or of an interrupted start is missing or damaged, or the disk is too small.
-        NumericalError, VerificationError: the method went wrong; the message names the layer.
+        NumericalError, VerificationError: the method failed; the message names the layer.
     """
     memory, save = PeakMemory(), run.config.save
     with _opened(run, context) as (model, blocks):
@@ -69,7 +69,7 @@ def execute(run: ResolvedRun, context: RunContext) -> RunResult:
 
 @contextmanager
 def _opened(run: ResolvedRun, context: RunContext) -> Iterator[tuple[Any, BlockLoader]]:
-    """The model, whole or with its blocks on the meta device, and the loader of its blocks."""
+    """Yield the model, whole or with its blocks on the meta device, and the loader of its blocks."""
     if not run.streams:
         with context.resident_model(run) as model:
             yield model, BlocksInMemory()
@@ -82,7 +82,7 @@ def _opened(run: ResolvedRun, context: RunContext) -> Iterator[tuple[Any, BlockL
 
 
 def _checkpoint_writer(run: ResolvedRun, model: nn.Module) -> CheckpointWriter | None:
-    """What writes a streamed model block by block; None where it is saved as a whole, or was moved into place before.
+    """Create the writer of a streamed model; None if the model is saved as a whole, or is in place already.
 
     Raises:
         UserError: the disk is too small.
@@ -102,7 +102,7 @@ def _checkpoint_writer(run: ResolvedRun, model: nn.Module) -> CheckpointWriter |
 def _run_blocks(
     run: ResolvedRun, context: RunContext, model: nn.Module, blocks: BlockLoader, writer: CheckpointWriter | None
 ) -> RunResult:
-    """Pass the model's blocks through the engine once, with everything that listens to it."""
+    """Pass the model's blocks through the engine once, with all callbacks of the run."""
     decoder, tokens, windows = decoder_of(model, run.spec.roles), context.calibration(run), context.windows(run)
     size = sum(parameter.numel() for parameter in model.parameters())
     result = RunResult([], [], None, None, None, size, decoder.size, tokens, windows, {"prune_s": 0.0, "eval_s": 0.0})
@@ -149,7 +149,7 @@ def _run_blocks(
 def _with_scores(
     run: ResolvedRun, result: RunResult, scorer: StreamedPerplexity, seconds: dict[str, float]
 ) -> RunResult:
-    """Add what was scored while the blocks passed: perplexity, and the dense result where tasks do not belong to it."""
+    """Add what was scored while the blocks passed: perplexity, and the dense result unless tasks belong to it too."""
     if not run.method.prunes:
         return replace(result, perplexity=scorer.dense_perplexity, cost={**result.cost, "eval_s": seconds["dense"]})
     dense = None
@@ -162,7 +162,7 @@ def _with_scores(
 
 
 class SaveBlocks(Callback):
-    """Write each block's weights to the growing checkpoint before they are released."""
+    """Write the weights of each block to the new checkpoint before they are released."""
 
     def __init__(self, writer: CheckpointWriter) -> None:
         self._writer = writer
@@ -173,7 +173,7 @@ class SaveBlocks(Callback):
 
 
 def _earlier_state(run: ResolvedRun) -> State | None:
-    """The state of an interrupted start, if this one can continue it."""
+    """Load the state of an interrupted start, if this one can continue it."""
     state = load_state(run.work_folder, run.identity, str(run.placement))
     if state is not None and run.keeps_masks and not MaskFiles.complete(run.work_folder, state.blocks):
         log.warning("%s: the interrupted run kept no masks, so the run begins again", run.work_folder)
@@ -182,7 +182,7 @@ def _earlier_state(run: ResolvedRun) -> State | None:
 
 
 def _activation_cache(run: ResolvedRun) -> ActivationCache:
-    """A cache in a folder of this start alone: a tensor of an earlier one deletes its own file only."""
+    """Create the cache in a folder of this start alone: tensors of an earlier start would delete files of this one."""
     for folder in run.work_folder.glob("activations-*"):
         shutil.rmtree(folder, ignore_errors=True)
     return ActivationCache(run.config.calibration.cache, run.work_folder / f"activations-{uuid.uuid4().hex}")

@@ -1,4 +1,4 @@
-"""What a failed cell of a sweep was meant to be, for tables that list it as failed until it has a record."""
+"""Describe a failed cell of a sweep, for tables that list it as failed until it has a record."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dass_exp.config.components import OURS, build, check_targets, locate
+from dass_exp.config.components import OURS, build, check_targets, target_class
 from dass_exp.config.settings import validate
 from dass_exp.errors import UserError
 from dass_exp.masks import Pattern
@@ -20,7 +20,7 @@ from dass_exp.runs.resolve import Components, identify_run
 def describe_failed(
     composed: DictConfig, choices: Mapping[str, Any], context: RunContext, packages: frozenset[str] = OURS
 ) -> dict[str, Any]:
-    """The ``key`` of the cell (None if it cannot be computed) and its ``config`` in the form of a record's.
+    """Return the ``key`` of the cell (None if it cannot be computed) and its ``config`` in the form of a record's.
 
     Args:
         composed: what Hydra composed.
@@ -33,15 +33,15 @@ def describe_failed(
         components = Components.of(config)
     except UserError:
         return {"key": None, "config": _as_composed(composed, choices, packages)}
-    with suppress(Exception):  # whatever made the cell fail may happen again here
-        if context.has_found(config.model):  # it is not searched for again
+    with suppress(Exception):  # the error that made the cell fail may be raised again here
+        if context.has_found(config.model):  # do not search for it again
             run = identify_run(config, context)
             return {"key": run.key, "config": describe_config(config, run.method, run.pattern, run.spec)}
     return {"key": None, "config": describe_config(config, components.method, components.pattern)}
 
 
 def _as_composed(composed: DictConfig, choices: Mapping[str, Any], packages: frozenset[str]) -> dict[str, Any]:
-    """The settings of a cell one of which is wrong; method and pattern in canonical form where they can be built."""
+    """Return the settings of a cell with a wrong one; method and pattern in canonical form if they can be built."""
     config: dict[str, Any] = {}
     for name in ("model", "method", "pattern", "scope", "seed", "calibration", "eval"):
         try:
@@ -61,7 +61,7 @@ def _as_composed(composed: DictConfig, choices: Mapping[str, Any], packages: fro
     with suppress(UserError, OmegaConfBaseException):
         check_targets(OmegaConf.create({"method": composed.method}), packages)
         target = OmegaConf.to_container(composed.method, resolve=True)
-        uses = locate("method", target["_target_"]).uses  # type: ignore[index, call-overload, attr-defined]
+        uses = target_class("method", target["_target_"]).uses  # type: ignore[index, call-overload, attr-defined]
         config |= {unused: None for unused in ("pattern", "scope", "seed", "calibration") if unused not in uses}
         method = build(target, Pruner, "method")
         config["method"] = {"name": method.name, **method.settings()}

@@ -1,4 +1,4 @@
-"""What makes two runs the same: the one definition that the key, the resume state, the plan and the report read."""
+"""The identity of a run, which defines when two runs are the same: for the key, resume state, plan and report."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _STARVED = {"uniform": "level", "raise": "refuse"}  # as identities spelt them b
 
 
 def key_of(identity: Mapping[str, Any]) -> str:
-    """16 hex digits: equal for runs that must give equal numbers, on whatever machine and in whatever folder."""
+    """Hash an identity to 16 hex digits; runs that must give equal numbers have the same, on any machine."""
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def identity_of(run: ResolvedRun) -> dict[str, Any]:
-    """Everything that can change a number of the run, in canonical form, without what its method ignores.
+    """Return everything that can change a number of the run, in canonical form, without what its method ignores.
 
-    Settings marked :data:`dass_exp.config.settings.NO_EFFECT` do not enter; a test compares the two.
+    It has no setting marked :data:`dass_exp.config.settings.NO_EFFECT`; a test compares the two.
     """
     config, method, spec = run.config, run.method, run.spec
     identity: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""How much memory a run needs, from shapes alone, and where its model is placed accordingly."""
+"""Estimate the memory of a run from shapes alone, and choose where its model is placed."""
 
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -12,7 +12,7 @@ from dass_exp.evaluate.head import MAX_LOGITS
 from dass_exp.models.decoder import Decoder, LinearSite
 from dass_exp.statistics import Gram, Statistic
 
-_SHARE = 0.9  # of the free memory that a model may take before it is streamed
+_SHARE = 0.9  # of the free memory; a run that needs more is streamed
 _CGROUP_FILES = (  # version 2 and version 1: usage, lines of memory.stat that count page cache, limits
     ("memory.current", ("inactive_file", "active_file"), ("memory.max", "memory.high")),
     ("memory.usage_in_bytes", ("total_inactive_file", "total_active_file"), ("memory.limit_in_bytes",)),
@@ -32,7 +32,7 @@ class MemoryNeeds:
     activations: int  # calibration: inputs, dense outputs and attention outputs of a block, unless cached elsewhere
     windows: int  # hidden states of the windows that are scored while streaming, dense and pruned
     solver: int  # statistics, factors and masks of one block
-    batch: int  # one batch inside a block, and the logits that are held at once
+    batch: int  # one batch inside a block, and the logits that are computed at a time
     copy: int = 0  # dense weights in the scope, from which a sweep restores the shared model
     disk: int = 0  # not memory: activations cached on disk, masks, and the resume state, twice while it is replaced
 
@@ -65,7 +65,7 @@ class MemoryNeeds:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is done to a model."""
+    """What a run does to a model, as far as it takes memory."""
 
     scope: str | None  # what is pruned, None for nothing
     stat: type[Statistic] | None  # the statistic that the method needs
@@ -81,7 +81,7 @@ class Workload:
 def memory_needs(
     decoder: Decoder, model: Any, calibration: tuple[int, int], windows: tuple[int, int], workload: Workload
 ) -> MemoryNeeds:
-    """Bytes that pruning and scoring a model take.
+    """Estimate the bytes that pruning and scoring a model take.
 
     Args:
         decoder: of the model.
@@ -116,7 +116,7 @@ def memory_needs(
 
 
 def _solver_bytes(sites: list[LinearSite], workload: Workload) -> int:
-    """Pruning one block: scores, comparison and mask of a matrix; Gram matrices, and two more to factorise one."""
+    """Estimate pruning one block: scores, comparison and mask of a matrix; Gram matrices, two more to factorise one."""
     inputs = {site.source: site.matrix.in_features for site in sites}
     total = 10 * max((site.matrix.out_features * site.matrix.in_features for site in sites), default=0)
     if workload.stat is not None and issubclass(workload.stat, Gram):
@@ -125,7 +125,7 @@ def _solver_bytes(sites: list[LinearSite], workload: Workload) -> int:
 
 
 def _batch_bytes(decoder: Decoder, workload: Workload, sequences: int, length: int) -> int:
-    """One batch inside a block: hidden states, those inside the MLP, and the scores of an eager attention."""
+    """Estimate one batch inside a block: hidden states, those inside the MLP, and the scores of an eager attention."""
     config, width = decoder.config, workload.dtype.itemsize
     intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     if decoder.family.experts is not None:
@@ -137,7 +137,7 @@ def _batch_bytes(decoder: Decoder, workload: Workload, sequences: int, length: i
 
 
 def available_memory(device: torch.device, system: Path = Path("/")) -> int:
-    """Bytes that are free where the model computes, within the limits of a batch system or container.
+    """Return the free bytes of a device, within the limits of a batch system or container.
 
     Args:
         device: of the model.
@@ -145,7 +145,7 @@ def available_memory(device: torch.device, system: Path = Path("/")) -> int:
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    free = [_UNLIMITED]  # where nothing is known, the user decides
+    free = [_UNLIMITED]  # if nothing is known, assume that it fits
     with suppress(OSError, StopIteration):
         lines = (system / "proc/meminfo").read_text(encoding="ascii").splitlines()
         free.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
@@ -159,7 +159,7 @@ def available_memory(device: torch.device, system: Path = Path("/")) -> int:
 
 
 def _left_in(group: Path, first_version: bool) -> int:
-    """Bytes that a control group, and every group below it, may still take; page cache counts as free."""
+    """Return the bytes that a control group and every group below it may still take; page cache counts as free."""
     usage, caches, limits = _CGROUP_FILES[first_version]
     try:
         lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
@@ -172,7 +172,7 @@ def _left_in(group: Path, first_version: bool) -> int:
 
 
 def choose_placement(requested: str, needs: MemoryNeeds, free: int) -> tuple[str, str]:
-    """Where the model goes, ``resident`` or ``stream``, and the sizes in one line.
+    """Choose the placement, ``resident`` or ``stream``; return it and the sizes in one line.
 
     Args:
         requested: ``auto``, ``resident`` or ``stream``.

@@ -1,4 +1,4 @@
-"""What a run would do: whether its record exists, what it needs, and how long it would take."""
+"""Plan a run without running it: whether its record exists, what it needs, and how long it would take."""
 
 import statistics
 from collections.abc import Iterator
@@ -18,9 +18,9 @@ class Plan:
     Args:
         key: of its record; empty where the model could not be found.
         done: whether the record exists.
-        seconds: estimate from the costs of similar records; None where there are none. Zero where it is done.
-        basis: the records behind the estimate, in words; or why nothing can be said.
-        needs: what the model takes, in words; empty where its config file does not say.
+        seconds: estimate from the costs of similar records; None without any, zero if it is done.
+        basis: the records behind the estimate, in words; or why there is none.
+        needs: memory and licence of the model, in words; empty if its config file does not state them.
     """
 
     key: str
@@ -33,7 +33,7 @@ class Plan:
 def plan(config: RunConfig, context: RunContext | None = None) -> Plan:
     """Look a run up and estimate its time. No weight is loaded.
 
-    A model that cannot be reached (no network, no access) is planned as far as its config file tells.
+    A model that cannot be reached (no network, no access) is planned from what its config file states.
 
     Raises:
         UserError: the run could not start; the message says why.
@@ -65,7 +65,7 @@ def _needs(run: ResolvedRun) -> str:
 
 
 def _stated_size(config: RunConfig) -> str:
-    """Parameters, memory of the weights, licence and context of a model whose config file states them."""
+    """Describe parameters, memory, licence and context of a model, if its config file states them."""
     model, calibration = config.model, config.calibration
     if model.parameters is None:
         return ""
@@ -89,7 +89,7 @@ def _median(records: list[Record], run: ResolvedRun, cost: str) -> tuple[float |
 
 
 def _most_similar(records: list[Record], run: ResolvedRun, cost: str) -> Iterator[tuple[list[Record], str]]:
-    """Similar records, the most similar first."""
+    """Yield similar records and how they are similar, the most similar first."""
     if cost == "eval_s":
         name = run.config.eval.name
         yield [record for record in records if record["config"]["eval"]["name"] == name], f"records with eval={name}"

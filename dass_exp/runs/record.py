@@ -1,4 +1,4 @@
-"""What a run produced, and the record that it becomes: every number, and how it was made."""
+"""The result of a run, and the record composed of it: every number, and how it was obtained."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class RunResult:
     Args:
         layers: verified, one per pruned linear.
         starved: experts with too few calibration tokens.
-        masks: by linear, where they are kept beside the record.
+        masks: by name of the linear; None if they are not kept.
         perplexity: of the model, pruned unless the method is dense.
         tasks: zero-shot scores.
         model_size: parameters of the model.
         decoder_size: weights of all matrices in its blocks.
         calibration, windows: the tokens that were used.
         cost: seconds and bytes.
-        dense: of the dense model, where it was scored while the blocks were streamed.
+        dense: of the dense model, if it was scored while the blocks were streamed.
     """
 
     layers: list[Layer]
@@ -55,7 +55,7 @@ class RunResult:
 
 
 def compose_record(run: ResolvedRun, result: RunResult) -> Record:
-    """The content of result.json (results/README.md describes it)."""
+    """Compose the content of result.json, which results/README.md describes."""
     return {
         "schema": SCHEMA,
         "key": run.key,
@@ -77,7 +77,7 @@ def compose_record(run: ResolvedRun, result: RunResult) -> Record:
 
 
 def compose_manifest(run: ResolvedRun, layers: Sequence[Layer]) -> dict[str, Any]:
-    """What is written beside a saved model: the key of its run, how it was made, and its sparsity."""
+    """Compose the manifest of a saved model: the key of its run, how it was pruned, and its sparsity."""
     method = run.method
     parts = [method.name, *(f"{name}={value}" for name, value in method.settings().items())]
     parts += [run.pattern.name, f"scope {run.config.scope}"] if method.prunes else []
@@ -99,7 +99,7 @@ def compose_manifest(run: ResolvedRun, layers: Sequence[Layer]) -> dict[str, Any
 def describe_config(
     config: RunConfig, method: Pruner, pattern: Pattern, spec: ModelSpec | None = None
 ) -> dict[str, Any]:
-    """The settings of a run as its record holds them; those that the method ignores are null.
+    """Return the settings of a run as its record holds them; those that the method ignores are null.
 
     Args:
         config: the typed settings.

@@ -1,4 +1,4 @@
-"""Turn the settings of a run into a :class:`ResolvedRun`: everything about it that is known before it is run."""
+"""Resolve the settings of a run to a :class:`ResolvedRun`: everything about it that is known before it is run."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class Components:
 
     @classmethod
     def of(cls, config: RunConfig) -> Components:
-        """Build them.
+        """Build them from their settings.
 
         Raises:
-            UserError: one of them refuses a value; the message names the setting.
+            UserError: a value is not allowed; the message names the setting.
         """
         scored, zeroshot = config.eval.perplexity, config.eval.zeroshot
         if zeroshot is not None:
@@ -69,8 +69,8 @@ class ResolvedRun(Components):
         config: the typed settings.
         spec: the model, identified but not loaded.
         bos: where the beginning-of-sequence token is put: ``never``, ``stream`` or ``window``.
-        placement: ``resident`` or ``stream``; None as long as nothing has to be executed.
-        needs: memory of the run, where it was computed.
+        placement: ``resident`` or ``stream``; None if nothing has to be executed.
+        needs: memory of the run; None before it is placed.
     """
 
     config: RunConfig
@@ -96,7 +96,7 @@ class ResolvedRun(Components):
 
     @property
     def store(self) -> RecordStore:
-        """Where its record is kept."""
+        """The store of its record."""
         return RecordStore(self.config.results_dir)
 
     @property
@@ -106,7 +106,7 @@ class ResolvedRun(Components):
 
     @property
     def work_folder(self) -> Path:
-        """The folder for its resume state, cached activations and growing checkpoint, removed when it is done."""
+        """The folder of its resume state, cached activations and unfinished checkpoint, removed when it is done."""
         save = self.config.save
         return self.record_folder / "work" if save is None else partial_folder_of(save)
 
@@ -117,7 +117,7 @@ class ResolvedRun(Components):
 
     @property
     def keeps_masks(self) -> bool:
-        """Whether masks are written, beside the record or into the saved model."""
+        """Whether masks are written, next to the record or into the saved model."""
         return self.method.prunes and (self.config.save_masks or self.config.save is not None)
 
     @property
@@ -126,7 +126,7 @@ class ResolvedRun(Components):
         return self.config.resume is not False if self.streams else bool(self.config.resume)
 
     def finished_record(self) -> Record | None:
-        """The record of the run if nothing is left to do: its saved model and masks, where asked for, are there too.
+        """Return the record of the run if nothing is left to do: requested masks and saved model exist too.
 
         Raises:
             UserError: the save folder holds something else.
@@ -138,7 +138,7 @@ class ResolvedRun(Components):
         return record if saved and not masks_missing else None
 
     def dense(self) -> ResolvedRun | None:
-        """Its dense counterpart: same model and evaluation, nothing pruned. None if this is dense or scores nothing."""
+        """Return its dense counterpart, with the same model and evaluation; None if it is dense or scores nothing."""
         evaluation = self.config.eval
         if not self.method.prunes or (evaluation.perplexity is None and evaluation.zeroshot is None):
             return None
@@ -150,16 +150,16 @@ class ResolvedRun(Components):
         return dataclasses.replace(self, config=config, method=Dense(), placement=placement)
 
     def sites(self, decoder: Decoder) -> Iterator[LinearSite]:
-        """The linears that it prunes."""
+        """Yield the linears that it prunes."""
         for index in range(len(decoder.blocks)):
             yield from decoder.sites(index, self.config.scope)
 
 
 def identify_run(config: RunConfig, context: RunContext) -> ResolvedRun:
-    """Everything about a run but where its model is placed; enough for its identity and key.
+    """Resolve everything about a run but the placement of its model; enough for its identity and key.
 
     Raises:
-        UserError: a component refuses a value, or the model cannot be found.
+        UserError: a value is not allowed, or the model cannot be found.
     """
     components = Components.of(config)
     spec, tokenizer = context.find(config.model)
@@ -168,7 +168,7 @@ def identify_run(config: RunConfig, context: RunContext) -> ResolvedRun:
 
 
 def resolve(config: RunConfig, context: RunContext) -> ResolvedRun:
-    """Resolve the settings of a run. An interrupted run goes on as it began, whatever memory is free now.
+    """Resolve the settings of a run. An interrupted run keeps its placement, whatever memory is free now.
 
     Args:
         config: validated settings.
@@ -197,15 +197,15 @@ def resolve(config: RunConfig, context: RunContext) -> ResolvedRun:
         return run  # its tasks were scored before
     if config.eval.perplexity is None and not run.method.prunes:
         raise UserError(
-            "the model is read block by block, so its zero-shot tasks, which are all that is asked for, cannot be "
-            f"scored: {reason}"
+            "the model is read block by block, so its zero-shot tasks cannot be scored, and nothing else is "
+            f"requested: {reason}"
         )
     log.warning("the model is read block by block, so zero-shot tasks are left out: %s", reason)
     return dataclasses.replace(without_tasks, placement=run.placement, needs=run.needs)
 
 
 def place(run: ResolvedRun, context: RunContext, requested: str | None = None) -> ResolvedRun:
-    """The run with its model placed in memory or streamed, after everything that can be checked without weights.
+    """Check a run as far as possible without weights, and place its model in memory or stream it.
 
     Raises:
         UserError: a sequence is too long, the pattern does not fit the scope, or the run does not fit in memory.
@@ -216,7 +216,7 @@ def place(run: ResolvedRun, context: RunContext, requested: str | None = None) -
     if requested != "stream" and cache.model(run.spec) is not None:
         reusable = needs.model
     else:
-        cache.clear()  # the model before this one must not count as memory that is taken
+        cache.clear()  # the memory of the previous model counts as free
     placement, reason = choose_placement(requested, needs, context.available_memory(run.spec.device) + reusable)
     if placement == "stream":
         cache.clear()
@@ -260,7 +260,7 @@ def _needs(run: ResolvedRun, context: RunContext) -> MemoryNeeds:
 
 
 def _tasks_do_not_fit(run: ResolvedRun, context: RunContext) -> str:
-    """Why the saved model cannot be scored on tasks when it is complete; empty where it can."""
+    """Say why the saved model cannot be scored on tasks when it is complete; empty if it can."""
     if run.config.save is None:
         return "save=FOLDER keeps it, to be scored where it fits in memory"
     needed, free = run.needs.scored if run.needs else 0, context.available_memory(run.spec.device)

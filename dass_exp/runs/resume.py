@@ -1,4 +1,4 @@
-"""What a run keeps on disk to continue after its last finished block: results so far, masks, and hidden states."""
+"""Keep on disk what a run needs to continue after its last finished block: results so far, masks, hidden states."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dass_exp.engine.callbacks import BlockReport, Callback, Loop, Stopwatch
+from dass_exp.engine.callbacks import BlockReport, Callback, LoopState, Stopwatch
 from dass_exp.engine.capture import restore_hidden
 from dass_exp.engine.verify import Layer, Verification
 from dass_exp.errors import UserError
@@ -43,8 +43,8 @@ class State:
     Args:
         blocks: how many are done.
         returns_tuple: whether blocks return a tuple.
-        hidden: hidden states [sequences, tokens, features] by whose they are, one tensor per batch; a later start may
-            use other batch sizes.
+        hidden: hidden states [sequences, tokens, features] of the calibration sequences and of the scored windows, by
+            name, one tensor per batch; a later start may use other batch sizes.
         results: ``layers``, ``starved`` and ``seconds`` so far, as JSON values.
     """
 
@@ -55,7 +55,7 @@ class State:
 
 
 def load_state(folder: Path, identity: Mapping[str, Any], placement: str) -> State | None:
-    """The state of an earlier start in ``folder``, its tensors memory-mapped; None if there is none.
+    """Load the state of an earlier start from ``folder``, its tensors memory-mapped; None if there is none.
 
     Args:
         folder: the work folder.
@@ -65,7 +65,7 @@ def load_state(folder: Path, identity: Mapping[str, Any], placement: str) -> Sta
     Raises:
         UserError: it belongs to a run with other settings, which are named, or it is damaged.
     """
-    path, expected = folder / STATE, _tagged(identity, placement)
+    path, expected = folder / STATE, _with_placement(identity, placement)
     if not path.is_file():
         return None
     try:
@@ -74,7 +74,7 @@ def load_state(folder: Path, identity: Mapping[str, Any], placement: str) -> Sta
             stored = {_FORMER_NAMES.get(name, name): value for name, value in metadata.items()}
             if stored["identity"] != expected:
                 raise UserError(
-                    f"{folder}: an interrupted run lies there that had {_differences(stored['identity'], expected)}; "
+                    f"{folder}: an interrupted run is stored there with {_differences(stored['identity'], expected)}; "
                     "set it back, or remove the folder"
                 )
             hidden: dict[str, list[Tensor]] = {}
@@ -88,25 +88,25 @@ def load_state(folder: Path, identity: Mapping[str, Any], placement: str) -> Sta
 
 
 def placement_in(folder: Path, identity: Mapping[str, Any]) -> str | None:
-    """The placement of an interrupted run with this identity whose state is in ``folder``; None if there is none."""
+    """Return the placement of an interrupted run with this identity in ``folder``; None if there is none."""
     try:
         with safe_open(folder / STATE, framework="pt") as file:
             stored = json.loads(file.metadata()["dass_exp"])["identity"]
             placement = str(stored[_PLACEMENT])
-            return placement if stored == _tagged(identity, placement) else None
+            return placement if stored == _with_placement(identity, placement) else None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 
 
 def save_state(folder: Path, identity: Mapping[str, Any], placement: str, state: State) -> None:
-    """Replace the state in ``folder``, durably.
+    """Replace the state in ``folder`` durably.
 
     Raises:
         OSError: the disk is full.
     """
     scratch = folder / f"{STATE}.partial"
     metadata = {
-        "identity": _tagged(identity, placement),
+        "identity": _with_placement(identity, placement),
         "blocks": state.blocks,
         "returns_tuple": state.returns_tuple,
         "results": state.results,
@@ -146,12 +146,12 @@ class MaskFiles(Callback):
     def __init__(self, folder: Path, done: int = 0) -> None:
         self._folder, self._blocks = folder, done
         for index in range(done):
-            with readable(_masks_file(folder, index), folder):
+            with as_user_error(_masks_file(folder, index), folder):
                 mask_names(_masks_file(folder, index))
 
     @staticmethod
     def complete(folder: Path, blocks: int) -> bool:
-        """Whether the masks of the first ``blocks`` blocks were written."""
+        """Check whether the masks of the first ``blocks`` blocks were written."""
         return all(_masks_file(folder, index).is_file() for index in range(blocks))
 
     def on_block_end(self, report: BlockReport) -> None:
@@ -161,10 +161,10 @@ class MaskFiles(Callback):
         self._blocks = report.index + 1
 
     def read(self) -> dict[str, PackedMask]:
-        """All masks by linear, memory-mapped."""
+        """Return all masks by linear, memory-mapped."""
         masks: dict[str, PackedMask] = {}
         for index in range(self._blocks):
-            with readable(_masks_file(self._folder, index), self._folder):
+            with as_user_error(_masks_file(self._folder, index), self._folder):
                 masks |= read_packed(_masks_file(self._folder, index))
         return masks
 
@@ -172,10 +172,10 @@ class MaskFiles(Callback):
 class ResumeState(Callback):
     """Write the state after each block, and continue from that of an earlier start.
 
-    Files of a block are on disk before the state that counts it as done, so it comes last of all that write.
+    Files of a block are on disk before the state that counts it as done, so it is the last callback that writes.
 
     Args:
-        run: where its work folder is, its identity, and whether it is resumable.
+        run: gives work folder, identity, placement, and whether to keep a state.
         earlier: the state of an earlier start.
         verification, scorer, stopwatch: whose results belong to the state.
     """
@@ -190,13 +190,13 @@ class ResumeState(Callback):
     ) -> None:
         self._run, self._earlier, self._folder = run, earlier, run.work_folder
         self._verification, self._scorer, self._stopwatch = verification, scorer, stopwatch
-        self._loop: Loop | None = None
+        self._loop: LoopState | None = None
         if earlier is not None:
             verification.layers += [Layer(**layer) for layer in earlier.results["layers"]]
             verification.starved += earlier.results["starved"]
             stopwatch.add(earlier.results["seconds"])
 
-    def on_start(self, loop: Loop) -> None:
+    def on_start(self, loop: LoopState) -> None:
         self._loop = loop
         if (earlier := self._earlier) is None:
             return
@@ -206,7 +206,7 @@ class ResumeState(Callback):
             self._scorer.hidden = earlier.hidden
         if not self._run.streams:
             for index, block in enumerate(loop.decoder.blocks[: earlier.blocks]):
-                with readable(_weights_file(self._folder, index), self._folder):
+                with as_user_error(_weights_file(self._folder, index), self._folder):
                     block.load_state_dict(load_file(_weights_file(self._folder, index)))
         loop.first_block = earlier.blocks
         earlier.hidden.clear()
@@ -232,8 +232,8 @@ class ResumeState(Callback):
 
 
 @contextmanager
-def readable(path: Path, folder: Path) -> Iterator[None]:
-    """Turn what a missing or damaged file of an interrupted run raises into one line."""
+def as_user_error(path: Path, folder: Path) -> Iterator[None]:
+    """Turn the errors of a missing or damaged file of an interrupted run into a one-line UserError."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError, UserError) as error:
@@ -250,8 +250,8 @@ def _weights_file(folder: Path, index: int) -> Path:
     return folder / f"block-{index:05d}.safetensors"
 
 
-def _tagged(identity: Mapping[str, Any], placement: str) -> dict[str, Any]:
-    """The identity with the placement, as JSON holds it."""
+def _with_placement(identity: Mapping[str, Any], placement: str) -> dict[str, Any]:
+    """Return the identity with the placement, as it is read back from JSON."""
     tagged: dict[str, Any] = json.loads(json.dumps({**identity, _PLACEMENT: placement}))
     return tagged
 

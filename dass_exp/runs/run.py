@@ -21,13 +21,13 @@ from dass_exp.storage.records import Record
 
 @dataclass(frozen=True)
 class Outcome:
-    """The record of a run.
+    """The record of a run and of its dense counterpart.
 
     Args:
         record: its content.
         path: its file.
-        dense: the record of its dense counterpart; None for dense itself, or where nothing is scored.
-        found: whether it was there before.
+        dense: the record of its dense counterpart; None for dense itself, or if nothing is scored.
+        found: whether the record existed before.
     """
 
     record: Record
@@ -37,15 +37,15 @@ class Outcome:
 
 
 def run(config: RunConfig, context: RunContext | None = None) -> Outcome:
-    """Do a run, or find its record if it was done before.
+    """Execute a run, or find its record if it was executed before.
 
     Args:
         config: validated settings.
-        context: shows progress and holds what runs share; a run alone needs none.
+        context: shows progress and holds what runs share; not needed for a single run.
 
     Raises:
         UserError: a setting does not fit the model or the data; nothing was loaded or written.
-        NumericalError, VerificationError: the method went wrong; a failed.json says where.
+        NumericalError, VerificationError: the method failed; failed.json says where.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -62,15 +62,15 @@ def run(config: RunConfig, context: RunContext | None = None) -> Outcome:
 
 
 def _find_or_execute(run: ResolvedRun, context: RunContext) -> tuple[Record, bool]:
-    """The record of a run, and whether it was found."""
+    """Return the record of a run, and whether it existed before."""
     if (record := run.finished_record()) is not None:
         with suppress(Timeout, UserError), run.store.lock(run.key, wait=False), locked(run.config.save):
-            _clean_up(run)  # unless somebody else is at it
+            _clean_up(run)  # unless another process is using the folder
         return record, True
     if run.placement is None:
         run = place(run, context)
     with run.store.lock(run.key), locked(run.config.save):
-        if (record := run.finished_record()) is not None:  # another process did it while this one waited
+        if (record := run.finished_record()) is not None:  # another process executed it while this one waited
             return record, True
         with run.store.recording_failure(run.key, describe_config(run.config, run.method, run.pattern, run.spec)):
             result = _execute_in_work_folder(run, context)
@@ -90,7 +90,7 @@ def _execute_in_work_folder(run: ResolvedRun, context: RunContext) -> RunResult:
 
 
 def _write(run: ResolvedRun, result: RunResult) -> Record:
-    """Write the record, and before it that of the dense model where it was scored on the way."""
+    """Write the record, and before it that of the dense model if it was scored on the way."""
     dense = run.dense()
     if result.dense is not None and dense is not None:
         with dense.store.lock(dense.key):

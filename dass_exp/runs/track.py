@@ -1,4 +1,4 @@
-"""Experiment trackers; the only import of ``wandb``. Records are written first: a failing tracker costs one warning."""
+"""Experiment trackers; only this file imports ``wandb``. Records are written first, so a failure is only a warning."""
 
 import logging
 import os
@@ -83,7 +83,7 @@ def track_table(title: str, tables: Mapping[str, list[list[Any]]], pictures: lis
     Args:
         title: of the sweep.
         tables: by name, each with its header as first row.
-        pictures: files, of which the PNGs are logged.
+        pictures: files of figures, of which the PNGs are logged.
         results: the results folder, for W&B's own files.
     """
     import wandb

@@ -19,14 +19,14 @@ from dass_exp.errors import UserError
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/", category=UserWarning)
 
 _LOKY, _LEAK = "joblib.externals.loky.process_executor", "_MAX_MEMORY_LEAK_SIZE"
-_HELD: list[FileLock] = []  # held for the life of this process; the kernel frees the slot of a process that dies
+_SLOT_LOCKS: list[FileLock] = []  # held for the life of this process; the kernel frees the slot of a process that dies
 
 
 def set_environment() -> None:
-    """Set the environment variables that the launchers' configs read, as this machine allows; keep the user's own."""
-    # a worker that is still starting when its parent is killed could not find out its parent's id any more
+    """Set the environment variables of the launchers' configs to fit this machine; the user's own values are kept."""
+    # a worker cannot find out the id of a parent that was killed while the worker started
     os.environ["DASS_EXP_LAUNCHER"] = str(os.getpid())
-    count = workers()
+    count = worker_count()
     os.environ.setdefault("DASS_EXP_WORKERS", str(count))
     os.environ.setdefault("DASS_EXP_WORKER_CORES", str(max(1, cores() // count)))
     os.environ.setdefault("DASS_EXP_WORKER_GPUS", str(int(_gpus() > 0)))
@@ -37,7 +37,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def workers() -> int:
+def worker_count() -> int:
     """Return how many cells this machine runs at once.
 
     DASS_EXP_WORKERS, or one per GPU, or without a GPU a quarter of the cores but at least two.
@@ -61,7 +61,7 @@ def acquire_slot(launcher: Mapping[str, Any], folder: Path) -> None:
     if (remote := (launcher.get("ray") or {}).get("remote")) and remote.get("num_cpus"):
         _limit_threads(int(remote["num_cpus"]))  # Ray respects the user's OMP_NUM_THREADS
     slots = _slots(launcher)
-    if slots is None or _HELD:
+    if slots is None or _SLOT_LOCKS:
         return
     if multiprocessing.current_process().name.startswith("Loky"):
         launcher_pid = int(os.environ.get("DASS_EXP_LAUNCHER", os.getppid()))
@@ -81,7 +81,7 @@ def _slots(launcher: Mapping[str, Any]) -> int | None:
     if kind == "JoblibLauncher":
         jobs = int(launcher["n_jobs"])
         return max(1, jobs if jobs > 0 else cores() + 1 + jobs)  # as joblib counts: -1 is all cores
-    return workers() if kind == "LocalLauncher" else None  # submitit's local executor starts all cells at once
+    return worker_count() if kind == "LocalLauncher" else None  # submitit's local executor starts all cells at once
 
 
 def _limit_threads(threads: int) -> None:
@@ -97,7 +97,7 @@ def _lock_slot(folder: Path, slots: int) -> int:
                 lock.acquire(blocking=False)
             except Timeout:
                 continue
-            _HELD.append(lock)
+            _SLOT_LOCKS.append(lock)
             return slot
         time.sleep(0.2)
 

@@ -1,4 +1,4 @@
-"""Write tensors and JSON so that they survive a crash, with an OSError for a full disk."""
+"""Write tensors and JSON so that they survive a crash, and raise an OSError on a full disk."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The fields of a record that its readers rely on, and a validation that says what is wrong with an invalid one."""
+"""The fields of a record that its readers rely on, and a validation that explains what is wrong."""
 
 from collections.abc import Mapping
 from functools import cache

@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 from support import components_of, compose, contains, settings_of
 
-from dass_exp.config.components import admitted_packages, build, check_targets, choice, locate
+from dass_exp.config.components import admitted_packages, build, check_targets, choice, target_class
 from dass_exp.config.settings import validate
 from dass_exp.data.texts import HubText, OfflineText, Text
 from dass_exp.errors import UserError
@@ -171,7 +171,7 @@ def test_a_refusal_says_what_is_admitted_and_our_own_targets_pass():
 
 def test_a_component_is_built_with_its_settings():
     assert build({"_target_": "dass_exp.masks.NM", "n": 1, "m": 8}, Pattern, "pattern") == NM(1, 8)
-    assert locate("pattern._target_", "dass_exp.masks.NM") is NM
+    assert target_class("pattern._target_", "dass_exp.masks.NM") is NM
 
 
 @pytest.mark.parametrize("node", [None, "wanda", 5, {}, {"alpha": 1}, []])
@@ -183,7 +183,7 @@ def test_a_node_that_names_no_class_is_refused(node):
 @pytest.mark.parametrize("kind", [OfflineText, HubText, NullTracker, WandbTracker])
 def test_a_target_under_its_former_name_is_accepted(kind):
     former = f"dass_exp.{'data' if issubclass(kind, Text) else 'track'}.{kind.__name__}"
-    assert locate("x._target_", former) is kind
+    assert target_class("x._target_", former) is kind
     if kind in (OfflineText, WandbTracker):
         components = components_of(f"{'calibration.text' if kind is OfflineText else 'tracker'}._target_={former}")
         assert kind in {type(components.calibration_text), type(components.tracker)}

@@ -13,7 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 from support import CONF, ROOT, components_of, compose, composed_with_choices, contains, settings_of
 
-from dass_exp.config.components import OURS, locate
+from dass_exp.config.components import OURS, target_class
 from dass_exp.config.settings import ModelConfig, RunConfig, validate
 from dass_exp.errors import UserError
 from dass_exp.runs.resolve import Components
@@ -91,7 +91,7 @@ def dead_keys(node: Any, kind: Any, where: str) -> list[str]:
     if not isinstance(node, dict):
         return []
     if "_target_" in node:
-        kind = locate(where, node["_target_"])
+        kind = target_class(where, node["_target_"])
     if not dataclasses.is_dataclass(kind):
         return [f"{where}: no dataclass takes its keys"] if kind is not dict else []
     hints, dead = get_type_hints(kind), []

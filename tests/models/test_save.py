@@ -13,7 +13,7 @@ from support import contains, listening, run_with, without
 
 import dass_exp
 from dass_exp.errors import UserError
-from dass_exp.report.console import show
+from dass_exp.report.console import show_run
 
 pytestmark = pytest.mark.usefixtures("short_texts")
 
@@ -113,5 +113,5 @@ def test_too_small_a_disk_is_reported_before_anything_is_pruned(cell, target, mo
 def test_a_relative_folder_is_saved_and_scored_again(cell, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run_with(*cell, "save=out")
-    show(scored_again(cell, "out"), None, tmp_path, found=False)
+    show_run(scored_again(cell, "out"), None, tmp_path, found=False)
     assert "pruned by dass_exp: dass alpha=0.5" in " ".join(capsys.readouterr().out.split())

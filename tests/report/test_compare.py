@@ -21,7 +21,7 @@ from dass_exp.report.console import (
     method_label,
     pattern_label,
     scope_label,
-    show,
+    show_run,
     with_error,
 )
 from dass_exp.report.sweep_callback import Comparison, Sweep, note_cell
@@ -200,7 +200,7 @@ def test_labels(demo):
 
 
 def test_the_summary_shows_pruned_beside_dense_and_the_record(demo, capsys):
-    show(demo[4], demo[0], Path("results/runs/x/result.json"), found=True)
+    show_run(demo[4], demo[0], Path("results/runs/x/result.json"), found=True)
     text = capsys.readouterr().out
     expected = {"perplexity wikipedia_mini": ["20.40", "85.30"], "sparsity of the scope %": ["0.0", "50.0"]}
     for label, values in expected.items():
@@ -212,12 +212,12 @@ def test_the_summary_shows_pruned_beside_dense_and_the_record(demo, capsys):
 
 
 def test_the_summary_of_a_single_record(demo, capsys):
-    show(demo[0], None, Path("result.json"), found=False)
+    show_run(demo[0], None, Path("result.json"), found=False)
     text = capsys.readouterr().out
     assert "20.40" in text
     assert "wrote result.json" in text
     demo[4]["metrics"] = {}  # nothing was scored
-    show(demo[4], None, Path("result.json"), found=False)
+    show_run(demo[4], None, Path("result.json"), found=False)
     assert "sparsity of the scope" in capsys.readouterr().out
 
 

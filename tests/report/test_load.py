@@ -3,7 +3,7 @@
 import pytest
 from factory import failed, record_of
 
-from dass_exp.report.load import SweepCell, cells_of, repaired
+from dass_exp.report.load import SweepCell, cells_of, recovered
 from dass_exp.report.sweep_callback import note_cell
 
 
@@ -44,8 +44,8 @@ def test_a_failed_cell_keeps_its_key(note, results):
 
 def test_a_failure_is_repaired_by_a_record_of_its_key():
     cell = failed("wanda", key="the key")
-    assert repaired(cell, [record_of("dass", key="the key")])
-    assert not repaired(cell, [record_of("wanda", key="another key")])
+    assert recovered(cell, [record_of("dass", key="the key")])
+    assert not recovered(cell, [record_of("wanda", key="another key")])
 
 
 @pytest.mark.parametrize("advice", [{"cache": "disk"}, {"batch_size": 1}])
@@ -61,10 +61,10 @@ def test_without_a_key_a_failure_is_repaired_by_a_record_of_the_same_effective_s
     record["config"]["calibration"] |= {"cache": "device", "batch_size": 8, **advice}
     record["config"]["calibration"]["text"] = {"_target_": "dass_exp.data.texts.OfflineText"}
     record["config"]["model"] |= {"dtype": "float32", "revision": "1a2b", "placement": "stream"}
-    assert repaired(cell, [record])
+    assert recovered(cell, [record])
 
 
 @pytest.mark.parametrize("changes", [{"num_samples": 4}, {"seed": 1}, {"pattern": "4:8"}, {"scope": "all"}])
 def test_another_run_repairs_no_failure(changes):
-    assert not repaired(failed("wanda"), [record_of("wanda", **changes), record_of("dass"), record_of("dense")])
-    assert not repaired(SweepCell(("method=foo",), "failed", None, "no such method"), [record_of("wanda")])
+    assert not recovered(failed("wanda"), [record_of("wanda", **changes), record_of("dass"), record_of("dense")])
+    assert not recovered(SweepCell(("method=foo",), "failed", None, "no such method"), [record_of("wanda")])

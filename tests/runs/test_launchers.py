@@ -42,7 +42,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(workers, "cores", lambda: cores)
         monkeypatch.setattr(torch.accelerator, "device_count", lambda: gpus)
         monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
-        monkeypatch.setattr(workers, "_HELD", [])
+        monkeypatch.setattr(workers, "_SLOT_LOCKS", [])
         torch.set_num_threads(8)  # more than any share; the fixture of all tests sets it back
         return chosen
 
@@ -55,7 +55,7 @@ def machine(monkeypatch):
 )
 def test_a_machine_runs_as_many_workers_as_fit(machine, cores, gpus, expected):
     machine(cores, gpus)
-    assert workers.workers() == expected
+    assert workers.worker_count() == expected
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_the_launchers_read_what_fits_unless_the_user_says_otherwise(machine, mo
         monkeypatch.setenv("DASS_EXP_WORKERS", requested)
     workers.set_environment()
     assert [os.environ[name] for name in SHARES] == shares
-    assert workers.workers() == int(shares[0])
+    assert workers.worker_count() == int(shares[0])
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "many", "1.5", ""])
@@ -202,7 +202,7 @@ def test_a_launcher_that_is_not_installed_names_its_extra(monkeypatch, launcher,
     monkeypatch.setattr(sys, "argv", ["dass-exp", "-m", f"hydra/launcher={launcher}"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     message = f"hydra/launcher={launcher}: this launcher is an extra; pip install 'dass_exp[{extra}]'"
-    assert entry._mistyped().startswith(message)
+    assert entry._explain_override().startswith(message)
 
 
 def test_slurm_is_asked_for_what_the_config_says(tiny, tmp_path):
