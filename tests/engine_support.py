@@ -15,9 +15,10 @@ from dass_exp.config.settings import ExpertsConfig
 from dass_exp.engine.callbacks import BlockReport, Callback
 from dass_exp.engine.prune import EngineOptions, prune_model
 from dass_exp.masks import NM, Pattern
-from dass_exp.methods.base import Pruner
-from dass_exp.models.decoder import LinearSite, decoder_of
-from dass_exp.models.families import PLAIN, Role
+from dass_exp.methods.base import Block, LinearView, Pruner
+from dass_exp.models.decoder import LinearSite, Matrix, decoder_of
+from dass_exp.models.families import INPUT_OF, PLAIN, Role
+from dass_exp.statistics import InputNorm
 
 NAMES = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 METHODS = [build(choice("method", name), Pruner, "method") for name in NAMES]
@@ -27,6 +28,29 @@ CALIBRATED = [method for method in PRUNING if method.stat is not None]
 FLAT_ROLES = {**{role.value: role.value for role in Role if role not in PLAIN}, "blocks": "blocks"}
 
 engine_options = EngineOptions
+
+
+def block_of(weights: Mapping[Role, object], norms: Mapping[str, list[float]], stat: type = InputNorm) -> Block:
+    """A block with these weights, whose inputs had these norms (by :data:`INPUT_OF`); ones where none are given."""
+    views = []
+    for role, rows in weights.items():
+        weight = torch.as_tensor(rows)
+        module = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        module.weight.data = weight.clone()
+        statistic = stat(weight.shape[1], weight.device)
+        # a single token: the size of each feature is its norm
+        statistic.update(torch.tensor([norms.get(INPUT_OF[role]) or [1.0] * weight.shape[1]]))
+        views.append(LinearView(role.value, role, Matrix.of(module), statistic))
+    return Block("block", views)
+
+
+def kept(method: Pruner, block: Block, role: Role, pattern: Pattern) -> list[list[int]]:
+    """The mask of the linear with this role, with ones where a weight stays."""
+    (linear,) = [linear for linear in block.linears if linear.role == role]
+    before = linear.weight.clone()
+    keep = method.prune_linear(linear, block, pattern).keep
+    assert torch.equal(linear.weight, before * keep)
+    return keep.int().tolist()
 
 
 @dataclass

@@ -18,9 +18,8 @@ import transformers
 from torch import Tensor
 
 from dass_exp.benchmark.large import LlamaShape, planned_memory
-from dass_exp.data import assets
 from dass_exp.models.decoder import decoder_of
-from dass_exp.models.locate import convert_gguf
+from dass_exp.models.locate import offline_folder
 from dass_exp.models.save import CheckpointWriter
 from dass_exp.report.write import markdown_table
 from dass_exp.storage.durable import now, write_json, write_text
@@ -45,8 +44,8 @@ SAMPLES, LENGTH = 4, 128  # calibration sequences and scored windows, and tokens
 
 
 def write_checkpoint(shape: LlamaShape, folder: Path) -> Path:
-    """Write a checkpoint of random weights block by block; the whole model is never in memory."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(assets.convert_once("smollm2_135m", convert_gguf))
+    """Write a checkpoint of random weights block by block; it is never in memory as a whole."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(offline_folder("smollm2_135m"))
     model, generator = shape.empty_model(), torch.Generator().manual_seed(0)
     partial = folder.with_name(f".{folder.name}.partial")
     writer = CheckpointWriter(folder, partial)

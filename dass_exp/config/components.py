@@ -24,6 +24,11 @@ _MOVED = {
     "dass_exp.track.NullTracker": "dass_exp.runs.track.NullTracker",
 }
 
+# former names that plugins import
+_RENAMED = {"Cut": "MaskResult", "Stat": "Statistic", "dass_exp.stats": "dass_exp.statistics"}
+_RENAMED |= dict.fromkeys(("dass_exp.matrices", "dass_exp.decoder"), "dass_exp.models.decoder")
+_RENAMED |= {"dass_exp.families": "dass_exp.models.families"}
+
 
 def admitted_packages(command_line: Iterable[str]) -> frozenset[str]:
     """Packages whose classes may be built: ours, and those named in the environment or on the command line.
@@ -107,10 +112,20 @@ def target_class(setting: str, target: Any) -> type:
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{setting}={target}: no such class ({error})") from error
+        raise UserError(f"{setting}={target}: {_problem(module, error)}") from error
     if not isinstance(found, type):
         raise UserError(f"{setting}={target}: expected a class")
     return found
+
+
+def _problem(module: str, error: Exception) -> str:
+    """Why a class was not found: there is none, or its module, of a plugin, does not fit this version of ours."""
+    foreign = isinstance(error, ImportError) and not f"{module}.".startswith(f"{error.name}.")
+    if not foreign and not isinstance(error, TypeError):
+        return f"no such class ({error})"
+    name = next(iter(str(error).split("'")[1:]), "")
+    renamed = f"; {name} is now called {_RENAMED[name]}" if name in _RENAMED else ""
+    return f"{module} cannot be imported ({error}){renamed}"
 
 
 def _current(target: Any) -> str:

@@ -121,7 +121,12 @@ def convert_once(name: str, convert: Callable[[Path, Path], None]) -> Path:
         convert(source, folder)
         source.unlink()  # the converted model is all that is needed from now on
 
-    return create_once(cache_dir() / "models" / f"{name}-{asset.sha256[:12]}", fill)
+    return create_once(model_folder(name), fill)
+
+
+def model_folder(name: str) -> Path:
+    """Return where :func:`convert_once` keeps an offline model."""
+    return cache_dir() / "models" / f"{name}-{MODELS[name].sha256[:12]}"
 
 
 def create_once(folder: Path, fill: Callable[[Path], None]) -> Path:

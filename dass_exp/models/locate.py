@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib.util
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -92,7 +93,7 @@ def _offline_source(path: str, accepted: bool) -> ModelSource:
         raise UserError(f"model.path={path}: the offline models are {', '.join(assets.MODELS)}")
     if name in _LICENCES and not accepted:
         raise UserError(f"model {name}: read {_LICENCES[name]}; if you accept them, set model.accept_license=true")
-    folder = str(assets.convert_once(name, convert_gguf))
+    folder = str(offline_folder(name))
     identity = f"{path}@{assets.MODELS[name].sha256[:16]}"
     return ModelSource(source=folder, config=_read_config(folder), identity=identity, note=_NOTES[name])
 
@@ -102,7 +103,15 @@ def _read_config(source: str, revision: str | None = None, trust: bool = False) 
         return transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust)
 
 
-def convert_gguf(source: Path, folder: Path) -> None:
+def offline_folder(name: str) -> Path:
+    """Return the folder of an offline model, converted on first use; raises as ``fetch``, or if that needs an extra."""
+    if not assets.is_complete(assets.model_folder(name)) and importlib.util.find_spec("gguf") is None:
+        advice = "pip install 'dass_exp[offline]' (in a checkout: pip install -e '.[offline]')"
+        raise UserError(f"model {name}: it is a GGUF file, and the package that converts it is an extra; {advice}")
+    return assets.convert_once(name, _convert_gguf)
+
+
+def _convert_gguf(source: Path, folder: Path) -> None:
     """Convert a GGUF file to safetensors and tokenizer files, its weights dequantised to float32."""
     with quiet_libraries():
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(

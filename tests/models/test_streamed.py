@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from engine_support import PRUNING
 from safetensors.torch import load_file, save_file
 from support import contains
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
@@ -57,16 +58,16 @@ class InMemory(Callback):
         self.blocks.append([index for index, block in blocks if not next(block.parameters()).is_meta])
 
 
-@pytest.mark.parametrize("method", ["dass", "sparsegpt", "magnitude"])
+@pytest.mark.parametrize("method", PRUNING, ids=repr)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_weights_are_identical_and_both_perplexities_those_of_the_models(family, method, tiny_model, tokens, tmp_path):
     resident, windows, options = tiny_model(family), tokens.flip(0)[:4], EngineOptions(scope="all", batch_size=2)
     resident.save_pretrained(tmp_path)
     dense = perplexity(resident, windows, 2).window_nll
-    prune_model(resident, tokens, method_of(method), NM(2, 4), options)
+    prune_model(resident, tokens, method, NM(2, 4), options)
     model, blocks = opened(tmp_path)
     scorer, memory = StreamedPerplexity(model, windows, 2, options, Stopwatch()), InMemory()
-    prune_model(model, tokens, method_of(method), NM(2, 4), options, [scorer, memory], blocks)
+    prune_model(model, tokens, method, NM(2, 4), options, [scorer, memory], blocks)
     blocks.stop()
     prefixes = tuple(f"{block}." for block in decoder_of(resident).names)
     expected = {name: tensor for name, tensor in resident.state_dict().items() if name.startswith(prefixes)}
