@@ -27,7 +27,7 @@ from dass_exp.config.settings import RunConfig, register, validate
 from dass_exp.engine.callbacks import BlockReport, Callback
 from dass_exp.paths import project_root
 from dass_exp.runs.context import RunContext
-from dass_exp.runs.resolve import Components
+from dass_exp.runs.resolved_run import Components
 from dass_exp.runs.run import Outcome, run
 
 ROOT = project_root()

@@ -146,7 +146,7 @@ def test_the_rules_see_what_they_look_for():
     assert words(TREES["masks"]) & RANKING
     assert set(MODULE_NAMES.findall(SOURCES["models/families"])) >= {"q_proj", "down_proj", "gate_proj", "up_proj"}
     assert IMPORTS["runs/run"] >= {"runs/context", "runs/execute", "runs/resolve", "config/settings", "errors"}
-    assert "evaluate/__init__" in IMPORTS["runs/identity"]
+    assert "evaluate/__init__" in IMPORTS["runs/resolved_run"]
     assert file_of("dass_exp.api") == "api"
     assert row_of("errors") > row_of("config/settings") > row_of("engine/prune") > row_of("runs/run") > row_of("api")
     function = next(functions(ast.parse("def f(self, a, *, b: int) -> None: ...")))
@@ -182,7 +182,7 @@ def test_reports_run_no_model():
 def test_methods_are_named_by_configs_and_not_by_code():
     files = {f"methods/{method}" for method in METHODS}
     assert {name: IMPORTS[name] & files for name in FILES if IMPORTS[name] & files} == {
-        "runs/resolve": {"methods/dense"}
+        "runs/resolved_run": {"methods/dense"}
     }
 
 

@@ -17,7 +17,8 @@ from dass_exp.report.load import cells_of, load
 from dass_exp.runs.context import ModelCache, RunContext
 from dass_exp.runs.failed_cell import describe_failed
 from dass_exp.runs.plan import plan
-from dass_exp.runs.resolve import Components, resolve
+from dass_exp.runs.resolve import resolve
+from dass_exp.runs.resolved_run import Components
 
 SWEEPS = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
 LOADED = "loading the model"

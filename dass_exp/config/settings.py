@@ -148,7 +148,7 @@ class RunConfig:
     """All settings of one run; docs/settings.md describes each of them.
 
     ``method``, ``pattern``, ``tracker`` and the texts are described by ``_target_``
-    (:class:`dass_exp.runs.resolve.Components` builds them).
+    (:class:`dass_exp.runs.resolved_run.Components` builds them).
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)

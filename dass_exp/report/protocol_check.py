@@ -1,4 +1,4 @@
-"""Find settings that differ between the records of a table, from their identities (dass_exp/runs/identity.py).
+"""Find settings that differ between the records of a table, from their identities (dass_exp/runs/resolved_run.py).
 
 A setting that can change a number must be equal in all rows, unless an axis of the table shows it.
 """

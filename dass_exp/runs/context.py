@@ -1,14 +1,12 @@
 """Load model, tokenizer and tokens of a run on first use, and share them between the runs of one process."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -19,9 +17,7 @@ from dass_exp.engine.callbacks import Callback
 from dass_exp.models import load
 from dass_exp.models.decoder import decoder_of
 from dass_exp.runs.memory import available_memory
-
-if TYPE_CHECKING:
-    from dass_exp.runs.resolve import ResolvedRun
+from dass_exp.runs.resolved_run import ResolvedRun
 
 T = TypeVar("T")
 

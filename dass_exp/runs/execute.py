@@ -24,7 +24,7 @@ from dass_exp.models.save import CheckpointWriter, check_room, save_checkpoint, 
 from dass_exp.models.streamed import BlockLoader, BlocksInMemory, StreamedBlocks
 from dass_exp.runs.context import RunContext
 from dass_exp.runs.record import RunResult, compose_manifest
-from dass_exp.runs.resolve import ResolvedRun
+from dass_exp.runs.resolved_run import ResolvedRun
 from dass_exp.runs.resume import STATE, MaskFiles, ResumeState, State, load_state
 from dass_exp.storage.environment import PeakMemory
 

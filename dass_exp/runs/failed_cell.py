@@ -14,7 +14,8 @@ from dass_exp.masks import Pattern
 from dass_exp.methods.base import Pruner
 from dass_exp.runs.context import RunContext
 from dass_exp.runs.record import describe_config
-from dass_exp.runs.resolve import Components, identify_run
+from dass_exp.runs.resolve import identify_run
+from dass_exp.runs.resolved_run import Components
 
 
 def describe_failed(

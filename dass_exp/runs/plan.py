@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from dass_exp.config.settings import RunConfig
 from dass_exp.errors import UserError
 from dass_exp.runs.context import RunContext
-from dass_exp.runs.resolve import Components, ResolvedRun, resolve
+from dass_exp.runs.resolve import resolve
+from dass_exp.runs.resolved_run import Components, ResolvedRun
 from dass_exp.storage.records import Record
 
 

@@ -16,7 +16,7 @@ from dass_exp.masks import Pattern
 from dass_exp.methods.base import Pruner
 from dass_exp.models.families import Role
 from dass_exp.models.load import ModelSpec
-from dass_exp.runs.resolve import ResolvedRun
+from dass_exp.runs.resolved_run import ResolvedRun
 from dass_exp.storage.durable import now
 from dass_exp.storage.environment import environment
 from dass_exp.storage.mask_file import PackedMask

@@ -1,7 +1,5 @@
 """Keep on disk what a run needs to continue after its last finished block: results so far, masks, hidden states."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging
@@ -10,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -22,12 +20,10 @@ from dass_exp.engine.verify import Layer, Verification
 from dass_exp.errors import UserError
 from dass_exp.evaluate.streamed import StreamedPerplexity
 from dass_exp.models.save import REPLACED
+from dass_exp.runs.resolved_run import ResolvedRun
 from dass_exp.storage.durable import replace_durably, write_tensors
 from dass_exp.storage.mask_file import PackedMask, mask_names, read_packed, write_masks
 from dass_exp.storage.record_schema import flatten
-
-if TYPE_CHECKING:
-    from dass_exp.runs.resolve import ResolvedRun
 
 log = logging.getLogger(__name__)
 

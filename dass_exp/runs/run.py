@@ -13,7 +13,8 @@ from dass_exp.models.save import locked
 from dass_exp.runs.context import RunContext
 from dass_exp.runs.execute import execute
 from dass_exp.runs.record import RunResult, compose_record, describe_config
-from dass_exp.runs.resolve import ResolvedRun, place, resolve
+from dass_exp.runs.resolve import place, resolve
+from dass_exp.runs.resolved_run import ResolvedRun
 from dass_exp.runs.resume import discard, discard_unless_resumable, placement_in
 from dass_exp.storage.durable import remove_partial_files
 from dass_exp.storage.records import Record

@@ -16,7 +16,7 @@ from support import CONF, ROOT, components_of, compose, composed_with_choices, c
 from dass_exp.config.components import OURS, target_class
 from dass_exp.config.settings import ModelConfig, RunConfig, validate
 from dass_exp.errors import UserError
-from dass_exp.runs.resolve import Components
+from dass_exp.runs.resolved_run import Components
 
 CONTENT = {path: yaml.safe_load(path.read_text()) for path in sorted(CONF.glob("*/*.yaml"))}
 NAMED_GROUPS = ["model", "calibration", "eval", "protocol"]  # their part of a run has a name

@@ -28,7 +28,7 @@ from dass_exp.models.families import (
     Role,
     family_of,
 )
-from dass_exp.runs.resolve import Components
+from dass_exp.runs.resolved_run import Components
 
 LLAMA_ROLES = {role: f"self_attn.{role}_proj" for role in "qkvo"} | {
     role: f"mlp.{role}_proj" for role in ("gate", "up", "down")

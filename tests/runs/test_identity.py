@@ -19,8 +19,8 @@ from dass_exp.config.settings import settings_without_effect
 from dass_exp.methods.dass import Dass
 from dass_exp.runs import identity as identity_module
 from dass_exp.runs.context import RunContext
-from dass_exp.runs.identity import key_of
-from dass_exp.runs.resolve import ResolvedRun, identify_run
+from dass_exp.runs.resolve import identify_run
+from dass_exp.runs.resolved_run import ResolvedRun, key_of
 
 
 def identified(folder, *overrides: str) -> ResolvedRun:

@@ -1,0 +1,217 @@
+"""One resolved run, and its identity, which defines when two runs are the same: for key, resume state, plan, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dass_exp.config.components import build
+from dass_exp.config.settings import RunConfig
+from dass_exp.data import assets
+from dass_exp.data.texts import Text
+from dass_exp.engine.prune import ENGINE_VERSION
+from dass_exp.evaluate import EVALUATION_VERSION
+from dass_exp.evaluate.zeroshot import check_tasks, lm_eval_version
+from dass_exp.masks import Pattern
+from dass_exp.methods.base import Pruner
+from dass_exp.methods.dense import Dense
+from dass_exp.models.decoder import Decoder, LinearSite
+from dass_exp.models.load import ModelSpec
+from dass_exp.models.save import is_saved, partial_folder_of
+from dass_exp.runs.memory import MemoryNeeds
+from dass_exp.runs.track import Tracker
+from dass_exp.storage.records import Record, RecordStore
+
+_STARVED = {"uniform": "level", "raise": "refuse"}  # as identities spelt them before they were renamed
+
+
+@dataclass(frozen=True, eq=False)
+class Components:
+    """The objects that a config describes by ``_target_``."""
+
+    method: Pruner
+    pattern: Pattern
+    tracker: Tracker
+    calibration_text: Text
+    evaluation_text: Text | None
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Components:
+        """Build them from their settings.
+
+        Raises:
+            UserError: a value is not allowed; the message names the setting.
+        """
+        scored, zeroshot = config.eval.perplexity, config.eval.zeroshot
+        if zeroshot is not None:
+            check_tasks(zeroshot.tasks, zeroshot.data)
+        return cls(
+            method=build(config.method, Pruner, "method"),
+            pattern=build(config.pattern, Pattern, "pattern"),
+            tracker=build(config.tracker, Tracker, "tracker"),
+            calibration_text=build(config.calibration.text, Text, "calibration.text"),
+            evaluation_text=build(scored.text, Text, "eval.perplexity.text") if scored else None,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ResolvedRun(Components):
+    """One run, resolved once and never changed.
+
+    Args:
+        config: the typed settings.
+        spec: the model, identified but not loaded.
+        bos: where the beginning-of-sequence token is put: ``never``, ``stream`` or ``window``.
+        placement: ``resident`` or ``stream``; None if nothing has to be executed.
+        needs: memory of the run; None before it is placed.
+    """
+
+    config: RunConfig
+    spec: ModelSpec
+    bos: str
+    placement: str | None = None
+    needs: MemoryNeeds | None = None
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything that can change a number: the one definition of when two runs are the same."""
+        return identity_of(self)
+
+    @cached_property
+    def key(self) -> str:
+        """The key of its record."""
+        return key_of(self.identity)
+
+    @property
+    def streams(self) -> bool:
+        """Whether the model is read block by block."""
+        return self.placement == "stream"
+
+    @property
+    def store(self) -> RecordStore:
+        """The store of its record."""
+        return RecordStore(self.config.results_dir)
+
+    @property
+    def record_folder(self) -> Path:
+        """The folder of its record."""
+        return self.store.path(self.key).parent
+
+    @property
+    def work_folder(self) -> Path:
+        """The folder of its resume state, cached activations and unfinished checkpoint, removed when it is done."""
+        save = self.config.save
+        return self.record_folder / "work" if save is None else partial_folder_of(save)
+
+    @property
+    def work_folders(self) -> set[Path]:
+        """Its own work folder, and the one of an earlier start of the same run without ``save``."""
+        return {self.work_folder, self.record_folder / "work"}
+
+    @property
+    def keeps_masks(self) -> bool:
+        """Whether masks are written, next to the record or into the saved model."""
+        return self.method.prunes and (self.config.save_masks or self.config.save is not None)
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the state behind each block is kept: asked for by ``resume``, by default in streamed runs."""
+        return self.config.resume is not False if self.streams else bool(self.config.resume)
+
+    def finished_record(self) -> Record | None:
+        """Return the record of the run if nothing is left to do: requested masks and saved model exist too.
+
+        Raises:
+            UserError: the save folder holds something else.
+        """
+        config = self.config
+        saved = config.save is None or is_saved(config.save, self.key)
+        record = None if config.rerun else self.store.find(self.key)
+        masks_missing = config.save_masks and self.method.prunes and not self.store.masks(self.key).is_file()
+        return record if saved and not masks_missing else None
+
+    def dense(self) -> ResolvedRun | None:
+        """Return its dense counterpart, with the same model and evaluation; None if it is dense or scores nothing."""
+        evaluation = self.config.eval
+        if not self.method.prunes or (evaluation.perplexity is None and evaluation.zeroshot is None):
+            return None
+        model, placement = self.config.model, self.placement
+        if evaluation.zeroshot is not None and placement != "resident":
+            # tasks need the whole model in memory, where it may fit alone
+            model, placement = dataclasses.replace(model, placement="resident"), None
+        config = dataclasses.replace(self.config, model=model, rerun=False, repeat=0, save=None)
+        return dataclasses.replace(self, config=config, method=Dense(), placement=placement)
+
+    def sites(self, decoder: Decoder) -> Iterator[LinearSite]:
+        """Yield the linears that it prunes."""
+        for index in range(len(decoder.blocks)):
+            yield from decoder.sites(index, self.config.scope)
+
+
+def key_of(identity: Mapping[str, Any]) -> str:
+    """Hash an identity to 16 hex digits; runs that must give equal numbers have the same, on any machine."""
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def identity_of(run: ResolvedRun) -> dict[str, Any]:
+    """Return everything that can change a number of the run, in canonical form, without what its method ignores.
+
+    It has no setting marked :data:`dass_exp.config.settings.NO_EFFECT`; a test compares the two.
+    """
+    config, method, spec = run.config, run.method, run.spec
+    identity: dict[str, Any] = {
+        "model": spec.identity,
+        "roles": dict(spec.roles) if spec.roles else None,
+        "dtype": spec.dtype_name,
+        "device": spec.device.type,
+        "bos": run.bos,
+        "method": {
+            "class": f"{type(method).__module__}.{type(method).__qualname__}",
+            "version": method.version,
+            **method.settings(),
+        },
+        "eval": _evaluation(run),
+    }
+    if method.prunes:
+        identity["engine"] = ENGINE_VERSION
+    if "pattern" in method.uses:
+        identity["pattern"] = run.pattern.settings()
+    if "scope" in method.uses:
+        identity["scope"] = config.scope
+    if "calibration" in method.uses:
+        calibration = config.calibration
+        names = ["sampling", "num_samples", "seq_len", *(["separator"] if calibration.sampling == "joined" else [])]
+        cut = {name: getattr(calibration, name) for name in names}
+        identity["calibration"] = {"text": run.calibration_text.identity, **cut}
+        if spec.family is not None and spec.family.experts is not None:
+            experts = dataclasses.asdict(config.experts)
+            identity["experts"] = {**experts, "starved": _STARVED[config.experts.starved]}
+    if spec.trained:
+        identity["trained"] = dict(spec.trained)
+    if config.repeat:
+        identity["repeat"] = config.repeat
+    if "seed" in method.uses:
+        identity["seed"] = config.seed
+    return identity
+
+
+def _evaluation(run: ResolvedRun) -> dict[str, Any]:
+    identity: dict[str, Any] = {}
+    evaluation, text = run.config.eval, run.evaluation_text
+    if (scored := evaluation.perplexity) is not None and text is not None:
+        cut = {"context": scored.context, "max_windows": scored.max_windows}
+        identity["perplexity"] = {"text": text.identity, **cut}
+    if (zeroshot := evaluation.zeroshot) is not None:
+        offline = zeroshot.data == "offline"
+        tasks = {task: assets.TASKS[task].sha256 for task in zeroshot.tasks} if offline else sorted(zeroshot.tasks)
+        identity["zeroshot"] = {"tasks": tasks, "limit": zeroshot.limit, "lm_eval": lm_eval_version()}
+    if identity:
+        identity["version"] = EVALUATION_VERSION
+    return identity
