@@ -58,8 +58,8 @@ def resolve(config: RunConfig, context: RunContext) -> ResolvedRun:
         return run  # its tasks were scored before
     if config.eval.perplexity is None and not run.method.prunes:
         raise UserError(
-            "the model is read block by block, so its zero-shot tasks cannot be scored, and nothing else is "
-            f"requested: {reason}"
+            "the model is read block by block, so its zero-shot tasks, which are all that is asked for, cannot be "
+            f"scored: {reason}"
         )
     log.warning("the model is read block by block, so zero-shot tasks are left out: %s", reason)
     return dataclasses.replace(without_tasks, placement=run.placement, needs=run.needs)
