@@ -17,7 +17,7 @@ from transformers import MixtralConfig
 
 from dass_exp.config.settings import settings_without_effect
 from dass_exp.methods.dass import Dass
-from dass_exp.runs import identity as identity_module
+from dass_exp.runs import resolved_run as identity_module
 from dass_exp.runs.context import RunContext
 from dass_exp.runs.resolve import identify_run
 from dass_exp.runs.resolved_run import ResolvedRun, key_of
