@@ -54,8 +54,6 @@ def resolve(config: RunConfig, context: RunContext) -> ResolvedRun:
     run = place(run, context)
     if without_tasks is None or not run.streams or not (reason := _tasks_do_not_fit(run, context)):
         return run
-    if not config.rerun and run.store.find(run.key) is not None:
-        return run  # its tasks were scored before
     if config.eval.perplexity is None and not run.method.prunes:
         raise UserError(
             "the model is read block by block, so its zero-shot tasks, which are all that is asked for, cannot be "

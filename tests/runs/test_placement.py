@@ -108,6 +108,13 @@ def test_zero_shot_is_left_out_with_a_word(cell, caplog):
     assert record["key"] == run_with(*cell, *TASKS, STREAM, "eval.zeroshot=null").record["key"]
 
 
+def test_a_record_with_tasks_is_not_replaced_by_one_without(cell):
+    scored = run_with(*cell, *TASKS, RESIDENT)
+    again = run_with(*cell, *TASKS, STREAM, "save_masks=true")  # its masks are missing, so it is not finished
+    assert again.record["key"] != scored.record["key"]
+    assert json.loads(scored.path.read_text()) == scored.record
+
+
 def test_tasks_alone_cannot_be_left_out(cell):
     with pytest.raises(UserError, match=r"zero-shot tasks, which are all that is asked for, cannot be scored: save="):
         run_with(*cell[:4], "eval=zeroshot_mini", "eval.zeroshot.limit=2", STREAM, "method=dense")
