@@ -173,7 +173,9 @@ def serial_fixture(tiny, tmp_path_factory):
     return metrics(folder)
 
 
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "launcher", ["joblib", *(pytest.param(name, marks=pytest.mark.slow) for name in ("submitit_local", "ray"))]
+)
 def test_a_real_sweep_gives_the_numbers_of_one_process(tiny, serial, tmp_path, launcher):
     if launcher == "ray":
         pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="make test-all installs the extra ray")
@@ -187,6 +189,7 @@ def test_a_real_sweep_gives_the_numbers_of_one_process(tiny, serial, tmp_path, l
     assert "│ wanda" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_bad_cell_of_a_worker_is_named_at_the_end(tiny, tmp_path):
     done = command("-m", "method.alpha=0.5,-1", *cells(tiny), "hydra/launcher=joblib", folder=tmp_path)
     assert done.returncode == 1

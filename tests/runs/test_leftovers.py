@@ -164,6 +164,7 @@ def test_tasks_stay_as_they_were_when_a_run_was_interrupted(with_tasks, save, tm
     with pytest.raises(Killed):
         run_with(*settings, context=Context(callbacks=[KillAfter(0)]))
     caplog.set_level("INFO")
+    run_with(*without(settings, "save", STREAM), "method=dense")  # scored in memory, which is ample here
     record = run_with(*settings, context=Context()).record
     assert "continuing after block 0" in caplog.text
     assert ("tasks" in record["metrics"]) == fit
