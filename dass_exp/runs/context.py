@@ -5,6 +5,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache
 from typing import Any, Protocol, TypeVar
 
@@ -79,6 +80,10 @@ def _identity(spec: load.ModelSpec) -> tuple[str, str, str]:
     return spec.identity, spec.dtype_name, str(spec.device)
 
 
+def _model_key(model: ModelConfig) -> tuple[str, str]:
+    return "model", repr(replace(model, placement="auto"))  # wherever it is placed, it is the same model
+
+
 @cache
 def cache_of_process() -> ModelCache:
     """Return the cache that all cells of a sweep in this process share: a launcher's worker outlives a cell."""
@@ -122,11 +127,11 @@ class RunContext:
                 spec = load.identify(model)
                 return spec, load.load_tokenizer(spec)
 
-        return self.cache.get(("model", repr(model)), search)
+        return self.cache.get(_model_key(model), search)
 
     def has_found(self, model: ModelConfig) -> bool:
         """Check whether the model was identified before."""
-        return ("model", repr(model)) in self.cache
+        return _model_key(model) in self.cache
 
     def tokenizer(self, run: ResolvedRun) -> Any:
         """Return the tokenizer of a run's model."""
