@@ -1,6 +1,8 @@
-"""Errors with a message for the user, and checks of settings that raise them."""
+"""Errors with a message for the user, what turns others into them, and checks of settings that raise them."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -10,8 +12,45 @@ class UserError(ValueError):
     """
 
 
+class DamagedFileError(UserError):
+    """A file of this project that does not hold what was written into it; the message names it."""
+
+
+class ForeignCodeError(RuntimeError):
+    """A method, text, tracker or model of somebody else that raised, exited or panicked while a run used it."""
+
+
 class NumericalError(RuntimeError):
     """A number that is not finite, with the name of its layer; it stops the run."""
+
+
+@contextmanager
+def naming(what: str, kind: type[Exception] = UserError) -> Iterator[None]:
+    """Turn whatever code that is not ours raises inside the context into one line that begins with ``what``.
+
+    A plugin may raise anything or exit, and the Rust parts of tokenizers and safetensors panic with a BaseException.
+    Our own errors, and an interrupt by the user, pass unchanged.
+
+    Args:
+        what: the setting and its value, such as ``method._target_=mine.Method``.
+        kind: what is raised: a UserError while a run is resolved or loaded, else a ForeignCodeError.
+    """
+    try:
+        yield
+    except (UserError, NumericalError, ForeignCodeError, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise kind(f"{what}: {one_line(error)}") from error
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """Return the type and message of an error as one line of at most ``limit`` characters."""
+    text = " ".join(str(error).split())
+    if isinstance(error, SystemExit):
+        text = f"it calls exit({text})"
+    elif not isinstance(error, UserError):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def finite_number(setting: str, value: object, allowed: str) -> float:

@@ -1,0 +1,56 @@
+"""Checksums of what is written and read again, so that a damaged file is named instead of believed."""
+
+import json
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from dass_exp.errors import DamagedFileError
+
+PREFIX = "xxh3_128:"
+_CHUNK = 1 << 24
+
+
+def file_digest(path: Path) -> str:
+    """Return the checksum of a regular file.
+
+    Raises:
+        DamagedFileError: it is no regular file; a pipe or device would block or never end.
+        OSError: it cannot be read.
+    """
+    require_regular(path)
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return PREFIX + digest.hexdigest()
+
+
+def json_digest(content: Any) -> str:
+    """Return the checksum of a JSON value, whatever the order of its keys and its white space."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return PREFIX + xxhash.xxh3_128_hexdigest(canonical.encode("ascii"))
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Return the checksum of contiguous CPU tensors with their names, shapes and dtypes, and of the metadata."""
+    digest = xxhash.xxh3_128(json_digest(dict(metadata)).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
+        if tensor.numel():
+            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return PREFIX + digest.hexdigest()
+
+
+def require_regular(path: Path) -> None:
+    """Raise a DamagedFileError if ``path`` is there but is no regular file; an OSError if it is not there."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a socket or device"
+        raise DamagedFileError(f"{path}: expected a file, found {kind}")
