@@ -44,7 +44,7 @@ def tensors_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
         tensor = tensors[name]
         digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
         if tensor.numel():
-            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return PREFIX + digest.hexdigest()
 
 
