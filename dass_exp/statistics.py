@@ -116,6 +116,11 @@ class Gram(Statistic):
         return self.upper.triu() + self.upper.triu(1).T
 
     @property
+    def norm(self) -> Tensor:
+        """The L2 norm of each input feature, float32 [in_features]: the root of the diagonal."""
+        return self.upper.diagonal().sqrt()
+
+    @property
     def dead(self) -> Tensor:
         """Bool [in_features]: features that were zero at every token."""
         return self.upper.diagonal() == 0

@@ -4,7 +4,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from dass_exp.masks import Pattern
 from dass_exp.models.decoder import Matrix
 from dass_exp.models.families import Role
 from dass_exp.statistics import Statistic
+
+StatisticKind = TypeVar("StatisticKind", bound=Statistic)
 
 ALL_SETTINGS = frozenset({"pattern", "scope", "calibration", "seed"})
 
@@ -46,6 +48,18 @@ class LinearView:
         """The statistic of the input, of the type that the method declares as ``stat``."""
         if self.statistic is None:
             raise LookupError(f"{self.name}: no statistic was collected; set `stat` on the method")
+        return self.statistic
+
+    @property
+    def norm(self) -> Tensor:
+        """The L2 norm of each input feature over all calibration tokens, float32 [in_features]."""
+        norm: Tensor = self.stat.norm
+        return norm
+
+    def statistic_of(self, kind: type[StatisticKind]) -> StatisticKind:
+        """Return the statistic of this type; LookupError if no stage has declared it."""
+        if not isinstance(self.statistic, kind):
+            raise LookupError(f"{self.name}: no {kind.__name__} was collected; a stage declares it as `stat`")
         return self.statistic
 
     @property
@@ -108,18 +122,33 @@ class MaskResult:
     seconds: float = 0.0
 
 
-class Pruner(ABC):
-    """A one-shot pruning method; subclasses are dataclasses whose fields are its hyper-parameters.
+class Stage:
+    """A stage of pruning; subclasses are dataclasses whose fields are its hyper-parameters.
 
     Attributes:
-        stat: the statistic to collect at the input of each linear in the scope; None for a method without calibration.
-        uses: the run settings that can change the outcome; only these enter the record's key.
-        version: part of the key; raise it when the method's numbers change.
+        stat: the statistic to collect at the input of each linear in the scope; None for a stage that needs none. A
+            Gram matrix serves stages that ask for the norms, which are its diagonal.
+        version: part of the key; raise it when the stage's numbers change.
     """
 
     stat: ClassVar[type[Statistic] | None] = None
-    uses: ClassVar[frozenset[str]] = ALL_SETTINGS
     version: ClassVar[int] = 1
+
+    def settings(self) -> dict[str, Any]:
+        """Return the hyper-parameters that can change the outcome, in canonical form."""
+        return dict(vars(self))
+
+
+class Pruner(Stage, ABC):
+    """A one-shot pruning method.
+
+    Attributes:
+        uses: the run settings that can change the outcome; only these enter the record's key.
+        updates_weights: whether surviving weights change; if not, they stay as they are, bit for bit.
+    """
+
+    uses: ClassVar[frozenset[str]] = ALL_SETTINGS
+    updates_weights: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -137,8 +166,7 @@ class Pruner(ABC):
         return bool(self.uses)
 
     def settings(self) -> dict[str, Any]:
-        """Return the hyper-parameters that can change the outcome, in canonical form."""
-        settings = dict(vars(self))
+        settings = super().settings()
         for field, value in settings.items():
             if isinstance(value, Pruner):  # a method nested in this one
                 settings[field] = {"name": value.name, "version": value.version, **value.settings()}
@@ -176,6 +204,8 @@ class Pruner(ABC):
 
 class ScorePruner(Pruner):
     """Score the weights, rank them, zero the lowest; surviving weights are unchanged."""
+
+    updates_weights = False
 
     @abstractmethod
     def score(self, linear: LinearView, block: Block) -> Tensor:
