@@ -15,6 +15,7 @@ from torch import Tensor
 from dass_exp.errors import NumericalError
 
 _BAND = 256  # rows of the Gram matrix that are accumulated by one product
+_NO_NORM = 1e-8  # added to norms that divide: an input may be zero at every token
 
 
 class Statistic(ABC):
@@ -95,6 +96,38 @@ class HessianFactor:
     retries: int
 
 
+class NormalisedGram:
+    """A Gram matrix scaled to a unit diagonal: in these coordinates every input has norm one.
+
+    Args:
+        matrix: float32 [in_features, in_features].
+        scale: float32 [in_features]; a weight [out, in] times ``scale`` is the weight in these coordinates.
+    """
+
+    def __init__(self, matrix: Tensor, scale: Tensor) -> None:
+        self.matrix, self.scale = matrix, scale
+        self._inverses: dict[float, Tensor] = {}
+        self._eigen: tuple[Tensor, Tensor] | None = None
+
+    def inverse(self, ridge: float) -> Tensor:
+        """Return the inverse of ``matrix + ridge * identity``, ``ridge`` > 0, float32; computed once."""
+        if ridge not in self._inverses:
+            with _one_thread(self.matrix.device):
+                damped = self.matrix.clone()
+                damped.diagonal().add_(ridge)
+                self._inverses[ridge] = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        return self._inverses[ridge]
+
+    @property
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues [in_features] and eigenvectors [in_features, in_features], float32, by way of float64."""
+        if self._eigen is None:
+            with _one_thread(self.matrix.device):
+                values, vectors = torch.linalg.eigh(self.matrix.double())
+            self._eigen = values.clamp_min_(0).float(), vectors.float()
+        return self._eigen
+
+
 class Gram(Statistic):
     """The Gram matrix X^T X of the inputs: up to a factor the Hessian of the layer-wise squared error (SparseGPT)."""
 
@@ -103,12 +136,13 @@ class Gram(Statistic):
         # The matrix is symmetric: only bands right of the diagonal are accumulated, which saves two fifths of the time.
         self.upper = torch.zeros(features, features, dtype=torch.float32, device=device)
         self._factors: dict[tuple[float, int], HessianFactor] = {}
+        self._normalised: dict[float, NormalisedGram] = {}
 
     def _add(self, sequence: Tensor) -> None:
         for start in range(0, self.features, _BAND):
             band = slice(start, start + _BAND)
             self.upper[band, start:].addmm_(sequence[:, band].T, sequence[:, start:])
-        self._factors.clear()
+        self.release()
 
     @property
     def matrix(self) -> Tensor:
@@ -142,6 +176,19 @@ class Gram(Statistic):
                 self._factors[damping, tile] = HessianFactor(upper, _to_feedback(upper, tile), retries)
         return self._factors[damping, tile]
 
+    def normalised(self, damping: float = 0.0) -> NormalisedGram:
+        """Scale the Gram matrix to a unit diagonal, once for all linears that share the input.
+
+        Args:
+            damping: multiple of the mean diagonal that is added to the diagonal before.
+        """
+        if damping not in self._normalised:
+            matrix = self.matrix
+            matrix.diagonal().add_(damping * matrix.diagonal().mean())
+            scale = matrix.diagonal().sqrt() + _NO_NORM
+            self._normalised[damping] = NormalisedGram(matrix.div_(scale).div_(scale[:, None]), scale)
+        return self._normalised[damping]
+
     def _factorise(self, damping: float, tries: int) -> tuple[Tensor, int]:
         """Return R of the damped Hessian R R^T, and how often the damping was raised."""
         hessian = self.upper.flip(0, 1)  # Cholesky reads the lower triangle: the upper one, flipped
@@ -168,6 +215,7 @@ class Gram(Statistic):
 
     def release(self) -> None:
         self._factors.clear()
+        self._normalised.clear()
 
     def check(self, name: str) -> None:
         _check_finite(self.upper, name)

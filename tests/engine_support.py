@@ -14,11 +14,12 @@ from dass_exp.config.components import build, choice
 from dass_exp.config.settings import ExpertsConfig
 from dass_exp.engine.callbacks import BlockReport, Callback
 from dass_exp.engine.prune import EngineOptions, prune_model
+from dass_exp.engine.verify import Layer, verify
 from dass_exp.masks import NM, Pattern
-from dass_exp.methods.base import Block, LinearView, Pruner
+from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner
 from dass_exp.models.decoder import LinearSite, Matrix, decoder_of
-from dass_exp.models.families import INPUT_OF, PLAIN, Role
-from dass_exp.statistics import InputNorm
+from dass_exp.models.families import INPUT_OF, PLAIN, Q, Role
+from dass_exp.statistics import Gram, InputNorm, Statistic
 
 NAMES = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 METHODS = [build(choice("method", name), Pruner, "method") for name in NAMES]
@@ -51,6 +52,31 @@ def kept(method: Pruner, block: Block, role: Role, pattern: Pattern) -> list[lis
     keep = method.prune_linear(linear, block, pattern).keep
     assert torch.equal(linear.weight, before * keep)
     return keep.int().tolist()
+
+
+OUT, IN = 12, 40  # of the layer in tests/methods/conftest.py
+
+
+def view_of(weight: Tensor, inputs: Tensor, stat: type[Statistic] = Gram) -> LinearView:
+    """A linear with this weight and the statistic of these inputs [sequences, tokens, in_features]."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight.data = weight.clone()
+    statistic = stat(weight.shape[1], weight.device)
+    statistic.update(inputs)
+    return LinearView("layer.q", Q, Matrix.of(linear), statistic)
+
+
+def prune_matrix(method: Pruner, weight: Tensor, inputs: Tensor, pattern: Pattern) -> tuple[Tensor, MaskResult, Layer]:
+    """The weight after pruning, its mask, and the verified entry of the linear."""
+    view = view_of(weight, inputs)
+    result = method.prune_linear(view, Block("layer", [view]), pattern)
+    (layer,) = verify(BlockReport(0, "layer", nn.Identity(), [view], {"layer.q": result}, None), pattern)
+    return view.weight.clone(), result, layer
+
+
+def output_error(changed: Tensor, weight: Tensor, inputs: Tensor) -> float:
+    """The Frobenius norm of the change of a layer's outputs, in float64."""
+    return float((inputs.double().flatten(0, 1) @ (changed.double() - weight.double()).T).norm())
 
 
 @dataclass

@@ -203,3 +203,35 @@ def test_the_factor_does_not_depend_on_the_number_of_threads(features):
         assert torch.get_num_threads() == threads
     assert torch.equal(factors[0], factors[1])
     assert torch.equal(factors[0], factors[2])
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_a_normalised_gram_matrix_has_a_unit_diagonal_a_ridge_inverse_and_its_eigenvectors(damping):
+    inputs = torch.randn(4, 16, 12, generator=torch.Generator().manual_seed(0)) * torch.arange(12)  # the first is dead
+    stat, rows = observed(Gram, inputs), inputs.double().flatten(0, 1)
+    gram = rows.T @ rows
+    gram += damping * gram.diagonal().mean() * torch.eye(12)
+    scale = gram.diagonal().sqrt() + 1e-8
+    normalised, expected = stat.normalised(damping), gram / torch.outer(scale, scale)
+    torch.testing.assert_close(normalised.scale.double(), scale, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(normalised.matrix.double(), expected, rtol=1e-5, atol=1e-5)
+    inverse = torch.linalg.inv(expected + 0.5 * torch.eye(12))
+    torch.testing.assert_close(normalised.inverse(0.5).double(), inverse, rtol=1e-4, atol=1e-4)
+    values, vectors = normalised.eigen
+    torch.testing.assert_close((vectors * values @ vectors.T).double(), expected, rtol=1e-4, atol=1e-4)
+    assert stat.normalised(damping) is normalised
+    assert normalised.inverse(0.5) is normalised.inverse(0.5)
+    stat.release()
+    assert stat.normalised(damping) is not normalised
+
+
+def test_a_normalised_gram_matrix_does_not_depend_on_the_number_of_threads():
+    inputs = torch.randn(64, 32, 300, generator=torch.Generator().manual_seed(0))
+    derived = []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        normalised = observed(Gram, inputs).normalised(0.01)
+        derived.append(torch.stack([normalised.inverse(1.0), normalised.eigen[1]]))
+        assert torch.get_num_threads() == threads
+    assert torch.equal(derived[0], derived[1])
+    assert torch.equal(derived[0], derived[2])

@@ -4,47 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from engine_support import IN, OUT
+from engine_support import prune_matrix as pruned
+from torch import Tensor
 
-from dass_exp.engine.callbacks import BlockReport
-from dass_exp.engine.verify import Layer, verify
+from dass_exp.engine.verify import Layer
 from dass_exp.errors import UserError
 from dass_exp.masks import NM, Pattern, Unstructured
-from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner
 from dass_exp.methods.magnitude import Magnitude
 from dass_exp.methods.sparsegpt import SparseGPT
-from dass_exp.models.decoder import Matrix
-from dass_exp.models.families import Q
-from dass_exp.statistics import Gram
 
-OUT, IN = 12, 40
 DEAD = [3, 8, 9, 10, 11, 24]  # features 8 to 11 are a whole 2:4 tile
-
-
-@pytest.fixture
-def weight() -> Tensor:
-    return torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def inputs() -> Tensor:
-    """Five sequences of 32 tokens with correlated features, so that errors move between columns."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(5, 32, IN, generator=generator) @ (
-        torch.eye(IN) + 0.3 * torch.randn(IN, IN, generator=generator)
-    )
-
-
-def pruned(method: Pruner, weight: Tensor, inputs: Tensor, pattern: Pattern) -> tuple[Tensor, MaskResult, Layer]:
-    """The weight after pruning, its mask, and the verified entry of the linear."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    linear.weight.data = weight.clone()
-    gram = Gram(weight.shape[1], weight.device)
-    gram.update(inputs)
-    view = LinearView("layer.q", Q, Matrix.of(linear), gram)
-    result = method.prune_linear(view, Block("layer", [view]), pattern)
-    (layer,) = verify(BlockReport(0, "layer", torch.nn.Identity(), [view], {"layer.q": result}, None), pattern)
-    return linear.weight.data, result, layer
 
 
 # --- the paper's algorithm
