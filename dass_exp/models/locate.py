@@ -1,37 +1,31 @@
 """Find and identify a model on the hub, in a folder, among the offline models or the tiny ones."""
 
-import functools
-import hashlib
 import importlib.util
-import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from dass_exp.config.settings import ModelConfig
 from dass_exp.data import assets
-from dass_exp.errors import UserError
+from dass_exp.errors import UserError, naming
 from dass_exp.models import tiny
-from dass_exp.storage.mask_file import MASKS
+from dass_exp.models.folder import folder_digest, manifest_of
 
 OFFLINE = "offline:"  # prefix of a path that names a model of assets.py
 TINY = "tiny:"  # prefix of a path that names a model of tiny.py
-MANIFEST = "dass_exp.json"
 
 _LICENCES = {"gemma3_270m": "the Gemma Terms of Use (https://ai.google.dev/gemma/terms)"}
 _NOTES = {
     "smollm2_135m": "dequantised from 4-bit weights (GGUF Q4_1)",
     "gemma3_270m": "dequantised from 4-bit weights (GGUF Q4_K_M)",
 }
-_IDENTIFYING = {"config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"}  # besides the weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +52,12 @@ def locate(config: ModelConfig) -> ModelSource:
         return _offline_source(path, bool(config.accept_license))
     if Path(path).is_dir():
         folder, manifest = Path(path), manifest_of(Path(path))
+        with readable_errors(path):
+            identity = f"local:{folder_digest(folder)}"  # first: transformers would wait for ever to read a pipe
         return ModelSource(
             source=str(folder),
             config=_read_config(str(folder), trust=trust),
-            identity=f"local:{folder_digest(folder)}",
+            identity=identity,
             note=f"pruned by dass_exp: {manifest['told']}, record {manifest['key']}" if manifest else "",
         )
     if path.startswith(("/", ".", "~")):
@@ -105,9 +101,12 @@ def _read_config(source: str, revision: str | None = None, trust: bool = False) 
 
 def offline_folder(name: str) -> Path:
     """Return the folder of an offline model, converted on first use; raises as ``fetch``, or if that needs an extra."""
-    if not assets.is_complete(assets.model_folder(name)) and importlib.util.find_spec("gguf") is None:
+    folder = assets.model_folder(name)
+    if not assets.is_complete(folder) and importlib.util.find_spec("gguf") is None:
         advice = "pip install 'dass_exp[offline]' (in a checkout: pip install -e '.[offline]')"
-        raise UserError(f"model {name}: it is a GGUF file, and the package that converts it is an extra; {advice}")
+        damage = f"{found}; " if (found := assets.damage_in(folder)) else ""
+        problem = f"{damage}it is a GGUF file, and the package that converts it is an extra"
+        raise UserError(f"model {name}: {problem}; {advice}")
     return assets.convert_once(name, _convert_gguf)
 
 
@@ -161,46 +160,12 @@ def quiet_libraries() -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-@contextmanager
-def readable_errors(source: str) -> Iterator[None]:
-    """Turn what transformers and the hub raise for a model that cannot be loaded into a one-line UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (SafetensorError, OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        if isinstance(error, SafetensorError):
-            raise UserError(f"model.path={source}: one of its files is damaged ({reason}); fetch it again") from error
-        raise UserError(
-            f"model.path={source}: it cannot be loaded. Check the name, log in with `hf auth login` if it is gated, "
-            f"and check the network; model=smollm2_135m needs no hub. ({reason[:300]})"
-        ) from error
-
-
-def folder_digest(folder: Path) -> str:
-    """Return 16 hex digits of a SHA-256 over the weights (safetensors only), config and tokenizer of a model folder."""
-    weights = {file for file in folder.glob("*.safetensors") if file.name != MASKS}
-    if not weights:
-        raise UserError(f"model.path={folder}: the folder holds no .safetensors file; other formats are not read")
-    files = sorted(weights | {file for file in folder.iterdir() if file.name in _IDENTIFYING})
-    return _digest(tuple((file.absolute(), file.stat().st_mtime_ns, file.stat().st_size) for file in files))
-
-
-@functools.lru_cache(maxsize=64)
-def _digest(stamped: tuple[tuple[Path, int, int], ...]) -> str:
-    """Hash files once per process while their time stamps and sizes, which are part of the cache key, stay the same."""
-    total = hashlib.sha256()
-    for file, _, _ in stamped:
-        total.update(f"{file.name}:{assets.file_sha256(file)};".encode())
-    return total.hexdigest()[:16]
-
-
-def manifest_of(folder: Path) -> dict[str, Any]:
-    """Read the manifest of a checkpoint that :mod:`dass_exp.models.save` wrote; empty for any other folder."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    valid = isinstance(manifest, dict) and all(isinstance(manifest.get(name), str) for name in ("key", "told"))
-    return manifest if valid else {}
+def readable_errors(source: str) -> AbstractContextManager[None]:
+    """Turn whatever transformers and the hub raise for a model that cannot be loaded into a one-line UserError."""
+    advice = (
+        "check its files, or fetch it again"
+        if Path(source).is_dir()
+        else "check the name, log in with `hf auth login` if it is gated, and check the network; model=smollm2_135m "
+        "needs no hub"
+    )
+    return naming(f"model.path={source}: it cannot be loaded; {advice}")

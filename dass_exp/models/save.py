@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.dynamic_module_utils import custom_object_save
 
 from dass_exp.errors import UserError
-from dass_exp.models.locate import MANIFEST, manifest_of
+from dass_exp.models.folder import MANIFEST, manifest_of
 from dass_exp.models.shards import INDEX
 from dass_exp.storage.durable import as_os_error, fsync, write_json, write_tensors
 from dass_exp.storage.mask_file import MASKS, PackedMask, write_masks

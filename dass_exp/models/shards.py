@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dass_exp.errors import UserError
+from dass_exp.storage.checksum import require_regular
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -37,6 +38,11 @@ class Shards:
         if missing := sorted(set(self._files) - set(self._shapes)):
             name, file = missing[0], self._files[missing[0]]
             raise UserError(f"model.path={folder}: {file} does not hold {name}, which the index says; fetch it again")
+
+    @property
+    def files(self) -> set[str]:
+        """The files of all tensors, relative to the folder and inside it."""
+        return set(self._files.values())
 
     @property
     def names(self) -> list[str]:
@@ -73,14 +79,19 @@ def _files(folder: Path) -> dict[str, str]:
             return dict.fromkeys(single.keys(), SINGLE)
     try:
         weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(file) for name, file in weight_map.items()}
+        files = {str(name): str(file) for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"model.path={folder}: its {INDEX} cannot be read ({error}); fetch it again") from error
+    for file in files.values():
+        if PurePath(file).is_absolute() or ".." in PurePath(file).parts:
+            raise UserError(f"model.path={folder}: its {INDEX} names {file}, which lies outside of the folder")
+    return files
 
 
 @contextmanager
 def _opened(folder: Path, file: str) -> Iterator[Any]:
     try:
+        require_regular(folder / file)
         with safe_open(folder / file, framework="pt") as shard:
             yield shard
     except (OSError, SafetensorError) as error:

@@ -114,6 +114,7 @@ def trained_recipe(variant: str, training_seed: int | None) -> Recipe:
         seed, command = recipe.training_seed, "make tiny-models"
         if seed not in TRAINING_SEEDS:
             command = f"python -m dass_exp.train {variant} --training-seeds {seed}"
-        problem = f"it is not trained yet; run `{command}` once (minutes a model)"
+        missing = assets.damage_in(recipe.folder) or "it is not trained yet"
+        problem = f"{missing}; run `{command}` once (minutes a model)"
         raise UserError(f"model.path=tiny:{variant}, model.training_seed={seed}: {problem}")
     return recipe

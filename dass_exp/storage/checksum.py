@@ -1,5 +1,6 @@
 """Checksums of what is written and read again, so that a damaged file is named instead of believed."""
 
+import functools
 import json
 import stat
 from collections.abc import Mapping
@@ -29,6 +30,24 @@ def file_digest(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return PREFIX + digest.hexdigest()
+
+
+def digest_once(path: Path) -> str:
+    """Return the checksum of a regular file, read once per process while its :func:`stamp` stays the same."""
+    return _digest_of(path, stamp(path))
+
+
+@functools.lru_cache(maxsize=256)
+def _digest_of(path: Path, stamped: tuple[int, ...]) -> str:
+    del stamped
+    return file_digest(path)
+
+
+def stamp(path: Path) -> tuple[int, ...]:
+    """Return what changes when the content of a regular file is changed; raises as :func:`file_digest`."""
+    require_regular(path)
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def json_digest(content: Any) -> str:

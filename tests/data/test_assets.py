@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -214,8 +215,8 @@ def test_an_interrupted_conversion_leaves_no_folder(model, cache, interruption):
     [
         lambda folder: (folder / "model.safetensors").unlink(),
         lambda folder: (folder / "model.safetensors").write_bytes(b"wei"),
-        lambda folder: (folder / "sizes.json").unlink(),
-        lambda folder: (folder / "sizes.json").write_text("{"),
+        lambda folder: (folder / "digests.json").unlink(),
+        lambda folder: (folder / "digests.json").write_text("{"),
     ],
 )
 def test_an_incomplete_converted_model_is_converted_again(model, damage):
@@ -223,6 +224,44 @@ def test_an_incomplete_converted_model_is_converted_again(model, damage):
     damage(model)
     convert_once("tiny", convert)
     assert (model / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_a_flipped_bit_in_a_converted_model_is_named_and_it_is_converted_again(model, caplog):
+    convert_once("tiny", convert)
+    (model / "model.safetensors").write_bytes(b"weightr")
+    assert convert_once("tiny", convert) == model
+    assert contains(caplog.text.strip().splitlines()[0], [str(model / "model.safetensors"), "is damaged"])
+    assert (model / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_damage_that_cannot_be_mended_is_named_before_the_reason(model, index, one):
+    convert_once("tiny", convert)
+    (model / "model.safetensors").write_bytes(b"weightr")
+    for file in index.iterdir():
+        file.unlink()
+    with pytest.raises(UserError) as caught:
+        convert_once("tiny", convert)
+    assert str(caught.value).startswith(f"{model / 'model.safetensors'} is damaged, and another copy cannot be made")
+    fetched = fetch_path(one)
+    with pytest.raises(UserError, match=f"{fetched} is damaged, and another copy cannot be made"):
+        fetch(one)
+
+
+def fetch_path(asset: Asset) -> Path:
+    """A damaged file in the cache."""
+    path = assets.cache_dir() / "files" / asset.file
+    path.write_bytes(b"damaged")
+    return path
+
+
+def test_a_model_converted_by_an_earlier_version_is_taken_over_as_it_is(model):
+    convert_once("tiny", convert)
+    (model / assets.DIGESTS).unlink()
+    sizes = {path.name: path.stat().st_size for path in model.iterdir()}
+    (model / assets.SIZES).write_text(json.dumps(sizes))
+    assert convert_once("tiny", pytest.fail) == model
+    (model / "model.safetensors").write_bytes(b"weightr")
+    assert not assets.is_complete(model)
 
 
 # The real assets
