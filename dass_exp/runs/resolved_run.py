@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dass_exp.config.components import build
+from dass_exp.config.plugin_source import source_digest
 from dass_exp.config.settings import RunConfig
 from dass_exp.data import assets
 from dass_exp.data.texts import Text
@@ -193,6 +194,8 @@ def identity_of(run: ResolvedRun) -> dict[str, Any]:
         if spec.family is not None and spec.family.experts is not None:
             experts = dataclasses.asdict(config.experts)
             identity["experts"] = {**experts, "starved": _STARVED[config.experts.starved]}
+    if code := _plugin_code(run):
+        identity["code"] = code
     if spec.trained:
         identity["trained"] = dict(spec.trained)
     if config.repeat:
@@ -200,6 +203,18 @@ def identity_of(run: ResolvedRun) -> dict[str, Any]:
     if "seed" in method.uses:
         identity["seed"] = config.seed
     return identity
+
+
+def _plugin_code(run: ResolvedRun) -> dict[str, str]:
+    """Return digests of the source of what plugins contribute to the numbers of a run."""
+    parts: dict[str, object] = {"method": run.method}
+    if "pattern" in run.method.uses:
+        parts["pattern"] = run.pattern
+    if "calibration" in run.method.uses:
+        parts["calibration.text"] = run.calibration_text
+    if run.evaluation_text is not None:
+        parts["eval.perplexity.text"] = run.evaluation_text
+    return {name: digest for name, part in parts.items() if (digest := source_digest(type(part)))}
 
 
 def _evaluation(run: ResolvedRun) -> dict[str, Any]:

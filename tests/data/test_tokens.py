@@ -9,11 +9,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 import datasets
+import huggingface_hub
 import pytest
 import torch
 from support import contains, tiny_tokenizer
 
 from dass_exp.config.settings import CalibrationConfig
+from dass_exp.data import texts
 from dass_exp.data.texts import HubText, OfflineText, Text
 from dass_exp.data.tokens import Tokens, calibration_tokens, encode, evaluation_windows
 from dass_exp.errors import UserError
@@ -270,8 +272,8 @@ def test_no_wikipedia_article_is_in_both_parts():
 
 
 def test_the_identity_of_a_text_is_its_content_and_its_part():
-    texts = [OfflineText(asset, part) for asset in ("c4", "wikipedia") for part in ("all", "even", "odd")]
-    assert len({repr(sorted(text.identity.items())) for text in texts}) == 6
+    parts = [OfflineText(asset, part) for asset in ("c4", "wikipedia") for part in ("all", "even", "odd")]
+    assert len({repr(sorted(text.identity.items())) for text in parts}) == 6
     assert OfflineText("c4").identity["sha256"].startswith("2daf1ef1")
 
 
@@ -293,15 +295,61 @@ def test_a_hub_text_loads_the_data_set_of_its_settings(tmp_path, monkeypatch):
     assert sorted(HubText(str(tmp_path), "train").documents()) == ["one", "three", "two"]
 
 
-def test_a_hub_text_passes_its_configuration_and_revision_on(monkeypatch):
+COMMIT = "c0ffee" * 6 + "c0ff"
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """The hub's cache, in which the main branch of two data sets is at a commit."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    texts._commit_of.cache_clear()
+    for name in ("allenai--c4", "a--b"):
+        (tmp_path / f"datasets--{name}" / "refs").mkdir(parents=True)
+        (tmp_path / f"datasets--{name}" / "refs" / "main").write_text(COMMIT)
+    yield tmp_path
+    texts._commit_of.cache_clear()
+
+
+@pytest.mark.usefixtures("hub_cache")
+@pytest.mark.parametrize(("revision", "commit"), [(None, COMMIT), ("main", COMMIT), ("decade" * 6 + "deca",) * 2])
+def test_a_hub_text_passes_its_configuration_and_commit_on(monkeypatch, revision, commit):
     arguments = {}
     monkeypatch.setattr(
         datasets, "load_dataset", lambda *names, **settings: arguments.update(settings, names=names) or {"text": []}
     )
-    HubText("allenai/c4", "train", name="en", revision="abc").documents()
-    assert arguments == {"names": ("allenai/c4", "en"), "data_files": None, "split": "train", "revision": "abc"}
+    HubText("allenai/c4", "train", name="en", revision=revision).documents()
+    assert arguments == {"names": ("allenai/c4", "en"), "data_files": None, "split": "train", "revision": commit}
 
 
+def test_another_commit_of_a_hub_text_is_another_text(hub_cache):
+    before = HubText("a/b", "train").identity
+    (hub_cache / "datasets--a--b" / "refs" / "main").write_text("decade" * 6 + "deca")
+    texts._commit_of.cache_clear()
+    assert HubText("a/b", "train").identity != before
+    assert before["revision"] == COMMIT
+
+
+@pytest.mark.usefixtures("hub_cache")
+@pytest.mark.parametrize("revision", [None, "v2"])
+def test_a_hub_text_whose_commit_is_unknown_is_refused(revision):
+    with pytest.raises(UserError) as caught:
+        _ = HubText("another/one", "train", revision=revision).identity
+    assert contains(str(caught.value), [f"text.revision={revision or 'null'}:", "another/one", "set the commit"])
+
+
+def test_a_local_text_is_known_by_its_content_wherever_it_lies(tmp_path):
+    identities = []
+    for place, line in (("one", "x"), ("two", "x"), ("three", "y")):
+        (tmp_path / place).mkdir()
+        file = tmp_path / place / "part.jsonl"
+        file.write_text(f'{{"text": "{line}"}}\n')
+        identities.append([HubText(str(file.parent), "train"), HubText("json", "train", data_file=str(file))])
+    for one, same, other in zip(*identities, strict=True):
+        assert one.identity == same.identity != other.identity
+        assert str(tmp_path) not in repr(one.identity)
+
+
+@pytest.mark.usefixtures("hub_cache")
 def test_a_hub_text_without_a_network_is_a_one_line_error(monkeypatch):
     def load_dataset(*args, **settings):
         raise ConnectionError("no\nroute")
@@ -312,7 +360,9 @@ def test_a_hub_text_without_a_network_is_a_one_line_error(monkeypatch):
     assert contains(str(caught.value), ["allenai/c4", "network", "protocol=demo", "no route"])
 
 
+@pytest.mark.usefixtures("hub_cache")
 def test_every_field_of_a_hub_text_is_in_its_identity():
     base = HubText("a/b", "train")
-    texts = [base, *(replace(base, **{field.name: "x"}) for field in fields(HubText))]
-    assert len({repr(text.identity) for text in texts}) == 6
+    another = {"path": "allenai/c4", "revision": "decade" * 6 + "deca"}
+    changed = [replace(base, **{field.name: another.get(field.name, "x")}) for field in fields(HubText)]
+    assert len({repr(text.identity) for text in (base, *changed)}) == 6

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import load, save_file
 from support import command, compose, save_tiny, settings_of, tiny_config, tiny_overrides
 from transformers import MixtralConfig
 
+from dass_exp.config import plugin_source
 from dass_exp.config.settings import settings_without_effect
 from dass_exp.methods.dass import Dass
 from dass_exp.runs import resolved_run as identity_module
@@ -276,3 +278,46 @@ def test_a_hub_model_is_known_by_its_commit(tmp_path, tiny):
     assert models == sorted(2 * [f"some/model@{commit}" for commit in commits.values()])
     assert (tmp_path / "saved" / "model.safetensors.index.json").is_file()
     assert "it cannot be loaded" in command(*cell, "model.path=some/other", folder=tmp_path, **hub).stderr
+
+
+# --- code of plugins
+
+PLUGIN = """
+from dataclasses import dataclass
+from dass_exp.methods.magnitude import Magnitude
+
+@dataclass
+class Largest(Magnitude):
+    pass
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """Write a package with these files and return the key of a run of its method; as often as asked."""
+    folder = tmp_path / "packages" / "a_plugin"
+    folder.mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(folder.parent))
+    monkeypatch.setenv("DASS_EXP_PLUGINS", "a_plugin")
+
+    def key(tiny, **files):
+        for name, content in {"__init__": "", "method": PLUGIN, **files}.items():
+            (folder / f"{name}.py").write_text(content)
+        for module in ("a_plugin", "a_plugin.method"):
+            sys.modules.pop(module, None)
+        plugin_source._package_digest.cache_clear()
+        return key_with(tiny, "method=magnitude", "method._target_=a_plugin.method.Largest")
+
+    yield key
+    for module in ("a_plugin", "a_plugin.method"):
+        sys.modules.pop(module, None)
+
+
+def test_edited_code_of_a_plugin_is_another_run(tiny, plugin):
+    keys = [plugin(tiny), plugin(tiny), plugin(tiny, method=PLUGIN + "    version = 1"), plugin(tiny, helper="x = 1")]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
+
+
+def test_our_own_code_is_known_by_its_versions(tiny):
+    assert "code" not in identified(tiny).identity
