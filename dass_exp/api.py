@@ -14,7 +14,7 @@ from dass_exp.engine.prune import EngineOptions, prune_model
 from dass_exp.engine.verify import Layer, Verification
 from dass_exp.errors import UserError, whole_number
 from dass_exp.evaluate.perplexity import perplexity as score
-from dass_exp.masks import NM, Pattern, Unstructured
+from dass_exp.masks import NM, Pattern, TransposableNM, Unstructured
 from dass_exp.methods.base import Pruner
 from dass_exp.models.load import identify, load_model, load_tokenizer
 from dass_exp.models.locate import OFFLINE
@@ -72,7 +72,7 @@ def prune(
         model: a transformers causal language model of a known family.
         tokens: int64 [sequences, tokens], calibration; magnitude and dense need none.
         method: dass, wanda, sparsegpt, magnitude, dense, or an instance such as ``Dass(alpha=0.25)``.
-        pattern: ``2:4``, ``4:8``, any ``n:m`` (n kept), ``50%``, or an instance.
+        pattern: ``2:4``, ``4:8``, any ``n:m`` (n kept), ``2:4 transposable``, ``50%``, or an instance.
         scope: mlp, attention or all.
         batch_size: sequences that pass through a block together; it changes no number.
         roles: for a family that the table does not know: ``blocks``, and the path of each role's linear inside a block.
@@ -169,9 +169,9 @@ def pattern_of(pattern: Pattern | str) -> Pattern:
             return Unstructured()
         if text.endswith("%"):
             return Unstructured(float(text[:-1]) / 100)
-        kept, group = map(int, text.split(":"))
+        kept, group = map(int, text.removesuffix("transposable").rstrip("_ ").split(":"))
     except ValueError as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"pattern={pattern!r}: expected 2:4, 4:8, any n:m, 50%, or an instance of a Pattern") from error
-    return NM(kept, group)
+    return (TransposableNM if text.endswith("transposable") else NM)(kept, group)

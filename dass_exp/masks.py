@@ -3,6 +3,8 @@
 Ties are broken in favour of the lower index, so the sparsity is exact: weights of 4-bit checkpoints often tie.
 """
 
+import functools
+import itertools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,11 @@ from dass_exp.errors import UserError, finite_number, whole_number
 _FEW_SCORES = 1 << 13
 # Up to this group size, comparing all pairs is 3 to 8 times faster than a stable sort (CPU, float32).
 _PAIRWISE_LIMIT = 16
+# Up to this size, all masks of a tile that hold along both axes are compared: 90 for 2:4.
+_ENUMERATED = 4
+_TILES_AT_ONCE = 1 << 11  # in cache
+_SCORE_RANGE = 1 << 24  # of whole-number scores; a path of a few steps stays within 32 bits
+_NO_STEP = -(1 << 29)
 
 
 class Pattern(ABC):
@@ -46,6 +53,11 @@ class Pattern(ABC):
     def check(self, shape: tuple[int, int], dim: int | None) -> None:
         """Raise a UserError if a matrix of ``shape`` cannot have this pattern along ``dim``."""
         del shape, dim
+
+    def kernel_ready(self, dim: int | None) -> bool:
+        """Whether a stock 2:4 kernel can use a mask made along ``dim``: it needs groups along the input axis."""
+        del dim
+        return False
 
     @abstractmethod
     def violations(self, mask: Tensor, dim: int | None) -> int:
@@ -155,6 +167,9 @@ class NM(Pattern):
                 f" choose an m that divides {shape[axis]}"
             )
 
+    def kernel_ready(self, dim: int | None) -> bool:
+        return (self.n, self.m) == (2, 4) and dim == 1
+
     def violations(self, mask: Tensor, dim: int | None) -> int:
         return int((self._group_sums(mask, dim) != self.n).sum())
 
@@ -169,3 +184,96 @@ class NM(Pattern):
     def _group_sums(self, present: Tensor, dim: int | None) -> Tensor:
         axis = 1 if dim is None else dim
         return present.unflatten(axis, (-1, self.m)).sum(axis + 1)
+
+
+@dataclass(frozen=True)
+class TransposableNM(NM):
+    """Keep ``n`` of every ``m`` consecutive weights along both axes: a kernel can use W and its transpose.
+
+    Each tile of m x m weights keeps the n per row and column with the highest total score, whatever ``dim``. This is
+    exact: of 4 x 4 tiles all 90 masks are compared, larger tiles are solved as a flow problem.
+    """
+
+    @property
+    def name(self) -> str:
+        return f"{self.n}:{self.m} transposable"
+
+    def keep(self, scores: Tensor, dim: int | None) -> Tensor:
+        self.check((scores.shape[0], scores.shape[1]), dim)
+        tiles = scores.unflatten(1, (-1, self.m)).unflatten(0, (-1, self.m)).transpose(1, 2)  # [rows, columns, m, m]
+        flat = tiles.reshape(-1, self.m, self.m)
+        best = _compare_tiles if self.m <= _ENUMERATED else _solve_tiles
+        mask = torch.cat([best(part, self.n) for part in flat.split(_TILES_AT_ONCE)])
+        return mask.view(tiles.shape).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+    def check(self, shape: tuple[int, int], dim: int | None) -> None:
+        for axis in (0, 1):
+            super().check(shape, axis)
+
+    def kernel_ready(self, dim: int | None) -> bool:
+        return (self.n, self.m) == (2, 4)
+
+    def _group_sums(self, present: Tensor, dim: int | None) -> Tensor:
+        return torch.cat([super(TransposableNM, self)._group_sums(present, axis).flatten() for axis in (0, 1)])
+
+
+@functools.cache
+def _feasible_tiles(n: int, m: int) -> Tensor:
+    """Every m x m mask with n kept in each row and column, float32 [masks, m * m]; those of low indices first."""
+    rows = [[float(column in kept) for column in range(m)] for kept in itertools.combinations(range(m), n)]
+    tiles = torch.tensor(list(itertools.product(rows, repeat=m)))
+    return tiles[(tiles.sum(1) == n).all(1)].flatten(1)
+
+
+def _compare_tiles(scores: Tensor, n: int) -> Tensor:
+    """Return the best mask of each tile, bool [tiles, m, m], by the total score of every feasible one."""
+    masks = _feasible_tiles(n, scores.shape[1]).to(scores.device)
+    best = (scores.float().flatten(1) @ masks.T).argmax(1)
+    return masks.bool()[best].view(scores.shape)
+
+
+def _solve_tiles(scores: Tensor, n: int) -> Tensor:
+    """Return the best mask of each tile, bool [tiles, m, m], by successive longest paths.
+
+    It starts from the n best of each row. While a column keeps too many, a weight moves along the best path from such a
+    column to one with too few: on a step from column j to k, a row gives up its weight in j and keeps that in k. Every
+    mask on the way is the best one for its column sums (Ahuja, Magnanti and Orlin, Network Flows, section 9.7).
+    """
+    m = scores.shape[1]
+    keep = NM(n, m).keep(scores.reshape(-1, m), 1).view(scores.shape)
+    # whole numbers: with rounding, a path could run in circles
+    scores = scores.double() / scores.double().abs().amax((1, 2), keepdim=True).clamp_min_(1e-300)
+    scores = scores.mul_(_SCORE_RANGE).round_().int()
+    active = torch.arange(len(keep), device=keep.device)
+    while len(active := active[(keep[active].sum(1) != n).any(1)]):
+        keep[active] = _move_along_best_path(keep[active], scores[active], n)
+    return keep
+
+
+def _move_along_best_path(keep: Tensor, scores: Tensor, n: int) -> Tensor:
+    """Return ``keep`` [tiles, m, m] after the best move from a column with more than n to one with fewer."""
+    tiles, m = len(keep), keep.shape[1]
+    which = torch.arange(tiles, device=keep.device)
+    # gain of the best row for a step from column j to column k: [tiles, m, m]
+    gains = scores[:, :, None, :] - scores[:, :, :, None]
+    gains.masked_fill_(~keep[:, :, :, None] | keep[:, :, None, :], _NO_STEP)
+    longest, rows = gains.max(1)
+    following = torch.arange(m, device=keep.device).expand(tiles, m, m).clone()  # [j, k]: the column after j
+    for middle in range(m):
+        through = longest[:, :, middle, None] + longest[:, None, middle, :]
+        better = through > longest
+        longest = torch.where(better, through, longest)
+        following = torch.where(better, following[:, :, middle, None], following)
+    counts = keep.sum(1)
+    closed = (counts <= n)[:, :, None] | (counts >= n)[:, None, :]
+    ends = longest.masked_fill(closed, 2 * _NO_STEP).flatten(1).argmax(1)
+    column, target = ends // m, ends % m
+    keep = keep.clone()
+    for _ in range(m):
+        step = following[which, column, target]
+        moving = which[column != target]
+        row = rows[moving, column[moving], step[moving]]
+        keep[moving, row, column[moving]] = False
+        keep[moving, row, step[moving]] = True
+        column = torch.where(column != target, step, column)
+    return keep

@@ -15,7 +15,7 @@ from dass_exp import Pruned, load, perplexity, prune
 from dass_exp.api import method_of, pattern_of
 from dass_exp.engine.verify import VerificationError
 from dass_exp.errors import UserError
-from dass_exp.masks import NM
+from dass_exp.masks import NM, TransposableNM
 from dass_exp.methods.base import Block, LinearView, MaskResult
 from dass_exp.methods.dass import Dass
 from dass_exp.methods.wanda import Wanda
@@ -116,6 +116,7 @@ def test_what_a_method_did_is_verified(tiny_model, tokens):
 
 def test_patterns_by_text():
     assert [pattern_of(text) for text in ("2:4", "2of4", "1:16")] == [NM(2, 4), NM(2, 4), NM(1, 16)]
+    assert pattern_of("4of8_transposable") == pattern_of("4:8 transposable") == TransposableNM(4, 8)
     fractions = {text: pattern_of(text).sparsity for text in ("50%", "62.5%", "unstructured")}
     assert fractions == {"50%": 0.5, "62.5%": 0.625, "unstructured": 0.5}
     assert pattern_of(NM(3, 4)) == NM(3, 4)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 from torch import Tensor
 
 from dass_exp import masks
 from dass_exp.errors import UserError
-from dass_exp.masks import NM, Pattern, Unstructured
+from dass_exp.masks import NM, Pattern, TransposableNM, Unstructured
 
 
 def mask(rows: list[list[int]]) -> Tensor:
@@ -202,3 +203,58 @@ def test_impossible_nm_is_refused(n, m):
 def test_impossible_sparsity_is_refused(sparsity):
     with pytest.raises(UserError, match=r"pattern\.sparsity="):
         Unstructured(sparsity)
+
+
+# --- transposable
+
+
+def best_total(scores: Tensor, n: int) -> float:
+    """The highest total score of n kept in each row and column, by linear programming."""
+    m = len(scores)
+    sums = torch.cat([torch.eye(m).repeat_interleave(m, 1), torch.eye(m).repeat(1, m)])
+    bounds = {"A_eq": sums.numpy(), "b_eq": [n] * (2 * m), "bounds": (0, 1)}
+    return -float(linprog(-scores.double().flatten().numpy(), **bounds, method="highs-ds").fun)
+
+
+def test_a_transposable_mask_keeps_the_best_of_all_tiles():
+    """The three nines of the first row cannot all stay, nor those of the first column."""
+    scores = torch.tensor([[9.0, 9.0, 9.0, 1.0], [9.0, 0.0, 0.0, 3.0], [9.0, 0.0, 1.0, 0.0], [0.0, 4.0, 2.0, 0.0]])
+    assert torch.equal(
+        TransposableNM(2, 4).keep(scores, 1), mask([[0, 1, 1, 0], [1, 0, 0, 1], [1, 0, 0, 1], [0, 1, 1, 0]])
+    )
+    assert len(masks._feasible_tiles(2, 4)) == 90
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (3, 4), (4, 4), (3, 5), (4, 8), (2, 8), (8, 16)])
+def test_a_transposable_mask_is_optimal_and_holds_along_both_axes(n, m):
+    """The gap to the optimum is nil, whether the tiles are compared or solved."""
+    pattern, scores = TransposableNM(n, m), torch.randn(2 * m, 3 * m, generator=torch.Generator().manual_seed(m)).abs()
+    keep = pattern.keep(scores, 1)
+    assert torch.equal(keep, pattern.keep(scores, 0))
+    for dim in (0, 1):
+        assert NM(n, m).violations(keep, dim) == pattern.violations(keep, dim) == 0
+    for tile, kept in zip(scores.unfold(0, m, m).unfold(1, m, m).flatten(0, 1),
+                          keep.unfold(0, m, m).unfold(1, m, m).flatten(0, 1), strict=True):  # fmt: skip
+        assert float(tile[kept].double().sum()) == pytest.approx(best_total(tile, n), rel=1e-6)
+    assert torch.equal(pattern.keep(scores.T, 1), keep.T)
+
+
+@pytest.mark.parametrize("m", [4, 8])
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e-30, 1e30])
+def test_a_transposable_mask_of_equal_scores_is_exact(m, value):
+    pattern = TransposableNM(m // 2, m)
+    assert pattern.violations(pattern.keep(torch.full((16, 16), value), 1), 1) == 0
+
+
+def test_a_transposable_pattern_must_divide_both_axes_and_counts_along_both():
+    pattern = TransposableNM(2, 4)
+    for shape, side in (((6, 8), "output"), ((8, 6), "input")):
+        with pytest.raises(UserError, match=f"does not divide the {side} axis"):
+            pattern.check(shape, 1)
+    rows = NM(2, 4).keep(torch.ones(4, 4), 1)  # two whole columns
+    assert (pattern.violations(rows, 1), pattern.overfull(rows, 0), pattern.underfull(rows, 1)) == (4, 2, 2)
+    assert [NM(2, 4).kernel_ready(dim) for dim in (0, 1)] == [False, True]
+    assert [pattern.kernel_ready(dim) for dim in (0, 1)] == [True, True]
+    assert not TransposableNM(4, 8).kernel_ready(1)
+    assert not Unstructured(0.5).kernel_ready(1)
+    assert pattern.settings() == {"name": "2:4 transposable", "n": 2, "m": 4}

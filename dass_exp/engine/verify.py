@@ -105,7 +105,7 @@ def _verify_linear(linear: LinearView, result: MaskResult, pattern: Pattern, err
         zeros=zeros,
         size=weight.numel(),
         axis=AXES[result.dim],
-        kernel_ready=pattern.name == "2:4" and result.dim == 1,
+        kernel_ready=pattern.kernel_ready(result.dim),
         excess=int((weight == 0).sum()) - zeros,
         underfull=pattern.underfull(weight, result.dim) if isinstance(pattern, NM) else 0,
         score_low=result.low,

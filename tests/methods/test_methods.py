@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dass_exp import prune
 from dass_exp.engine.verify import verify
 from dass_exp.errors import NumericalError, UserError
-from dass_exp.masks import NM, Pattern, Unstructured
+from dass_exp.masks import NM, Pattern, TransposableNM, Unstructured
 from dass_exp.methods.base import Block, LinearView, ScorePruner
 from dass_exp.methods.dass import Dass
 from dass_exp.methods.magnitude import Magnitude
@@ -25,7 +25,7 @@ from dass_exp.models.families import DOWN, FAMILIES, FC1, FC2, GATE, INPUT_OF, S
 from dass_exp.statistics import InputNorm
 
 VARIANTS = [*PRUNING, Dass(alpha=0.0), Dass(granularity="output")]
-PATTERNS = [NM(2, 4), NM(4, 8), Unstructured(0.5)]
+PATTERNS = [NM(2, 4), NM(4, 8), TransposableNM(2, 4), Unstructured(0.5)]
 each_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
 
 
