@@ -116,3 +116,19 @@ def short_texts_fixture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the first documents of the real texts: the tiny tokenizer is slow on megabytes."""
     documents = functools.cache(OfflineText.documents)
     monkeypatch.setattr(OfflineText, "documents", lambda text: documents(text)[:20])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how many cases of the campaign (tests/campaign) there are, how many were tried, and how many held."""
+    counts: dict[str, list[int]] = {}
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        for name, value in getattr(report, "user_properties", ()):
+            if name == "campaign" and report.when == "call":
+                kind, *numbers = value
+                counts[kind] = [sum(pair) for pair in zip(counts.get(kind, [0, 0, 0]), numbers, strict=True)]
+    if counts:
+        counts["all"] = [sum(column) for column in zip(*counts.values(), strict=True)]
+        terminalreporter.section("campaign")
+        terminalreporter.write_line(f"{'class':24}{'cases':>8}{'tried':>8}{'held':>8}")
+        for kind, numbers in counts.items():
+            terminalreporter.write_line(f"{kind:24}" + "".join(f"{number:8}" for number in numbers))
