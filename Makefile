@@ -1,7 +1,7 @@
 # Each target builds .venv if it is missing or out of date.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo report bench tiny-models test test-all check clean
+.PHONY: help demo report bench tiny-models test campaign test-all check clean
 
 PYTHON ?= python3
 STAMP := .venv/.stamp
@@ -33,12 +33,15 @@ tiny-models: $(STAMP)  ## train the twelve tiny models of sweeps/glu_variants.ya
 test: $(STAMP)  ## run the tests (CPU, offline once the assets are cached, some minutes)
 	@HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false $(RUN)python -m pytest -m 'not slow' -n 2
 
+campaign: $(STAMP)  ## try all hostile cases of tests/campaign, of which make test tries a sample (20 minutes); print their counts
+	@DASS_EXP_CAMPAIGN=all HF_HUB_OFFLINE=1 WANDB_MODE=offline $(RUN)python -m pytest tests/campaign -n 2 --dist worksteal
+
 $(STAMP_ALL): $(STAMP)
 	@$(RUN)python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,ray]'
 	@touch $@
 
-test-all: $(STAMP_ALL)  ## run all tests, including slow ones and a sweep through a local Ray
-	@HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false $(RUN)python -m pytest -n 2
+test-all: $(STAMP_ALL)  ## run all tests, including slow ones, the whole campaign and a sweep through a local Ray
+	@DASS_EXP_CAMPAIGN=all HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false $(RUN)python -m pytest -n 2
 
 check: $(STAMP)  ## check lint, formatting and types
 	@$(RUN)ruff check .

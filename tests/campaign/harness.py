@@ -26,7 +26,9 @@ TROUBLE = re.compile(
     r"Traceback \(most recent|Exception ignored|panicked at|terminate called|Segmentation|--- Logging error|core dumped"
 )
 DOING = ("model.placement=stream: the model is read", "continuing after block")
-LINES = [f"Line {number} of the text: the cat sat on mat {number * 7} and the river ran to the sea." for number in range(40)]
+LINES = [
+    f"Line {number} of the text: the cat sat on mat {number * 7} and the river ran to the sea." for number in range(40)
+]
 _RUN = ("prelude", "dass_exp.__main__", "dass_exp.report.cli")  # modules that a job runs as its main one
 
 
@@ -62,9 +64,20 @@ class Server:
         home.mkdir(exist_ok=True)
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         env = {**os.environ, "PYTHONPATH": path, "HOME": str(home), "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
-        env |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DASS_EXP_ROOT": str(ROOT)}
+        env |= {
+            "TQDM_DISABLE": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "DASS_EXP_ROOT": str(ROOT),
+        }
         process = subprocess.Popen(
-            call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=env, cwd=self._folder
+            call,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=env,
+            cwd=self._folder,
         )
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n", (self._folder / "server.log").read_text()
@@ -81,10 +94,13 @@ class Server:
     def preload(self, job: dict[str, Any]) -> None:
         """Start again with all modules that a job imports."""
         listing = self._folder / "modules.json"
-        write = f"import atexit, json, sys\natexit.register(lambda: open({str(listing)!r}, 'w').write(json.dumps(list(sys.modules))))"
+        save = f"open({str(listing)!r}, 'w').write(json.dumps(list(sys.modules)))"
+        write = f"import atexit, json, sys\natexit.register(lambda: {save})"
         (result,) = self.run({**job, "prelude": write})
         assert result.code == 0, result.stderr
-        modules = [name for name in json.loads(listing.read_text()) if name.split(".")[0] != "__main__" and name not in _RUN]
+        modules = [
+            name for name in json.loads(listing.read_text()) if name.split(".")[0] != "__main__" and name not in _RUN
+        ]
         self.close()
         self._process = self._start(modules)
 
@@ -96,7 +112,7 @@ class Server:
 
 
 class Box:
-    """The folder of one case: ``work`` (where the command runs), ``home``, ``tmp``, ``elsewhere``, ``model``, ``cache``."""
+    """The folder of one case: ``work`` (where commands run), ``home``, ``tmp``, ``elsewhere``, ``model``, ``cache``."""
 
     def __init__(self, folder: Path, template: Path) -> None:
         self.folder = folder
@@ -141,7 +157,9 @@ class Box:
         outcome: dict[str, Any] = {}
         for path in sorted(self.results.glob("runs/*/result.json")):
             record = json.loads(path.read_text())
-            outcome[path.parent.name] = _without_times({name: record[name] for name in ("metrics", "sparsity", "solver")})
+            outcome[path.parent.name] = _without_times(
+                {name: record[name] for name in ("metrics", "sparsity", "solver")}
+            )
         for path in [*sorted(self.results.glob("runs/*/masks.safetensors")), *sorted(self.saved.glob("*.safetensors"))]:
             outcome[str(path.relative_to(self.work))] = _tensor_hash(path)
         return outcome
@@ -236,7 +254,9 @@ class Campaign:
         paths = (path.relative_to(work) for path in sorted(work.rglob("*")) if path.is_file())
         return [path for path in paths if "hydra" not in path.parts and path.suffix != ".lock" and path.name != ".lock"]
 
-    def operations(self, argv: Sequence[str], prepare: Callable[[Box], Any] = lambda box: None, **job: Any) -> list[str]:
+    def operations(
+        self, argv: Sequence[str], prepare: Callable[[Box], Any] = lambda box: None, **job: Any
+    ) -> list[str]:
         """The file operations of an undisturbed run, in order."""
         box = self.box()
         prepare(box)
@@ -299,7 +319,8 @@ def try_all(campaign: Campaign, record: Callable[[str, object], None], kind: str
 def damages() -> dict[str, Callable[[Path], Any]]:
     """What may happen to a file, by name."""
     found: dict[str, Callable[[Path], Any]] = {
-        f"flip-{position}": functools.partial(flip, position=position) for position in (0, 0.02, 0.1, 0.3, 0.5, 0.8, 0.97, 1)
+        f"flip-{position}": functools.partial(flip, position=position)
+        for position in (0, 0.02, 0.1, 0.3, 0.5, 0.8, 0.97, 1)
     }
     found["cut"] = lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     found["short"] = lambda path: path.write_bytes(path.read_bytes()[:-1])
@@ -348,9 +369,11 @@ def _holding(secret: str, box: Box, result: Result) -> Iterator[str]:
 
 
 def make_writable(folder: Path) -> None:
+    """Undo what a case did to the permissions of folders."""
     for root, folders, _ in os.walk(folder):
-        for name in folders:
-            os.chmod(os.path.join(root, name), 0o755, follow_symlinks=os.path.islink(os.path.join(root, name)) is False)
+        for path in (Path(root, name) for name in folders):
+            if not path.is_symlink():
+                path.chmod(0o755)
 
 
 def _without_times(node: Any) -> Any:

@@ -1,10 +1,12 @@
-"""A process that imports everything once and forks one child per run of a command, so that a run costs a fraction of a
-second. It reads lists of jobs as lines of JSON, runs the jobs of one list at the same time, and answers with a list.
+"""A process that imports everything once and forks one child per run of a command: a run costs half a second.
 
-A job: ``argv``, ``cwd``, ``env`` (the whole environment), ``module`` (what ``python -m`` would run), ``path`` (prepended
-to ``sys.path``), ``prelude`` (Python that the child executes first), ``fault`` (see :class:`FaultyFiles`), ``limits`` (of
-``resource``, by name), ``stdout`` and ``stderr`` (``file``, ``closed``, or a path), ``encoding``, ``umask``, ``unprivileged``,
-``seconds`` and ``bytes`` (limits that the server enforces), ``box`` (the folder whose file operations count).
+It reads lists of jobs as lines of JSON, runs the jobs of one list at the same time, and answers with a list.
+
+A job: ``argv``, ``cwd``, ``env`` (the whole environment), ``module`` (what ``python -m`` would run), ``path`` (before
+``sys.path``), ``prelude`` (Python that the child executes first), ``fault`` (see :class:`FaultyFiles`), ``limits`` (of
+``resource``, by name), ``stdout`` and ``stderr`` (``file``, ``closed``, or a path), ``encoding``, ``umask``,
+``unprivileged``, ``finalise`` (whether the interpreter is ended in full), ``seconds`` and ``bytes`` (limits that the
+server enforces), ``box`` (the folder whose file operations count).
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from __future__ import annotations
 import atexit
 import ctypes
 import gc
-import glob
 import hashlib
 import importlib
 import io
@@ -52,7 +53,7 @@ class FaultyFiles:
         fsync = os.fsync
 
         def counted_fsync(descriptor: int) -> None:
-            self.operation("fsync", os.readlink(f"/proc/self/fd/{int(descriptor)}"))
+            self.operation("fsync", str(Path(f"/proc/self/fd/{int(descriptor)}").readlink()))
             fsync(descriptor)
 
         os.fsync = counted_fsync
@@ -102,11 +103,11 @@ class FaultyFiles:
             raise OSError(fault["number"], os.strerror(fault["number"]))
         elif kind == "readonly":
             with suppress(FileNotFoundError):
-                os.chmod(path, 0o500)
+                Path(path).chmod(0o500)
         elif kind == "remove":
             shutil.rmtree(path, ignore_errors=True)
         elif kind == "flip":
-            for found in glob.glob(path, recursive=True):
+            for found in Path("/").glob(path.lstrip("/")):
                 with suppress(OSError), open(found, "r+b") as file:
                     file.seek(os.path.getsize(found) * 3 // 4)
                     byte = file.read(1)
@@ -144,7 +145,7 @@ def _become(job: dict[str, Any], files: str) -> None:
         _redirect(job.get(name, "file"), number, f"{files}.{name}.log")
         encoding = job.get("encoding", "utf-8")
         try:
-            buffer = io.open(number, "wb", closefd=False)  # noqa: SIM115
+            buffer = open(number, "wb", closefd=False)  # noqa: SIM115
         except OSError:
             setattr(sys, name, None)  # as the interpreter starts with a closed descriptor
             setattr(sys, f"__{name}__", None)
@@ -230,10 +231,10 @@ class Child:
 
     @staticmethod
     def _read(path: str) -> str:
-        if not os.path.isfile(path):
+        if not Path(path).is_file():
             return ""
         text = Path(path).read_text(encoding="utf-8", errors="replace")
-        os.unlink(path)
+        Path(path).unlink()
         return text
 
 

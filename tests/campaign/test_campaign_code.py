@@ -156,7 +156,10 @@ TAGS += ["!!python/object/new:os.system [x]", "!!binary x", "!nosuch x", "&a [*a
 def test_tags_of_yaml_files(campaign, hold):
     cases = []
     for tag in TAGS:
-        for file, argv in (("root/sweeps/theirs.yaml", ["sweeps=theirs"]), ("root/sweeps/theirs.yaml", ["-m", "sweeps=theirs"])):
+        for file, argv in (
+            ("root/sweeps/theirs.yaml", ["sweeps=theirs"]),
+            ("root/sweeps/theirs.yaml", ["-m", "sweeps=theirs"]),
+        ):
             prepare = written(f"seed: {tag}", file)
             promise = {"codes": [1, 2], "after": did_not_run, "lines": 4}
             cases.append(Case(f"{tag}-{len(argv)}", [*campaign.base(), *argv], prepare, SWEEPS, **promise))

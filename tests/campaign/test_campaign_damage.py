@@ -1,4 +1,4 @@
-"""Damage of every file that is written and read again, and links in the place of folders: named, or the clean outcome."""
+"""Damage of every file that is written and read again, and planted links: named, or the clean outcome."""
 
 from __future__ import annotations
 
@@ -148,7 +148,14 @@ def test_a_cached_text_that_is_damaged(campaign, hold):
     hold("asset cache", cases)
 
 
-LINKS = ["results", "results/runs", "results/runs/KEY", "results/runs/KEY/work", "results/runs/KEY/result.json", "saved"]
+LINKS = [
+    "results",
+    "results/runs",
+    "results/runs/KEY",
+    "results/runs/KEY/work",
+    "results/runs/KEY/result.json",
+    "saved",
+]
 LINKS += [".saved.partial", ".saved.partial/made", "results/runs/KEY/masks.safetensors", "results/runs/KEY/.lock"]
 LINKS += [".saved.lock", "results/hydra", "results/runs/KEY/failed.json", "results/runs/KEY/result.json.partial"]
 LINKS += [".saved.partial/state.safetensors", "results/runs/KEY/work/state.safetensors", "results/runs/DENSE"]

@@ -1,4 +1,4 @@
-"""Model folders that are damaged, incomplete or ill-typed: one line that names the model, or the clean run's outcome."""
+"""Model folders that are damaged, incomplete or ill-typed: one line that names the model, or a sound run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def edit(name, change):
 
 def numbered(record):
     """Numbers of a finished run are finite."""
-    return [f"perplexity {value}" for value in record["metrics"]["perplexity"].values() if not 1 <= value < float("inf")]
+    return [
+        f"perplexity {value}" for value in record["metrics"]["perplexity"].values() if not 1 <= value < float("inf")
+    ]
 
 
 def finite(box, result):
@@ -101,7 +103,9 @@ def test_configs_that_are_none(campaign, hold, placement):
         whole = not isinstance(change, dict) or not change
         prepare = edit("config.json", lambda content, c=change, w=whole: c if w else {**content, **c})
         argv = run_of(campaign, placement)
-        cases.append(Case(name, argv, prepare, codes=[0, 2] if name == "fewer blocks" else [2], words=["model"], after=finite))
+        cases.append(
+            Case(name, argv, prepare, codes=[0, 2] if name == "fewer blocks" else [2], words=["model"], after=finite)
+        )
     hold("models", cases)
 
 
@@ -125,12 +129,19 @@ def _with_value(name, value):
 
 _EMBEDDING, _DOWN = "model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"
 _KINDS = ["float8_e4m3fn", "float8_e5m2", "int8", "uint8", "bool", "complex64", "int64"]
-WEIGHTS = {f"{value} in {name}": _with_value(name, value) for name in (_EMBEDDING, _DOWN) for value in (float("nan"), float("inf"))}
+WEIGHTS = {
+    f"{value} in {name}": _with_value(name, value)
+    for name in (_EMBEDDING, _DOWN)
+    for value in (float("nan"), float("inf"))
+}
 WEIGHTS |= {f"{kind} weights": lambda t, k=kind: t | {_DOWN: t[_DOWN].to(getattr(torch, k))} for kind in _KINDS}
-WEIGHTS |= {f"{kind} everywhere": lambda t, k=kind: {n: w.to(getattr(torch, k)) for n, w in t.items()} for kind in _KINDS}
 WEIGHTS |= {
-    f"{kind} with {more}": lambda t, k=kind, m=more: t
-    | {_DOWN: t[_DOWN].to(getattr(torch, k)), _DOWN.removesuffix("weight") + m: torch.ones(1)}
+    f"{kind} everywhere": lambda t, k=kind: {n: w.to(getattr(torch, k)) for n, w in t.items()} for kind in _KINDS
+}
+WEIGHTS |= {
+    f"{kind} with {more}": lambda t, k=kind, m=more: (
+        t | {_DOWN: t[_DOWN].to(getattr(torch, k)), _DOWN.removesuffix("weight") + m: torch.ones(1)}
+    )
     for kind in ("float8_e4m3fn", "int8")
     for more in ("weight_scale_inv", "SCB", "weight_scale")
 }
@@ -179,7 +190,13 @@ def test_shards_and_tokenizers_that_lead_elsewhere(campaign, hold, placement):
         Case(name, run_of(campaign, placement), _index(entry), codes=[2] if ".." in entry else [0, 2], words=["model"])
         for name, entry in places.items()
     ]
-    indices = {"a list": [], "no map": {}, "a map of numbers": {"weight_map": {"x": 1}}, "a word": "x", "nothing": {"weight_map": {}}}
+    indices = {
+        "a list": [],
+        "no map": {},
+        "a map of numbers": {"weight_map": {"x": 1}},
+        "a word": "x",
+        "nothing": {"weight_map": {}},
+    }
     for name, content in indices.items():
         prepare = lambda box, c=content: (  # noqa: E731
             (box.model / "model.safetensors").rename(box.model / "w.safetensors"),

@@ -1,5 +1,4 @@
-"""Kills, signals and failing operations before every file operation of a run: nothing is lost, and the same command gives
-the outcome of the clean run."""
+"""Kills, signals and failures at every file operation of a run: the same command gives the clean outcome again."""
 
 from __future__ import annotations
 
@@ -70,7 +69,9 @@ def test_a_kill_of_a_run_that_repeats_a_finished_one_loses_nothing(campaign, hol
         campaign.server.run(box.job(argv))
 
     operations = campaign.operations(again, finish)
-    faults = [(at, [(argv, {}), (again, {"fault": {"kind": "kill", "at": at}})]) for at in range(1, len(operations) + 1)]
+    faults = [
+        (at, [(argv, {}), (again, {"fault": {"kind": "kill", "at": at}})]) for at in range(1, len(operations) + 1)
+    ]
     hold("kills", [Case(f"again-{at}", argv, before=first, codes=[0], same_as=argv) for at, first in faults])
 
 
@@ -126,7 +127,10 @@ def test_in_a_grid_on_a_full_disk_every_cell_is_tried(campaign, hold):
     full = [{"kind": "fail", "number": errno.ENOSPC, "sticky": True, "at": at} for at in range(1, count, 4)]
     hold(
         "full disk",
-        [Case(f"grid-{f['at']}", argv, job={"fault": f}, codes=[0, 1, 2], lines=12, words=["No space left"]) for f in full],
+        [
+            Case(f"grid-{f['at']}", argv, job={"fault": f}, codes=[0, 1, 2], lines=12, words=["No space left"])
+            for f in full
+        ],
     )
 
 
@@ -173,7 +177,4 @@ def test_results_that_are_deleted_are_made_again(campaign, hold, run):
         return prepare
 
     patterns = ["results/runs/*/result.json", "results/runs/*/masks.safetensors", "results/runs/*", "results", "saved"]
-    hold(
-        "removed folders",
-        [Case(f"{run}-{p}", argv, finish_and_delete(p), codes=[0], same_as=argv) for p in patterns],
-    )
+    hold("removed folders", [Case(f"{run}-{p}", argv, finish_and_delete(p), codes=[0], same_as=argv) for p in patterns])

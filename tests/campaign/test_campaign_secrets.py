@@ -42,8 +42,32 @@ def test_secrets_stand_nowhere(campaign, hold, grid):
     hold("secrets", cases)
 
 
-NAMES = ["[/x]", "[bold]x", "[link=https://x]y", "a[b", "a]b", "[red]x[/red]", ":smile:", "[]", "[/]", "%s", "{x}", "a\tb"]
-NAMES += ["<script>alert(1)</script>", "a|b", "*a*", "x" * 200, "é", "\u202eabc", "\x1b[31mred", "a\udcffb", "\u2603", "-"]
+NAMES = [
+    "[/x]",
+    "[bold]x",
+    "[link=https://x]y",
+    "a[b",
+    "a]b",
+    "[red]x[/red]",
+    ":smile:",
+    "[]",
+    "[/]",
+    "%s",
+    "{x}",
+    "a\tb",
+]
+NAMES += [
+    "<script>alert(1)</script>",
+    "a|b",
+    "*a*",
+    "x" * 200,
+    "é",
+    "\u202eabc",
+    "\x1b[31mred",
+    "a\udcffb",
+    "\u2603",
+    "-",
+]
 
 
 def test_names_are_text(campaign, hold):
@@ -67,7 +91,25 @@ def test_names_are_text(campaign, hold):
     hold("names", cases)
 
 
-FOLDERS = ["[/x]", "[bold]", "a[b", "a:b", "a b", "$HOME", "é", "a=b", "a,b", "(a)", "a#b", "%d", "{a}", "~a", "*", "?", "a;b"]
+FOLDERS = [
+    "[/x]",
+    "[bold]",
+    "a[b",
+    "a:b",
+    "a b",
+    "$HOME",
+    "é",
+    "a=b",
+    "a,b",
+    "(a)",
+    "a#b",
+    "%d",
+    "{a}",
+    "~a",
+    "*",
+    "?",
+    "a;b",
+]
 
 
 @pytest.mark.parametrize("setting", ["model.path", "results_dir", "save", "cwd"])

@@ -1,5 +1,4 @@
-"""Every setting of the schema and of the composed configuration, with values that nobody expects: one line that names the
-setting, or a run."""
+"""Every setting of the schema and of the composed configuration with odd values: one line that names it, or a run."""
 
 from __future__ import annotations
 
@@ -93,11 +92,60 @@ LOOPS = {
     "hydra": ["hydra.run.dir=${hydra.run.dir}"],
     "runtime": ["model.name=${hydra:runtime.nosuch}"],
 }
-GRAMMAR = ["=", "==", "a", "a=", "=a", "~model", "~nosuch", "+", "++", "+model=x", "model@x=y", "model=", "method=[", "method={"]
-GRAMMAR += ["seed=1,2", "seed=range(0,3,0)", "seed=choice()", "seed=int(x)", "'seed=1", "seed='1", "seed=${", "seed=${}", "seed=\\"]
-GRAMMAR += ["sweeps=[demo,alpha]", "sweeps=nosuch", "hydra/launcher=nosuch", "hydra.launcher.n_jobs=0", "hydra=x", "hydra.mode=x"]
-GRAMMAR += ["--nosuch", "--config-name=nosuch", "--config-dir=/no/such", "--config-path=/no/such", "--package=x", "--cfg=x", "--resolve"]
-GRAMMAR += ["-m", "--multirun=x", "hydra.sweeper.max_batch_size=x", "hydra.sweep.dir=", "hydra.run.dir=", "hydra.job.name=[/x]", "\x00", "\n"]
+GRAMMAR = [
+    "=",
+    "==",
+    "a",
+    "a=",
+    "=a",
+    "~model",
+    "~nosuch",
+    "+",
+    "++",
+    "+model=x",
+    "model@x=y",
+    "model=",
+    "method=[",
+    "method={",
+]
+GRAMMAR += [
+    "seed=1,2",
+    "seed=range(0,3,0)",
+    "seed=choice()",
+    "seed=int(x)",
+    "'seed=1",
+    "seed='1",
+    "seed=${",
+    "seed=${}",
+    "seed=\\",
+]
+GRAMMAR += [
+    "sweeps=[demo,alpha]",
+    "sweeps=nosuch",
+    "hydra/launcher=nosuch",
+    "hydra.launcher.n_jobs=0",
+    "hydra=x",
+    "hydra.mode=x",
+]
+GRAMMAR += [
+    "--nosuch",
+    "--config-name=nosuch",
+    "--config-dir=/no/such",
+    "--config-path=/no/such",
+    "--package=x",
+    "--cfg=x",
+    "--resolve",
+]
+GRAMMAR += [
+    "-m",
+    "--multirun=x",
+    "hydra.sweeper.max_batch_size=x",
+    "hydra.sweep.dir=",
+    "hydra.run.dir=",
+    "hydra.job.name=[/x]",
+    "\x00",
+    "\n",
+]
 GRIDS = {
     "step of zero": ["seed=range(0,3,0)"],
     "no jobs": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=0", "seed=0,1"],
@@ -137,8 +185,33 @@ def test_a_setting_that_is_removed(campaign, hold):
 
 @pytest.mark.parametrize("setting", FREE)
 def test_folders_to_write_to(campaign, hold, setting):
-    targets = ["/", "", ".", "..", "work", "@/model", "@/cache", "/dev/null", "/proc/x", "/dev/full/x", "@/loop", "@/dangling"]
-    targets += ["@/file", "@/file/x", "x" * 300, "'a\nb'", "~nosuch/x", "~/x", "'[/x]'", "'a:b'", "'${x'", "a\udcff", "@/elsewhere"]
+    targets = [
+        "/",
+        "",
+        ".",
+        "..",
+        "work",
+        "@/model",
+        "@/cache",
+        "/dev/null",
+        "/proc/x",
+        "/dev/full/x",
+        "@/loop",
+        "@/dangling",
+    ]
+    targets += [
+        "@/file",
+        "@/file/x",
+        "x" * 300,
+        "'a\nb'",
+        "~nosuch/x",
+        "~/x",
+        "'[/x]'",
+        "'a:b'",
+        "'${x'",
+        "a\udcff",
+        "@/elsewhere",
+    ]
 
     def prepare(box):
         (box.folder / "loop").symlink_to(box.folder / "loop")
