@@ -11,8 +11,9 @@ from dass_exp.config.settings import ModelConfig
 from dass_exp.data import assets
 from dass_exp.engine.callbacks import BlockReport, Callback
 from dass_exp.engine.prune import EngineOptions, prune_model
+from dass_exp.engine.stages import STAGE_GROUPS, Stages, build_stages
 from dass_exp.engine.verify import Layer, Verification
-from dass_exp.errors import UserError, whole_number
+from dass_exp.errors import UserError, one_of, whole_number
 from dass_exp.evaluate.perplexity import perplexity as score
 from dass_exp.masks import NM, Pattern, TransposableNM, Unstructured
 from dass_exp.methods.base import Pruner
@@ -60,7 +61,7 @@ def load(path: str = "offline:smollm2_135m", **settings: Any) -> tuple[nn.Module
 def prune(
     model: nn.Module,
     tokens: Tensor | None = None,
-    method: Pruner | str = "dass",
+    method: Pruner | str | Mapping[str, Any] = "dass",
     pattern: Pattern | str = "2:4",
     scope: str = "mlp",
     batch_size: int = 4,
@@ -71,7 +72,8 @@ def prune(
     Args:
         model: a transformers causal language model of a known family.
         tokens: int64 [sequences, tokens], calibration; magnitude and dense need none.
-        method: dass, wanda, sparsegpt, magnitude, dense, or an instance such as ``Dass(alpha=0.25)``.
+        method: a name of conf/method such as dass or sparsegpt, or an instance such as ``Dass(alpha=0.25)``; or method
+            and stages by config group, ``{"method": "dass", "permute": "neurons", "repair": "least_squares"}``.
         pattern: ``2:4``, ``4:8``, any ``n:m`` (n kept), ``2:4 transposable``, ``50%``, or an instance.
         scope: mlp, attention or all.
         batch_size: sequences that pass through a block together; it changes no number.
@@ -81,14 +83,14 @@ def prune(
         UserError: a setting does not fit the model.
         NumericalError, VerificationError: the method failed in the named layer.
     """
-    chosen, shape = method_of(method), pattern_of(pattern)
+    (chosen, stages), shape = _method_and_stages(method), pattern_of(pattern)
     if tokens is not None:
         _check_tokens(model, tokens)
         _check_length(model, tokens)
     if not chosen.prunes:
         return Pruned({}, [])
     verification, masks = Verification(shape), _CollectMasks()
-    options = EngineOptions(scope=scope, batch_size=batch_size, roles=roles)
+    options = EngineOptions(scope=scope, batch_size=batch_size, roles=roles, stages=stages)
     prune_model(model, tokens, chosen, shape, options, [verification, masks])
     return Pruned(masks.by_linear, verification.layers)
 
@@ -153,6 +155,17 @@ def method_of(method: Pruner | str) -> Pruner:
     if isinstance(method, Pruner):
         return method
     return build(choice("method", method), Pruner, "method")
+
+
+def _method_and_stages(chosen: Pruner | str | Mapping[str, Any]) -> tuple[Pruner, Stages]:
+    """Build a method and the stages around it from names or instances, by config group."""
+    parts = dict(chosen) if isinstance(chosen, Mapping) else {"method": chosen}
+    for group in parts:
+        one_of("method", group, ("method", *STAGE_GROUPS))
+    method = method_of(parts.pop("method", "dass"))
+    return method, build_stages(
+        {group: choice(group, part) if isinstance(part, str) else part for group, part in parts.items()}
+    )
 
 
 def pattern_of(pattern: Pattern | str) -> Pattern:

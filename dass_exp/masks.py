@@ -64,6 +64,11 @@ class Pattern(ABC):
         """Count the groups of ``mask`` (bool, True stays) that do not keep exactly the required number of weights."""
 
 
+def in_descending_order(scores: Tensor) -> Tensor:
+    """Return the indices that sort a vector of scores from the highest to the lowest; of equal ones the lower first."""
+    return scores.argsort(descending=True, stable=True)
+
+
 @dataclass(frozen=True)
 class Unstructured(Pattern):
     """Remove ``int(sparsity * group size)`` weights of each group, at any position; a group is a row, column or matrix.

@@ -5,7 +5,7 @@ Every statistic accumulates in float32, one sequence after the other, so the bat
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -26,6 +26,7 @@ class Statistic(ABC):
         self.sequences = 0
         self.tokens = 0
         self.seconds = 0.0
+        self.uniform = False  # whether the sum was discarded, since too few tokens had come
 
     def update(self, inputs: Tensor) -> None:
         """Add a batch: [sequences, tokens, in_features] or [tokens, in_features], of any float dtype, maybe empty."""
@@ -41,9 +42,22 @@ class Statistic(ABC):
     def _add(self, sequence: Tensor) -> None:
         """Add one sequence, float32 [tokens, in_features]."""
 
+    @classmethod
+    def replaces(cls, kind: type["Statistic"]) -> bool:
+        """Whether this statistic gives everything that one of type ``kind`` gives."""
+        return issubclass(cls, kind)
+
+    def part(self, kind: type["Statistic"]) -> "Statistic | None":
+        """Return the statistic that gives what ``kind`` gives, this one or a part of it; None if there is none."""
+        return self if self.replaces(kind) else None
+
     @abstractmethod
     def reset_to_uniform(self) -> None:
         """Discard the sum: all input features become equally important and independent of each other."""
+
+    def reorder(self, order: Tensor) -> None:
+        """Put the input features into another order: feature j becomes the former feature ``order[j]``."""
+        raise NotImplementedError(f"the features of {type(self).__name__} cannot be reordered")
 
     def release(self) -> None:  # noqa: B027
         """Free whatever was derived from the sum; it is computed again on demand."""
@@ -70,6 +84,9 @@ class InputNorm(Statistic):
 
     def reset_to_uniform(self) -> None:
         self.squares.fill_(1)
+
+    def reorder(self, order: Tensor) -> None:
+        self.squares = self.squares[order]
 
     def check(self, name: str) -> None:
         _check_finite(self.squares, name)
@@ -144,6 +161,10 @@ class Gram(Statistic):
             self.upper[band, start:].addmm_(sequence[:, band].T, sequence[:, start:])
         self.release()
 
+    @classmethod
+    def replaces(cls, kind: type[Statistic]) -> bool:
+        return kind is InputNorm or issubclass(cls, kind)
+
     @property
     def matrix(self) -> Tensor:
         """float32 [in_features, in_features], a copy."""
@@ -213,12 +234,58 @@ class Gram(Statistic):
         self.upper.zero_().fill_diagonal_(1)
         self.release()
 
+    def reorder(self, order: Tensor) -> None:
+        self.upper = self.matrix[order][:, order]
+        self.release()
+
     def release(self) -> None:
         self._factors.clear()
         self._normalised.clear()
 
     def check(self, name: str) -> None:
         _check_finite(self.upper, name)
+
+
+class Several(Statistic):
+    """Statistics of several types, collected together."""
+
+    def __init__(self, kinds: Sequence[type[Statistic]], features: int, device: torch.device) -> None:
+        super().__init__(features, device)
+        self.parts = [kind(features, device) for kind in kinds]
+
+    def _add(self, sequence: Tensor) -> None:
+        for part in self.parts:
+            part.update(sequence)
+
+    def part(self, kind: type[Statistic]) -> Statistic | None:
+        return next((part for part in self.parts if part.replaces(kind)), None)
+
+    def reset_to_uniform(self) -> None:
+        for part in self.parts:
+            part.reset_to_uniform()
+
+    def reorder(self, order: Tensor) -> None:
+        for part in self.parts:
+            part.reorder(order)
+
+    def release(self) -> None:
+        for part in self.parts:
+            part.release()
+
+    def check(self, name: str) -> None:
+        for part in self.parts:
+            part.check(name)
+
+
+def needed_kinds(kinds: Iterable[type[Statistic] | None]) -> list[type[Statistic]]:
+    """Return the types to collect so that each of ``kinds`` is served, without those that another one replaces."""
+    wanted = list(dict.fromkeys(kind for kind in kinds if kind is not None))
+    return [kind for kind in wanted if not any(other is not kind and other.replaces(kind) for other in wanted)]
+
+
+def new_statistic(kinds: Sequence[type[Statistic]], features: int, device: torch.device) -> Statistic:
+    """Create a statistic of these types, of which there is at least one."""
+    return kinds[0](features, device) if len(kinds) == 1 else Several(kinds, features, device)
 
 
 def _to_feedback(upper: Tensor, tile: int) -> Tensor:

@@ -3,6 +3,7 @@
 import statistics
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import transformers
 
 from dass_exp.api import method_of
 from dass_exp.benchmark.measure import time_call
+from dass_exp.engine.stages import Stages
 from dass_exp.models.decoder import Decoder, decoder_of
 from dass_exp.report.write import markdown_table
 from dass_exp.runs.memory import MemoryNeeds, Workload, memory_needs
@@ -59,7 +61,9 @@ def planned_memory(
     model: Any, method: str, calibration: tuple[int, int], windows: tuple[int, int], cache: str = "device"
 ) -> MemoryNeeds:
     """Plan a run with bfloat16, scope mlp, one sequence at a time; calibration and windows are (sequences, tokens)."""
-    workload = Workload("mlp", method_of(method).stat, 1, 1, torch.bfloat16, torch.device("cpu"), cache)
+    workload = Workload(
+        "mlp", partial(Stages().kinds, method_of(method)), 1, 1, torch.bfloat16, torch.device("cpu"), cache
+    )
     return memory_needs(decoder_of(model), model, calibration, windows, workload)
 
 

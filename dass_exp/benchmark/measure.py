@@ -82,7 +82,8 @@ def time_floor(job: PruningJob) -> float:
 
 def time_pruning(job: PruningJob, method: Pruner) -> dict[str, float]:
     """Prune and verify a model, then restore it. Returns seconds, ``total`` and by part, and ``peak_rss_bytes``."""
-    tokens, options = job.tokens if method.stat else None, EngineOptions(scope=job.scope, batch_size=job.batch_size)
+    options = EngineOptions(scope=job.scope, batch_size=job.batch_size)
+    tokens = job.tokens if options.stages.calibrated(method) else None
     verification = _TimedVerification(job.pattern)
     with restoring_weights(job.model, job.scope):
         memory = PeakMemory()

@@ -147,13 +147,16 @@ class EvalConfig:
 class RunConfig:
     """All settings of one run; docs/settings.md describes each of them.
 
-    ``method``, ``pattern``, ``tracker`` and the texts are described by ``_target_``
+    ``method``, ``pattern``, the stages, ``tracker`` and the texts are described by ``_target_``
     (:class:`dass_exp.runs.resolved_run.Components` builds them).
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     method: Any = MISSING
     pattern: Any = MISSING
+    permute: Any = field(default_factory=lambda: {"_target_": "dass_exp.permute.base.NoOrder"})
+    refine: Any = field(default_factory=lambda: {"_target_": "dass_exp.refine.base.NoRefinement"})
+    repair: Any = field(default_factory=lambda: {"_target_": "dass_exp.repair.base.NoRepair"})
     scope: str = "mlp"
     seed: int = 0
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)

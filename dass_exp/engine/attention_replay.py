@@ -50,11 +50,14 @@ class AttentionReplay:
             self._give_up()
         self._last = None
 
-    def replaying(self) -> AbstractContextManager[None]:
-        """Make the attention return its recorded outputs, batch by batch, without computing anything."""
+    def replaying(self, again: bool = False) -> AbstractContextManager[None]:
+        """Make the attention return its recorded outputs, batch by batch, without computing anything.
+
+        They are released one by one unless all batches are to be replayed ``again`` afterwards.
+        """
         if self._module is None or not self._usable:
             return nullcontext()
-        return replaced_forward(self._module, self._replay)
+        return replaced_forward(self._module, self._replay_and_keep if again else self._replay)
 
     def _record(self, module: nn.Module, args: Any, output: Any) -> None:
         del module, args
@@ -71,6 +74,10 @@ class AttentionReplay:
         del args, kwargs
         cached, others = self._outputs.popleft()
         return cached.load() if others is None else (cached.load(), *(None for _ in range(others)))
+
+    def _replay_and_keep(self, *args: Any, **kwargs: Any) -> Any:
+        self._outputs.append(self._outputs[0])
+        return self._replay(*args, **kwargs)
 
     def _give_up(self) -> None:
         self._usable = False

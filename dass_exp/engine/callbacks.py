@@ -6,14 +6,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dass_exp.engine.capture import Batch
 from dass_exp.methods.base import LinearView, MaskResult
 from dass_exp.models.decoder import Decoder
+from dass_exp.repair.base import RepairError
 from dass_exp.statistics import Statistic
 
 
@@ -49,6 +50,8 @@ class BlockReport:
             calibration, and for the last block, which is not run again.
         seconds: seconds by purpose.
         starved: experts with too few tokens for statistics of their own.
+        orders: the new order of the neurons of the block or of an expert, by its name, where they were put in order.
+        repaired: errors of the outputs of linears before and after their repair, by the name of the linear.
     """
 
     index: int
@@ -59,6 +62,8 @@ class BlockReport:
     error: float | None
     seconds: BlockSeconds = BlockSeconds()
     starved: tuple[str, ...] = ()
+    orders: dict[str, Tensor] = field(default_factory=dict)
+    repaired: dict[str, RepairError] = field(default_factory=dict)
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Collect statistics at the inputs of a block's linears while tokens pass through it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,8 +11,8 @@ from torch.nn.functional import linear
 from dass_exp.engine.capture import replaced_forward
 from dass_exp.errors import UserError
 from dass_exp.models.decoder import Decoder
-from dass_exp.models.families import DOWN, Experts
-from dass_exp.statistics import Statistic
+from dass_exp.models.families import DOWN, Experts, Role
+from dass_exp.statistics import Statistic, needed_kinds, new_statistic
 
 # The attributes by which transformers describes an experts module, with the only values that are supported here.
 _EXPERTS_LAYOUT = {
@@ -22,26 +22,33 @@ _EXPERTS_LAYOUT = {
     "is_concatenated": True,
     "has_post_expert_norm": False,
 }
+Kinds = Iterable[type[Statistic] | None]
 # By expert: the statistics at the input of down (True), and at that of gate and up (False).
 ExpertStatistics = Mapping[int, Mapping[bool, Statistic]]
 
 
 @contextmanager
 def observe_inputs(
-    decoder: Decoder, index: int, scope: str, kind: type[Statistic] | None, tokens: int
+    decoder: Decoder, index: int, scope: str, kinds: Callable[[Role], Kinds], tokens: int
 ) -> Iterator[dict[str, Statistic]]:
-    """Collect statistics of ``kind`` (or none) in block ``index``, one for each distinct input of the scope's linears.
+    """Collect statistics in block ``index``, one for each distinct input of the scope's linears.
 
-    Sequences have ``tokens`` tokens each. Yields the statistics by :attr:`dass_exp.models.decoder.LinearSite.source`.
+    ``kinds`` gives the types that are needed at the input of a role's linear. Sequences have ``tokens`` tokens each.
+    Yields the statistics by :attr:`dass_exp.models.decoder.LinearSite.source`; inputs of which none is needed are left
+    out.
     """
+    wanted: dict[str, list[type[Statistic] | None]] = {}
+    for site in decoder.sites(index, scope):
+        wanted.setdefault(site.source, []).extend(kinds(site.role))
     stats: dict[str, Statistic] = {}
     of_experts: dict[int, dict[bool, Statistic]] = {}
     with ExitStack() as stack:
         for site in decoder.sites(index, scope):
-            if kind is None or site.source in stats:
+            needed = needed_kinds(wanted[site.source])
+            if not needed or site.source in stats:
                 continue
             matrix = site.matrix
-            stat = stats[site.source] = kind(matrix.in_features, matrix.parameter.device)
+            stat = stats[site.source] = new_statistic(needed, matrix.in_features, matrix.parameter.device)
             if matrix.expert is None:
                 hook = _update_hook(stat, tokens)
                 stack.enter_context(matrix.module.register_forward_pre_hook(hook, with_kwargs=True))

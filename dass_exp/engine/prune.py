@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from dass_exp.engine.attention_replay import AttentionReplay
 from dass_exp.engine.callbacks import BlockReport, BlockSeconds, Callback, LoopState
 from dass_exp.engine.capture import Batch, capture, eval_mode
 from dass_exp.engine.observers import observe_inputs
+from dass_exp.engine.repair_passes import BlockInRepair, DenseOutputs
+from dass_exp.engine.stages import Stages, refine_masks, reorder_neurons
 from dass_exp.errors import NumericalError, UserError, one_of
 from dass_exp.masks import Pattern
 from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner
@@ -38,6 +41,7 @@ class EngineOptions:
         batch_size: sequences that pass through a block together.
         roles: path of each role's linear, for a family that the table does not know.
         experts: what to do with experts to which few tokens were routed.
+        stages: what is done around the method; by default nothing.
         cache: where activations wait between one block and the next.
         return_hidden: return the pruned model's last hidden states; without, the last block runs once.
         returns_tuple: whether blocks return a tuple; None: call the first block once to find out.
@@ -47,6 +51,7 @@ class EngineOptions:
     batch_size: int = 4
     roles: Mapping[str, str] | None = None
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    stages: Stages = field(default_factory=Stages)
     cache: ActivationCache = ON_DEVICE
     return_hidden: bool = False
     returns_tuple: bool | None = None
@@ -87,6 +92,7 @@ def prune_model(
     """
     options, blocks = options or EngineOptions(), blocks or BlocksInMemory()
     decoder = decoder_of(model, options.roles)
+    options.stages.check(method, pattern, options.scope)
     check_shapes(decoder, method, pattern, options.scope)
     if isinstance(blocks, BlocksInMemory) and any(parameter.is_meta for parameter in model.parameters()):
         raise UserError(
@@ -135,10 +141,11 @@ def check_shapes(decoder: Decoder, method: Pruner, pattern: Pattern, scope: str)
 def _calibration_batches(
     model: nn.Module, decoder: Decoder, tokens: Tensor | None, method: Pruner, options: EngineOptions
 ) -> list[Batch]:
-    if method.stat is None:
+    if not options.stages.calibrated(method):
         return []
     if tokens is None:
-        raise UserError(f"method {method.name} needs calibration tokens")
+        stages = ", ".join(f"{group} {stage.name}" for group, stage in options.stages.active.items())
+        raise UserError(f"method {method.name}{stages and f' with {stages}'} needs calibration tokens")
     if tokens.ndim != 2 or not tokens.numel():
         raise UserError(
             f"calibration tokens of shape {list(tokens.shape)}: expected [sequences, tokens] with at least one of each"
@@ -151,24 +158,29 @@ def _process_block(
 ) -> BlockReport:
     """Observe a dense block, prune it, and pass the batches on through the pruned one."""
     start = time.perf_counter()
-    decoder, batches = loop.decoder, loop.batches
+    decoder, batches, stages, scope = loop.decoder, loop.batches, options.stages, options.scope
     module, name = decoder.blocks[index], decoder.names[index]
     runs_again = bool(batches) and (options.return_hidden or index + 1 < len(decoder.blocks))
-    replayed = decoder.attention(index) if runs_again and options.scope == "mlp" else None
-    tokens = batches[0].tokens if batches else 0
-    with observe_inputs(decoder, index, options.scope, method.stat, tokens) as statistics:
+    follows_inputs = bool(batches) and stages.repair.follows_inputs
+    replayed = decoder.attention(index) if (runs_again or follows_inputs) and scope == "mlp" else None
+    outputs = DenseOutputs(decoder, index, scope, options.cache) if follows_inputs else None
+    kinds, tokens = partial(stages.kinds, method), batches[0].tokens if batches else 0
+    with observe_inputs(decoder, index, scope, kinds, tokens) as statistics:
         attention = AttentionReplay(replayed, statistics, options.cache)
-        with attention.recording():
+        with attention.recording(), outputs.recording() if outputs is not None else nullcontext():
             dense = deque(options.cache.store(_dense_pass(module, index, batch, attention)) for batch in batches)
     observed = time.perf_counter()
-    units = _pruning_units(decoder, index, options.scope, statistics) if method.prunes else []
+    units = _pruning_units(decoder, index, scope, statistics, method) if method.prunes else []
     starved = _handle_starved([unit for unit in units if unit.name != name], options.experts) if batches else ()
     linears = [linear for unit in units for linear in unit.linears]
-    results: dict[str, MaskResult] = {}
-    for linear in linears if batches else ():
-        linear.stat.check(linear.name)
-    for unit in units:
-        results |= method.prune_block(unit, pattern)
+    for linear in linears:
+        if linear.statistic is not None:
+            linear.statistic.check(linear.name)
+    orders = _reorder(units, method, pattern, stages)
+    weights = {linear.name: linear.weight.clone() for linear in linears} if stages.need_dense_weights else {}
+    results = _choose_masks(units, method, pattern, weights, stages)
+    block = BlockInRepair(decoder, index, batches, linears, (weights, results), outputs, attention)
+    repaired = stages.repair.repair(block) if batches else {}
     pruned, error = time.perf_counter(), None
     if runs_again:
         with attention.replaying() if results else nullcontext():
@@ -177,7 +189,28 @@ def _process_block(
             raise NumericalError(f"{name}: its output holds numbers that are not finite")
     passes = observed - start + time.perf_counter() - pruned
     seconds = BlockSeconds.split(passes, statistics.values(), pruned - observed, linears)
-    return BlockReport(index, name, module, linears, results, error, seconds, starved)
+    return BlockReport(index, name, module, linears, results, error, seconds, starved, orders, repaired)
+
+
+def _reorder(units: list[Block], method: Pruner, pattern: Pattern, stages: Stages) -> dict[str, Tensor]:
+    """Put the neurons of each unit in order; return the new orders by the unit's name."""
+    orders = {}
+    for unit in units if stages.permute.active else ():
+        if (order := reorder_neurons(unit, stages.permute, method, pattern)) is not None:
+            orders[unit.name] = order
+    return orders
+
+
+def _choose_masks(
+    units: list[Block], method: Pruner, pattern: Pattern, dense: Mapping[str, Tensor], stages: Stages
+) -> dict[str, MaskResult]:
+    """Prune every unit, and refine its masks."""
+    results: dict[str, MaskResult] = {}
+    for unit in units:
+        results |= method.prune_block(unit, pattern)
+        if stages.refine.active:
+            refine_masks(unit.linears, dense, results, stages.refine, pattern)
+    return results
 
 
 def _dense_pass(module: nn.Module, index: int, batch: Batch, attention: AttentionReplay) -> Tensor:
@@ -201,11 +234,13 @@ def _pass_on(module: nn.Module, index: int, batches: list[Batch], dense: deque[C
     return float((off / total) ** 0.5) if total else 0.0
 
 
-def _pruning_units(decoder: Decoder, index: int, scope: str, statistics: Mapping[str, Statistic]) -> list[Block]:
+def _pruning_units(
+    decoder: Decoder, index: int, scope: str, statistics: Mapping[str, Statistic], method: Pruner
+) -> list[Block]:
     """Group the linears that are pruned together: those of the block, and those of each of its experts."""
     units: dict[str, list[LinearView]] = {}
     for site in decoder.sites(index, scope):
-        view = LinearView(site.name, site.role, site.matrix, statistics.get(site.source))
+        view = LinearView(site.name, site.role, site.matrix, statistics.get(site.source), method.stat_of(site.role))
         units.setdefault(site.unit, []).append(view)
     return [Block(name, linears) for name, linears in units.items()]
 
@@ -221,5 +256,7 @@ def _handle_starved(experts: list[Block], config: ExpertsConfig) -> tuple[str, .
                 f"experts.min_tokens={config.min_tokens}; calibrate on more, or set experts.starved=uniform"
             )
         for linear in unit.linears:
-            linear.stat.reset_to_uniform()
+            if linear.statistic is not None:
+                linear.statistic.reset_to_uniform()
+                linear.statistic.uniform = True
     return tuple(unit.name for unit in starved)

@@ -1,6 +1,6 @@
 """Verify masks and weights: masks have exactly the requested sparsity, weights at least, no N:M group is over-full."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -34,6 +34,8 @@ class Layer:
         seconds: time to score, rank and write.
         damping_retries: how often damping was raised (SparseGPT).
         tokens: calibration tokens that its input statistic has seen; None without calibration.
+        output_error: relative L2 error of the linear's output over the calibration tokens; None without repair.
+        output_error_before: the same before the repair.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Layer:
     seconds: float
     damping_retries: int
     tokens: int | None
+    output_error: float | None = None
+    output_error_before: float | None = None
 
 
 def verify(report: BlockReport, pattern: Pattern) -> list[Layer]:
@@ -63,7 +67,10 @@ def verify(report: BlockReport, pattern: Pattern) -> list[Layer]:
     for linear in report.linears:
         if (result := report.results.get(linear.name)) is None:
             raise VerificationError(f"{linear.name}: it lies in the scope, and the method did not prune it")
-        layers.append(_verify_linear(linear, result, pattern, report.error))
+        layer = _verify_linear(linear, result, pattern, report.error)
+        if (error := report.repaired.get(linear.name)) is not None:
+            layer = replace(layer, output_error=error.after, output_error_before=error.before)
+        layers.append(layer)
     return layers
 
 

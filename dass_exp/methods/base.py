@@ -4,7 +4,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from dass_exp.errors import NumericalError
 from dass_exp.masks import Pattern
 from dass_exp.models.decoder import Matrix
 from dass_exp.models.families import Role
-from dass_exp.statistics import Statistic
+from dass_exp.statistics import InputNorm, Statistic
 
 StatisticKind = TypeVar("StatisticKind", bound=Statistic)
 
@@ -28,7 +28,8 @@ class LinearView:
         name: full name.
         role: what the linear does in its block.
         matrix: where the weight is stored.
-        statistic: of the input; None for a method that needs none.
+        statistic: of the input; None where no stage needs one.
+        kind: the type of statistic that the method has declared as ``stat``.
         write_s: seconds spent writing the weight.
     """
 
@@ -36,6 +37,7 @@ class LinearView:
     role: Role
     matrix: Matrix
     statistic: Statistic | None
+    kind: type[Statistic] | None = None
     write_s: float = 0.0
 
     @property
@@ -45,22 +47,26 @@ class LinearView:
 
     @property
     def stat(self) -> Any:
-        """The statistic of the input, of the type that the method declares as ``stat``."""
+        """The statistic of the input, which gives what the type that the method declares as ``stat`` gives."""
         if self.statistic is None:
             raise LookupError(f"{self.name}: no statistic was collected; set `stat` on the method")
-        return self.statistic
+        return self.statistic if self.kind is None else self.statistic_of(self.kind)
 
     @property
     def norm(self) -> Tensor:
         """The L2 norm of each input feature over all calibration tokens, float32 [in_features]."""
-        norm: Tensor = self.stat.norm
-        return norm
+        return self.statistic_of(InputNorm).norm
 
     def statistic_of(self, kind: type[StatisticKind]) -> StatisticKind:
-        """Return the statistic of this type; LookupError if no stage has declared it."""
-        if not isinstance(self.statistic, kind):
+        """Return a statistic that gives what this type gives, such as a Gram matrix for the norms of its diagonal.
+
+        Raises:
+            LookupError: no stage has declared one.
+        """
+        part = None if self.statistic is None else self.statistic.part(kind)
+        if part is None:
             raise LookupError(f"{self.name}: no {kind.__name__} was collected; a stage declares it as `stat`")
-        return self.statistic
+        return cast(StatisticKind, part)
 
     @property
     def tokens(self) -> int | None:
@@ -129,10 +135,22 @@ class Stage:
         stat: the statistic to collect at the input of each linear in the scope; None for a stage that needs none. A
             Gram matrix serves stages that ask for the norms, which are its diagonal.
         version: part of the key; raise it when the stage's numbers change.
+        active: whether the stage does anything; False for the default of its group, which is not part of the key.
     """
 
     stat: ClassVar[type[Statistic] | None] = None
     version: ClassVar[int] = 1
+    active: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        """The name in tables and records."""
+        return type(self).__name__.lower()
+
+    def stat_of(self, role: Role) -> type[Statistic] | None:
+        """Return the statistic that is needed at the input of the linear with this role, by default ``stat``."""
+        del role
+        return self.stat
 
     def settings(self) -> dict[str, Any]:
         """Return the hyper-parameters that can change the outcome, in canonical form."""
@@ -156,11 +174,6 @@ class Pruner(Stage, ABC):
             raise TypeError(f"{cls.__name__}.group is now called comparison_dim")
 
     @property
-    def name(self) -> str:
-        """The name in tables and records."""
-        return type(self).__name__.lower()
-
-    @property
     def prunes(self) -> bool:
         """Whether the method removes anything; False for the dense baseline."""
         return bool(self.uses)
@@ -176,6 +189,11 @@ class Pruner(Stage, ABC):
         """Return the axis along which the weights of a linear compete: 0, 1, or None for the whole matrix."""
         del role, pattern
         return 1
+
+    def importance(self, linear: LinearView, block: Block) -> Tensor:
+        """Return how much each weight counts where neurons are put in order, float [out, in]: |W| * norm(x)."""
+        del block
+        return linear.weight.abs() if linear.statistic is None else linear.weight.abs() * linear.norm
 
     def remark(self, roles: Collection[Role]) -> str:
         """Return a note for readers of the results of this method on these roles, or an empty string."""
@@ -210,6 +228,9 @@ class ScorePruner(Pruner):
     @abstractmethod
     def score(self, linear: LinearView, block: Block) -> Tensor:
         """Return the importance of each weight, [out, in]; the highest stay."""
+
+    def importance(self, linear: LinearView, block: Block) -> Tensor:
+        return self.score(linear, block)
 
     def prune_linear(self, linear: LinearView, block: Block, pattern: Pattern) -> MaskResult:
         scores = self.score(linear, block)

@@ -204,6 +204,23 @@ class Matrix:
         else:
             whole[self._index()] = weight.to(whole.dtype)
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of these output features [out_features], to be written in place; None without one."""
+        bias = getattr(self.module, "bias", None)
+        return bias.detach() if isinstance(bias, Tensor) and self.expert is None else None
+
+    def reorder_outputs(self, order: Tensor) -> None:
+        """Put the output features, with their bias, into another order: i becomes the former ``order[i]``."""
+        self.write(self.weight[order])
+        if (bias := self.bias) is not None:
+            index = slice(None) if self.rows is None else self._index()
+            bias[index] = bias[index][order]
+
+    def reorder_inputs(self, order: Tensor) -> None:
+        """Put the input features into another order: j becomes the former ``order[j]``."""
+        self.write(self.weight[:, order])
+
     def _whole(self) -> Tensor:
         tensor = self.parameter.detach()  # shares the model's memory
         tensor = tensor if self.expert is None else tensor[self.expert]

@@ -1,6 +1,6 @@
 """Compare several records in one table, and their protocol with that of the paper."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
 from rich.table import Table
@@ -21,7 +21,7 @@ def comparison(records: list[Record]) -> pd.DataFrame:
     """
     varying = varying_settings(records)
     rows = sorted(records, key=_rank)
-    frame = pd.DataFrame([_row(record, varying.get(record["config"]["method"]["name"], ())) for record in rows])
+    frame = pd.DataFrame([_row(record, varying) for record in rows])
     same = [name for name in _LABELS if name != "method" and name in frame and len(set(frame[name]) - {""}) < 2]
     return frame.drop(columns=same).fillna("")
 
@@ -32,11 +32,11 @@ def _rank(record: Record) -> tuple[float, float]:
     return sum(perplexities.values()), -metrics.get("mean_acc", 0.0)
 
 
-def _row(record: Record, shown: Sequence[str]) -> dict[str, str]:
+def _row(record: Record, varying: Mapping[str, Sequence[str]]) -> dict[str, str]:
     config, metrics, cost = record["config"], record["metrics"], record["cost"]
     row = {
         "model": model_name(record),
-        "method": method_label(config, shown),
+        "method": method_label(config, varying),
         "pattern": pattern_label(config),
         "scope": config["scope"] or "",
         "calibration": calibration_label(record),

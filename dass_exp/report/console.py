@@ -1,7 +1,7 @@
 """Terminal output: the progress of a run, its summary, the plan of a sweep."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from dass_exp.engine.stages import STAGE_GROUPS
 from dass_exp.report.load import Record, model_name
 
 _PLAIN_WIDTH = 160  # columns for a pipe or a file, which have no width of their own
@@ -122,11 +123,18 @@ def labels(record: Record) -> list[str]:
     return list(filter(None, (model_name(record), method_label(config), pattern_label(config), scope_label(config))))
 
 
-def method_label(config: Mapping[str, Any], shown: Iterable[str] | None = None) -> str:
-    """Return the method with its hyper-parameters, or only those in ``shown``: ``dass alpha=0.5 granularity=input``."""
-    method = config["method"]
-    names = [name for name in method if name != "name"] if shown is None else shown
-    return " ".join([method["name"], *(f"{name}={method[name]}" for name in names if name in method)])
+def method_label(config: Mapping[str, Any], varying: Mapping[str, Sequence[str]] | None = None) -> str:
+    """Return method and stages with their hyper-parameters: ``dass alpha=0.5 granularity=input + neurons rounds=0``.
+
+    Args:
+        config: of a record.
+        varying: by name of a method or stage, the hyper-parameters to show; None for all.
+    """
+    parts = []
+    for part in (config[group] for group in ("method", *STAGE_GROUPS) if config.get(group)):
+        names = [name for name in part if name != "name"] if varying is None else varying.get(part["name"], ())
+        parts.append(" ".join([part["name"], *(f"{name}={part[name]}" for name in names if name in part)]))
+    return " + ".join(parts)
 
 
 def pattern_label(config: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dass_exp.config.settings import settings_without_effect
+from dass_exp.engine.stages import STAGE_GROUPS
 from dass_exp.storage.record_schema import flatten, is_config, record_problem
 from dass_exp.storage.records import Record
 
@@ -173,12 +174,12 @@ def block_of(layer: str) -> str:
 
 
 def varying_settings(records: Iterable[Record]) -> dict[str, list[str]]:
-    """Return by method the hyper-parameters that are not the same in all its records."""
+    """Return by method and by stage the hyper-parameters that are not the same in all its records."""
     values: dict[str, dict[str, set[str]]] = {}
     for record in records:
-        method = record["config"]["method"]
-        for name, value in method.items():
-            values.setdefault(method["name"], {}).setdefault(name, set()).add(str(value))
+        for part in (record["config"].get(group) for group in ("method", *STAGE_GROUPS)):
+            for name, value in part.items() if part else ():
+                values.setdefault(part["name"], {}).setdefault(name, set()).add(str(value))
     return {method: [name for name, seen in fields.items() if len(seen) > 1] for method, fields in values.items()}
 
 

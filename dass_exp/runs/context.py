@@ -147,7 +147,7 @@ class RunContext:
         Raises:
             UserError: the text is too short, or cannot be loaded.
         """
-        if not run.method.stat:
+        if not run.calibrated:
             return None
         text, config, seed = run.calibration_text, run.config.calibration, run.config.seed
         cut = config.sampling, config.separator, config.num_samples, config.seq_len
@@ -181,10 +181,13 @@ class RunContext:
         decoder = decoder_of(model, run.spec.roles)
         sites = run.sites(decoder) if self.shared and run.method.prunes else []
         dense_weights = [(site.matrix, site.matrix.weight.clone()) for site in sites]
+        biases = [(bias, bias.clone()) for site in sites if (bias := site.matrix.bias) is not None]
         try:
             yield model
         finally:
             for matrix, weight in dense_weights:
                 matrix.write(weight)
+            for bias, dense in biases:  # neurons that were put in order took theirs along
+                bias.copy_(dense)
             if run.method.prunes and not self.shared:
                 self.cache.clear()  # it is not dense any more

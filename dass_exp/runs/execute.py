@@ -115,6 +115,7 @@ def _run_blocks(
         batch_size=run.config.calibration.batch_size,
         roles=run.spec.roles,
         experts=run.config.experts,
+        stages=run.stages,
         cache=_activation_cache(run),
         returns_tuple=earlier.returns_tuple if earlier else None,
     )

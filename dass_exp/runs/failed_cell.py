@@ -9,6 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dass_exp.config.components import OURS, build, check_targets, target_class
 from dass_exp.config.settings import validate
+from dass_exp.engine.stages import STAGE_GROUPS, build_stages
 from dass_exp.errors import UserError
 from dass_exp.masks import Pattern
 from dass_exp.methods.base import Pruner
@@ -37,8 +38,8 @@ def describe_failed(
     with suppress(Exception):  # the error that made the cell fail may be raised again here
         if context.has_found(config.model):  # do not search for it again
             run = identify_run(config, context)
-            return {"key": run.key, "config": describe_config(config, run.method, run.pattern, run.spec)}
-    return {"key": None, "config": describe_config(config, components.method, components.pattern)}
+            return {"key": run.key, "config": describe_config(config, run, run.spec)}
+    return {"key": None, "config": describe_config(config, components)}
 
 
 def _as_composed(composed: DictConfig, choices: Mapping[str, Any], packages: frozenset[str]) -> dict[str, Any]:
@@ -66,4 +67,11 @@ def _as_composed(composed: DictConfig, choices: Mapping[str, Any], packages: fro
         config |= {unused: None for unused in ("pattern", "scope", "seed", "calibration") if unused not in uses}
         method = build(target, Pruner, "method")
         config["method"] = {"name": method.name, **method.settings()}
+    for group in STAGE_GROUPS:
+        if choices.get(group) in (None, "none"):
+            continue
+        with suppress(UserError, OmegaConfBaseException):
+            check_targets(OmegaConf.create({group: composed[group]}), packages)
+            stage = build_stages({group: OmegaConf.to_container(composed[group], resolve=True)}).active[group]
+            config[group] = {"name": stage.name, **stage.settings()}
     return config

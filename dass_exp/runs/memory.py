@@ -1,15 +1,18 @@
 """Estimate the memory of a run from shapes alone, and choose where its model is placed."""
 
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dass_exp.engine.stages import Stages
 from dass_exp.errors import UserError
 from dass_exp.evaluate.head import MAX_LOGITS
 from dass_exp.models.decoder import Decoder, LinearSite
+from dass_exp.models.families import Role
 from dass_exp.statistics import Gram, Statistic
 
 _SHARE = 0.9  # of the free memory; a run that needs more is streamed
@@ -68,7 +71,7 @@ class Workload:
     """What a run does to a model, as far as it takes memory."""
 
     scope: str | None  # what is pruned, None for nothing
-    stat: type[Statistic] | None  # the statistic that the method needs
+    kinds: Callable[[Role], Iterable[type[Statistic] | None]]  # the statistics at the input of a role's linear
     batch_size: int  # calibration sequences that pass through a block together
     scoring_batch_size: int  # windows that do
     dtype: torch.dtype
@@ -76,6 +79,7 @@ class Workload:
     cache: str = "device"  # where activations wait: device, cpu or disk
     shared: bool = False  # whether other runs use the same model afterwards
     resumable: bool = False  # whether the state behind each block is kept
+    stages: Stages = field(default_factory=Stages)  # around the method
 
 
 def memory_needs(
@@ -106,7 +110,7 @@ def memory_needs(
         block=max(blocks) * width,
         ahead=(1 if decoder.family.experts is None else 2) * max(blocks) * width,
         outside=(whole - sum(blocks)) * width,
-        activations=3 * in_memory * calibration_bytes,
+        activations=(3 + workload.stages.repair.follows_inputs) * in_memory * calibration_bytes,
         windows=2 * in_memory * window_bytes,
         solver=max(_solver_bytes(block, workload) for block in sites) + max(scope),
         batch=max(_batch_bytes(decoder, workload, *shape) for shape in batches) + 8 * MAX_LOGITS,
@@ -116,11 +120,24 @@ def memory_needs(
 
 
 def _solver_bytes(sites: list[LinearSite], workload: Workload) -> int:
-    """Estimate pruning one block: scores, comparison and mask of a matrix; Gram matrices, two more to factorise one."""
+    """Estimate pruning one block: scores, comparison and mask of a matrix; Gram matrices, two more to factorise one.
+
+    Stages add the dense weights, and a repair six matrices like that under repair and a Gram matrix of its own.
+    """
     inputs = {site.source: site.matrix.in_features for site in sites}
-    total = 10 * max((site.matrix.out_features * site.matrix.in_features for site in sites), default=0)
-    if workload.stat is not None and issubclass(workload.stat, Gram):
-        total += 4 * sum(size**2 for size in inputs.values()) + 8 * max(inputs.values(), default=0) ** 2
+    of_gram = {
+        site.source: site.matrix.in_features
+        for site in sites
+        if any(kind is not None and issubclass(kind, Gram) for kind in workload.kinds(site.role))
+    }
+    sizes = [site.matrix.out_features * site.matrix.in_features for site in sites]
+    total = 10 * max(sizes, default=0) + 4 * sum(size**2 for size in of_gram.values())
+    if of_gram or workload.stages.repair.active:
+        total += 8 * max(inputs.values(), default=0) ** 2
+    if workload.stages.need_dense_weights:
+        total += sum(sizes) * workload.dtype.itemsize
+    if workload.stages.repair.active:
+        total += 24 * max(sizes, default=0)
     return total
 
 

@@ -77,7 +77,7 @@ def _stated_size(config: RunConfig) -> str:
     return (
         f"{model.name} ({model.path}): {model.parameters / 1e9:.3g} billion parameters, {half:.1f} GB of memory in "
         f"float16 or bfloat16, {2 * half:.1f} GB in float32 (what dtype=auto is on a CPU)"
-        f"{activations if Components.of(config).method.stat else ''}; license: {model.license}; sequences up to "
+        f"{activations if Components.of(config).calibrated else ''}; license: {model.license}; sequences up to "
         f"{model.context} tokens; dtype {model.dtype}, BOS {model.bos}"
     )
 

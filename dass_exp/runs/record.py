@@ -12,11 +12,9 @@ from dass_exp.data.tokens import Tokens
 from dass_exp.engine.verify import Layer
 from dass_exp.evaluate.perplexity import Perplexity
 from dass_exp.evaluate.zeroshot import ZeroShotResult, lm_eval_version
-from dass_exp.masks import Pattern
-from dass_exp.methods.base import Pruner
 from dass_exp.models.families import Role
 from dass_exp.models.load import ModelSpec
-from dass_exp.runs.resolved_run import ResolvedRun
+from dass_exp.runs.resolved_run import Components, ResolvedRun
 from dass_exp.storage.durable import now
 from dass_exp.storage.environment import environment
 from dass_exp.storage.mask_file import PackedMask
@@ -60,7 +58,7 @@ def compose_record(run: ResolvedRun, result: RunResult) -> Record:
         "schema": SCHEMA,
         "key": run.key,
         "created": now(),
-        "config": describe_config(run.config, run.method, run.pattern, run.spec),
+        "config": describe_config(run.config, run, run.spec),
         "identity": run.identity,
         "protocol": _protocol(run, result),
         "calibration": _calibration(run, result),
@@ -80,6 +78,8 @@ def compose_manifest(run: ResolvedRun, layers: Sequence[Layer]) -> dict[str, Any
     """Compose the manifest of a saved model: the key of its run, how it was pruned, and its sparsity."""
     method = run.method
     parts = [method.name, *(f"{name}={value}" for name, value in method.settings().items())]
+    for stage in run.stages.active.values():
+        parts += [f"+ {stage.name}", *(f"{name}={value}" for name, value in stage.settings().items())]
     parts += [run.pattern.name, f"scope {run.config.scope}"] if method.prunes else []
     zeros, size = sum(layer.zeros for layer in layers), sum(layer.size for layer in layers)
     return {
@@ -87,7 +87,7 @@ def compose_manifest(run: ResolvedRun, layers: Sequence[Layer]) -> dict[str, Any
         "told": " ".join([*parts, f"of {run.spec.identity}"]),
         "created": now(),
         "identity": run.identity,
-        "config": describe_config(run.config, run.method, run.pattern, run.spec),
+        "config": describe_config(run.config, run, run.spec),
         "sparsity": {
             "scope": zeros / size if size else 0.0,
             "linears": {layer.name: layer.zeros / layer.size for layer in layers},
@@ -96,31 +96,31 @@ def compose_manifest(run: ResolvedRun, layers: Sequence[Layer]) -> dict[str, Any
     }
 
 
-def describe_config(
-    config: RunConfig, method: Pruner, pattern: Pattern, spec: ModelSpec | None = None
-) -> dict[str, Any]:
-    """Return the settings of a run as its record holds them; those that the method ignores are null.
+def describe_config(config: RunConfig, components: Components, spec: ModelSpec | None = None) -> dict[str, Any]:
+    """Return the settings of a run as its record holds them; those that it ignores are null.
+
+    Stages that do nothing are left out.
 
     Args:
         config: the typed settings.
-        method: built from them.
-        pattern: built from them.
+        components: built from them.
         spec: the model, which resolves revision, dtype and device; None if it was not found.
     """
-    model = dataclasses.asdict(config.model)
+    model, method, uses = dataclasses.asdict(config.model), components.method, components.uses
     if spec is not None:
         model |= {"revision": spec.revision, "dtype": spec.dtype_name, "device": spec.device.type}
     has_experts = spec is not None and spec.family is not None and spec.family.experts is not None
     used = {
-        "pattern": pattern.settings() if "pattern" in method.uses else None,
-        "scope": config.scope if "scope" in method.uses else None,
-        "calibration": dataclasses.asdict(config.calibration) if "calibration" in method.uses else None,
-        "experts": dataclasses.asdict(config.experts) if has_experts and method.stat else None,
-        "seed": config.seed if "seed" in method.uses else None,
+        "pattern": components.pattern.settings() if "pattern" in uses else None,
+        "scope": config.scope if "scope" in uses else None,
+        "calibration": dataclasses.asdict(config.calibration) if "calibration" in uses else None,
+        "experts": dataclasses.asdict(config.experts) if has_experts and components.calibrated else None,
+        "seed": config.seed if "seed" in uses else None,
     }
     return {
         "model": model,
         "method": {"name": method.name, **method.settings()},
+        **{group: {"name": stage.name, **stage.settings()} for group, stage in components.stages.active.items()},
         **used,
         "eval": dataclasses.asdict(config.eval),
         "protocol": config.protocol.get("name") if isinstance(config.protocol, dict) else None,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from functools import partial
 
 from dass_exp.config.settings import RunConfig
 from dass_exp.engine.prune import check_shapes
@@ -88,7 +89,7 @@ def _check(run: ResolvedRun, context: RunContext) -> None:
     """Check lengths, shapes and texts before weights are loaded."""
     config, scored, limit = run.config, run.config.eval.perplexity, run.spec.positions
     lengths = {
-        "calibration.seq_len": config.calibration.seq_len if run.method.stat else 0,
+        "calibration.seq_len": config.calibration.seq_len if run.calibrated else 0,
         "eval.perplexity.context": scored.context if scored else 0,
     }
     for setting, length in lengths.items():
@@ -103,7 +104,8 @@ def _needs(run: ResolvedRun, context: RunContext) -> MemoryNeeds:
     config, scored, windows = run.config, run.config.eval.perplexity, context.windows(run)
     workload = Workload(
         scope=config.scope if run.method.prunes else None,
-        stat=run.method.stat,
+        kinds=partial(run.stages.kinds, run.method),
+        stages=run.stages,
         batch_size=config.calibration.batch_size,
         scoring_batch_size=config.eval.batch_size,
         dtype=run.spec.dtype,
@@ -112,7 +114,7 @@ def _needs(run: ResolvedRun, context: RunContext) -> MemoryNeeds:
         shared=context.shared,
         resumable=config.resume is not False,
     )
-    calibration = (config.calibration.num_samples, config.calibration.seq_len) if run.method.stat else (0, 0)
+    calibration = (config.calibration.num_samples, config.calibration.seq_len) if run.calibrated else (0, 0)
     size = (len(windows.ids), scored.context) if scored is not None and windows is not None else (0, 0)
     skeleton = context.skeleton(run)
     return memory_needs(decoder_of(skeleton, run.spec.roles), skeleton, calibration, size, workload)

@@ -17,6 +17,7 @@ from dass_exp.config.settings import RunConfig
 from dass_exp.data import assets
 from dass_exp.data.texts import Text
 from dass_exp.engine.prune import ENGINE_VERSION
+from dass_exp.engine.stages import STAGE_GROUPS, Stages, build_stages
 from dass_exp.evaluate import EVALUATION_VERSION
 from dass_exp.evaluate.zeroshot import check_tasks, lm_eval_version
 from dass_exp.masks import Pattern
@@ -38,6 +39,7 @@ class Components:
 
     method: Pruner
     pattern: Pattern
+    stages: Stages
     tracker: Tracker
     calibration_text: Text
     evaluation_text: Text | None
@@ -52,13 +54,27 @@ class Components:
         scored, zeroshot = config.eval.perplexity, config.eval.zeroshot
         if zeroshot is not None:
             check_tasks(zeroshot.tasks, zeroshot.data)
+        stages = build_stages({group: getattr(config, group) for group in STAGE_GROUPS})
+        method, pattern = build(config.method, Pruner, "method"), build(config.pattern, Pattern, "pattern")
+        stages.check(method, pattern, config.scope)
         return cls(
-            method=build(config.method, Pruner, "method"),
-            pattern=build(config.pattern, Pattern, "pattern"),
+            method=method,
+            pattern=pattern,
+            stages=stages if method.prunes else Stages(),
             tracker=build(config.tracker, Tracker, "tracker"),
             calibration_text=build(config.calibration.text, Text, "calibration.text"),
             evaluation_text=build(scored.text, Text, "eval.perplexity.text") if scored else None,
         )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration tokens are needed."""
+        return self.stages.calibrated(self.method)
+
+    @property
+    def uses(self) -> frozenset[str]:
+        """The run settings that can change the outcome: those of the method, and calibration where a stage needs it."""
+        return self.method.uses | ({"calibration", "seed"} if self.calibrated else set())
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +163,7 @@ class ResolvedRun(Components):
             # tasks need the whole model in memory, where it may fit alone
             model, placement = dataclasses.replace(model, placement="resident"), None
         config = dataclasses.replace(self.config, model=model, rerun=False, repeat=0, save=None)
-        return dataclasses.replace(self, config=config, method=Dense(), placement=placement)
+        return dataclasses.replace(self, config=config, method=Dense(), stages=Stages(), placement=placement)
 
     def sites(self, decoder: Decoder) -> Iterator[LinearSite]:
         """Yield the linears that it prunes."""
@@ -180,13 +196,17 @@ def identity_of(run: ResolvedRun) -> dict[str, Any]:
         },
         "eval": _evaluation(run),
     }
+    for group, stage in run.stages.active.items():
+        kind = type(stage)
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        identity[group] = {"class": name, "version": stage.version, **stage.settings()}
     if method.prunes:
         identity["engine"] = ENGINE_VERSION
-    if "pattern" in method.uses:
+    if "pattern" in run.uses:
         identity["pattern"] = run.pattern.settings()
-    if "scope" in method.uses:
+    if "scope" in run.uses:
         identity["scope"] = config.scope
-    if "calibration" in method.uses:
+    if "calibration" in run.uses:
         calibration = config.calibration
         names = ["sampling", "num_samples", "seq_len", *(["separator"] if calibration.sampling == "joined" else [])]
         cut = {name: getattr(calibration, name) for name in names}
@@ -200,7 +220,7 @@ def identity_of(run: ResolvedRun) -> dict[str, Any]:
         identity["trained"] = dict(spec.trained)
     if config.repeat:
         identity["repeat"] = config.repeat
-    if "seed" in method.uses:
+    if "seed" in run.uses:
         identity["seed"] = config.seed
     return identity
 

@@ -73,7 +73,7 @@ def _find_or_execute(run: ResolvedRun, context: RunContext) -> tuple[Record, boo
     with run.store.lock(run.key), locked(run.config.save):
         if (record := run.finished_record()) is not None:  # another process executed it while this one waited
             return record, True
-        with run.store.recording_failure(run.key, describe_config(run.config, run.method, run.pattern, run.spec)):
+        with run.store.recording_failure(run.key, describe_config(run.config, run, run.spec)):
             result = _execute_in_work_folder(run, context)
             record = _write(run, result)
         _clean_up(run)

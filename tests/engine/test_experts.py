@@ -54,7 +54,7 @@ def test_routed_statistics_are_those_of_a_slow_reference(family, batch_size, kin
     model = tiny_model(family)
     decoder, expected = decoder_of(model), routed(model, many)
     batches = capture(model, list(decoder.blocks), many, batch_size)
-    with observe_inputs(decoder, 0, "mlp", kind, many.shape[1]) as stats:
+    with observe_inputs(decoder, 0, "mlp", lambda role: [kind], many.shape[1]) as stats:
         for batch in batches:
             batch.run_block(decoder.blocks[0], 0)
     for site in decoder.sites(0, "mlp"):
@@ -74,7 +74,7 @@ def test_the_observed_experts_give_what_the_model_gives(family, tiny_model, many
     decoder = decoder_of(model)
     (batch,) = capture(model, list(decoder.blocks), many, len(many))
     plain = batch.run_block(decoder.blocks[0], 0)
-    with observe_inputs(decoder, 0, "mlp", InputNorm, many.shape[1]):
+    with observe_inputs(decoder, 0, "mlp", lambda role: [InputNorm], many.shape[1]):
         observed = batch.run_block(decoder.blocks[0], 0)
     torch.testing.assert_close(observed, plain, rtol=1e-5, atol=1e-6)
     assert torch.equal(batch.run_block(decoder.blocks[0], 0), plain)

@@ -391,7 +391,7 @@ def test_a_model_in_the_cache_of_a_sweep_counts_as_free_memory_and_is_dropped_wh
 
 def test_attention_by_plain_products_keeps_scores():
     sizes = {}
-    workload = memory.Workload(None, None, 1, 2, torch.bfloat16, torch.device("cpu"))
+    workload = memory.Workload(None, lambda role: (), 1, 2, torch.bfloat16, torch.device("cpu"))
     for implementation in ("eager", "sdpa"):
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(tiny_config(), attn_implementation=implementation)

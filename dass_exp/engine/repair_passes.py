@@ -1,0 +1,186 @@
+"""What repairs know of a pruned block: dense weights and outputs, and the inputs that reach each linear now."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear as apply_linear
+
+from dass_exp.engine.activation_cache import ActivationCache, CachedTensor
+from dass_exp.engine.attention_replay import AttentionReplay
+from dass_exp.engine.capture import Batch, replaced_forward
+from dass_exp.methods.base import LinearView, MaskResult
+from dass_exp.models.decoder import Decoder
+from dass_exp.models.families import DOWN, FC2, GATE, UP, O, Role
+from dass_exp.repair.base import Regression
+from dass_exp.statistics import Gram
+
+READERS = (O, DOWN, FC2)  # roles whose inputs other linears of the same block have computed
+
+
+class RegressionSums:
+    """The sums of a :class:`Regression`, collected while tokens pass; float32, one sequence after the other."""
+
+    def __init__(self, linear: LinearView) -> None:
+        shape, device = (linear.matrix.out_features, linear.matrix.in_features), linear.matrix.parameter.device
+        self.gram = Gram(shape[1], device)
+        self.cross = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.energy = torch.zeros(shape[0], dtype=torch.float32, device=device)
+
+    def update(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Add one sequence: its inputs [tokens, in], and the dense outputs [tokens, out] without bias."""
+        inputs, outputs = inputs.float(), outputs.float()
+        self.gram.update(inputs)
+        self.cross.addmm_(outputs.T, inputs)
+        self.energy += outputs.square().sum(0)
+
+    def regression(self) -> Regression:
+        return Regression(self.gram.matrix, self.cross, self.energy)
+
+
+class DenseOutputs:
+    """Records what linears give in the dense block, batch by batch: the targets of repairs on later inputs.
+
+    Those of experts are not recorded: they are computed again from the dense weights.
+
+    Args:
+        decoder: of the model.
+        index: of the block.
+        scope: whose linears are recorded.
+        cache: where outputs wait.
+    """
+
+    def __init__(self, decoder: Decoder, index: int, scope: str, cache: ActivationCache) -> None:
+        self._cache = cache
+        self._modules: dict[str, nn.Module] = {}
+        for site in decoder.sites(index, scope):
+            if site.role in READERS and site.matrix.expert is None:
+                self._modules[site.name] = site.matrix.module
+        self.by_linear: dict[str, list[CachedTensor]] = {name: [] for name in self._modules}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record while the dense block runs."""
+        with ExitStack() as stack:
+            for name, module in self._modules.items():
+                stack.enter_context(module.register_forward_hook(self._hook(self.by_linear[name])))
+            yield
+
+    def _hook(self, outputs: list[CachedTensor]) -> Callable[[nn.Module, Any, Tensor], None]:
+        def record(module: nn.Module, args: Any, output: Tensor) -> None:
+            del args
+            bias = getattr(module, "bias", None)
+            outputs.append(self._cache.store(output if bias is None else output - bias))
+
+        return record
+
+
+class BlockInRepair:
+    """A pruned block as repairs see it (:class:`dass_exp.repair.base.PrunedBlock`).
+
+    Args:
+        decoder, index: of the block.
+        batches: calibration batches in front of it.
+        linears: that were pruned.
+        pruned: their weights before pruning, and their masks, by name.
+        outputs: what the dense block's linears gave; None if all regressions are on the dense block's inputs.
+        attention: replays the attention if it is not pruned.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        index: int,
+        batches: Sequence[Batch],
+        linears: Sequence[LinearView],
+        pruned: tuple[Mapping[str, Tensor], Mapping[str, MaskResult]],
+        outputs: DenseOutputs | None,
+        attention: AttentionReplay,
+    ) -> None:
+        self._decoder, self._index, self._batches = decoder, index, batches
+        self._dense, self._results = pruned
+        self._outputs, self._attention = outputs, attention
+        order = list(Role)
+        self.linears = sorted(linears, key=lambda linear: order.index(linear.role))
+        self._current: dict[str, Regression] = {}
+        self._collected: Role | None = None
+
+    def dense(self, linear: LinearView) -> Tensor:
+        """Return the weight before pruning, [out, in], in the model's dtype."""
+        return self._dense[linear.name]
+
+    def keep(self, linear: LinearView) -> Tensor:
+        """Return the mask, bool [out, in]."""
+        return self._results[linear.name].keep
+
+    def regression(self, linear: LinearView) -> Regression:
+        """Return the problem of a linear on the inputs that reach it now."""
+        if self._outputs is None or linear.role not in READERS:
+            return Regression.on_same_inputs(linear.statistic_of(Gram).matrix, self.dense(linear))
+        if linear.statistic is not None and linear.statistic.uniform:  # an expert that few tokens have reached
+            identity = torch.eye(linear.matrix.in_features, device=linear.matrix.parameter.device)
+            return Regression.on_same_inputs(identity, self.dense(linear))
+        if self._collected != linear.role:
+            self._current = self._collect(linear.role)
+            self._collected = linear.role
+        return self._current.pop(linear.name)
+
+    def _collect(self, role: Role) -> dict[str, Regression]:
+        """Run the block as it is now, and collect the regressions of its linears with this role."""
+        linears = [linear for linear in self.linears if linear.role == role]
+        sums = {linear.name: RegressionSums(linear) for linear in linears}
+        plain = [linear for linear in linears if linear.matrix.expert is None]
+        routed = [linear for linear in linears if linear.matrix.expert is not None]
+        with ExitStack() as stack:
+            stack.enter_context(self._attention.replaying(again=True))
+            for linear in plain:
+                collect = self._collecting(linear, sums[linear.name])
+                stack.enter_context(replaced_forward(linear.matrix.module, collect))
+            if routed:
+                stack.enter_context(replaced_forward(routed[0].matrix.module, self._collecting_experts(routed, sums)))
+            for batch in self._batches:
+                batch.run_block(self._decoder.blocks[self._index], self._index)
+        return {name: entry.regression() for name, entry in sums.items()}
+
+    def _collecting(self, linear: LinearView, sums: RegressionSums) -> Callable[[Tensor], Tensor]:
+        """Return a forward that collects the inputs of a linear; its output, which nobody reads, is zero."""
+        outputs = iter(self._outputs.by_linear[linear.name] if self._outputs is not None else ())
+        features = linear.matrix.out_features
+
+        def forward(inputs: Tensor) -> Tensor:
+            targets = next(outputs).load()
+            tokens = self._batches[0].tokens
+            pairs = (tensor.reshape(-1, tokens, tensor.shape[-1]) for tensor in (inputs, targets))
+            for sequence, target in zip(*pairs, strict=True):
+                sums.update(sequence, target)
+            return inputs.new_zeros(*inputs.shape[:-1], features)
+
+        return forward
+
+    def _collecting_experts(
+        self, linears: Sequence[LinearView], sums: Mapping[str, RegressionSums]
+    ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Return a forward of the experts' module that collects at each one's down; its output is zero."""
+        module, table = linears[0].matrix.module, self._decoder.family.experts
+        apply_gate: Callable[[Tensor], Tensor] = module._apply_gate  # type: ignore[assignment]
+        views = {(linear.matrix.expert, linear.role): linear for linear in self.linears}
+        tokens = self._batches[0].tokens
+
+        def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            del top_k_weights
+            for down in linears:
+                expert = down.matrix.expert
+                chosen: Tensor = top_k_index == expert  # type: ignore[assignment]
+                token = chosen.any(1).nonzero().flatten()
+                lengths = torch.bincount(token // tokens, minlength=len(hidden_states) // tokens).tolist()
+                before = torch.cat([self.dense(views[expert, role]) for role in (GATE, UP)])
+                now = getattr(module, table.gate_up)[expert]  # type: ignore[union-attr]
+                for sequence in hidden_states[token].split(lengths):
+                    neurons = apply_gate(apply_linear(sequence, now))
+                    target = apply_linear(apply_gate(apply_linear(sequence, before)), self.dense(down))
+                    sums[down.name].update(neurons, target)
+            return torch.zeros_like(hidden_states)
+
+        return forward

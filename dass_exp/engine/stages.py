@@ -1,0 +1,133 @@
+"""The stages around a method, and what each of them does to a block."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from dass_exp.config.components import build
+from dass_exp.errors import UserError
+from dass_exp.masks import Pattern
+from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner, Stage
+from dass_exp.models.families import GLU, PLAIN, READER_OF, ROLES_IN_SCOPE, Role
+from dass_exp.permute.base import NeuronOrder, NoOrder
+from dass_exp.refine.base import NoRefinement, Refinement
+from dass_exp.repair.base import NoRepair, Repair
+from dass_exp.statistics import Statistic
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What is done to a block before and after its method has chosen masks; by default nothing.
+
+    Args:
+        permute: puts the intermediate neurons in order.
+        refine: improves the masks.
+        repair: changes the surviving weights.
+    """
+
+    permute: NeuronOrder = field(default_factory=NoOrder)
+    refine: Refinement = field(default_factory=NoRefinement)
+    repair: Repair = field(default_factory=NoRepair)
+
+    @property
+    def active(self) -> dict[str, Stage]:
+        """The stages that do something, by the name of their config group."""
+        stages = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        return {name: stage for name, stage in stages.items() if stage.active}
+
+    @property
+    def need_dense_weights(self) -> bool:
+        """Whether the weights before pruning have to be kept until the block is done."""
+        return self.refine.active or self.repair.active
+
+    def kinds(self, method: Pruner, role: Role) -> list[type[Statistic] | None]:
+        """Return the statistics that method and stages need at the input of the linear with this role."""
+        return [stage.stat_of(role) for stage in (method, *self.active.values())] if method.prunes else []
+
+    def calibrated(self, method: Pruner) -> bool:
+        """Whether calibration tokens are needed."""
+        stages = (method, *self.active.values()) if method.prunes else ()
+        return any(stage.stat is not None for stage in stages)
+
+    def check(self, method: Pruner, pattern: Pattern, scope: str) -> None:
+        """Raise a UserError, with the reason, for a combination that a stage cannot serve. Needs no model."""
+        if not method.prunes:
+            return
+        if self.permute.active:
+            self.permute.check(pattern)
+            if not ROLES_IN_SCOPE[scope] & (GLU | PLAIN):
+                raise UserError(
+                    f"permute={self.permute.name} with scope={scope}: it orders the neurons of the MLP, which is not "
+                    "pruned; choose scope=mlp or all, or permute=none"
+                )
+        if self.refine.active:
+            self.refine.check(pattern)
+            if method.updates_weights:
+                raise UserError(
+                    f"refine={self.refine.name} with method={method.name}: a mask is refined for dense surviving "
+                    "weights, and this method changes them; choose refine=none"
+                )
+
+
+# by config group
+KINDS: dict[str, type[Stage]] = {"permute": NeuronOrder, "refine": Refinement, "repair": Repair}
+STAGE_GROUPS = tuple(KINDS)
+
+
+def build_stages(nodes: Mapping[str, Any]) -> Stages:
+    """Build the stages from their config nodes, by group.
+
+    Raises:
+        UserError: names the group and what is wrong.
+    """
+    return Stages(**{group: build(node, KINDS[group], group) for group, node in nodes.items()})
+
+
+def reorder_neurons(unit: Block, order: NeuronOrder, method: Pruner, pattern: Pattern) -> Tensor | None:
+    """Put the intermediate neurons of a dense MLP in order, with their statistics.
+
+    Returns:
+        the order, int64 [neurons]: neuron i is the former neuron ``order[i]``; None for a unit without an MLP.
+    """
+    views = {linear.role: linear for linear in unit.linears}
+    writers = [views[role] for role in READER_OF if role in views]
+    readers = [views[role] for role in dict.fromkeys(READER_OF.values()) if role in views]
+    if not writers or not readers:
+        return None
+    importance: dict[Role, Tensor] = {}
+    for axis, linears in ((0, writers), (1, readers)):
+        for linear in linears:
+            if method.comparison_dim(linear.role, pattern) == axis:
+                scores = method.importance(linear, unit)
+                importance[linear.role] = scores if axis == 0 else scores.T
+    if not importance:
+        raise UserError(
+            f"{unit.name}: method={method.name} compares no weights along the neurons, so their order changes nothing; "
+            "choose permute=none"
+        )
+    new = order.order(importance, pattern)
+    for linear in writers:
+        linear.matrix.reorder_outputs(new)
+    for linear in readers:
+        linear.matrix.reorder_inputs(new)
+        if linear.statistic is not None:
+            linear.statistic.reorder(new)
+    return new
+
+
+def refine_masks(
+    linears: Sequence[LinearView],
+    dense: Mapping[str, Tensor],
+    results: dict[str, MaskResult],
+    refinement: Refinement,
+    pattern: Pattern,
+) -> None:
+    """Replace the masks in ``results`` by better ones; weights that come back are dense."""
+    for linear in linears:
+        result, before = results[linear.name], dense[linear.name]
+        keep = refinement.refine(linear, before, result, pattern)
+        results[linear.name] = dataclasses.replace(result, keep=keep)
+        linear.write(before.masked_fill(~keep, 0))

@@ -1,0 +1,102 @@
+"""Least squares on the support of a mask, by preconditioned conjugate gradients."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dass_exp.errors import UserError, finite_number, one_of, whole_number
+from dass_exp.methods.base import LinearView
+from dass_exp.models.families import READER_OF, Role
+from dass_exp.repair.base import PrunedBlock, Regression, Repair, RepairError
+from dass_exp.statistics import Gram, InputNorm, Statistic
+
+_READERS = frozenset(READER_OF.values()) | {Role.O}  # linears whose inputs other linears of the block have computed
+
+
+@dataclass
+class LeastSquares(Repair):
+    """Minimise the squared error of each linear's output over its surviving weights.
+
+    Every output row is a least-squares problem on the support of its mask, with the Gram matrix of the inputs; all rows
+    take the same number of conjugate-gradient steps at once (preconditioned by the diagonal), as ALPS does on its final
+    support (arXiv 2406.07831, section 3.2). The damping is a ridge around the dense weights, not around zero. A row
+    whose error would grow keeps the weights that the method has left.
+
+    Args:
+        steps: conjugate-gradient steps, at least 1.
+        damping: of the Gram matrix, as a multiple of its mean diagonal.
+        inputs: of o, down and the second linear of a plain MLP, which read what other pruned linears have computed: ``pruned``, they are repaired
+            last, on what reaches them now, towards what they gave in the dense block; ``dense``, on the inputs of the
+            dense block.
+    """
+
+    steps: int = 10
+    damping: float = 0.01
+    inputs: str = "pruned"
+    stat = Gram
+
+    def __post_init__(self) -> None:
+        whole_number("repair.steps", self.steps, least=1)
+        allowed = "a number of at least 0 (such as 0.01)"
+        value = finite_number("repair.damping", self.damping, allowed)
+        if value < 0:
+            raise UserError(f"repair.damping={self.damping!r}: expected {allowed}")
+        self.damping = value
+        one_of("repair.inputs", self.inputs, ("pruned", "dense"))
+
+    @property
+    def follows_inputs(self) -> bool:
+        return self.inputs == "pruned"
+
+    def stat_of(self, role: Role) -> type[Statistic] | None:
+        return InputNorm if self.follows_inputs and role in _READERS else Gram
+
+    def repair(self, block: PrunedBlock) -> dict[str, RepairError]:
+        return {linear.name: self._repair(linear, block) for linear in block.linears}
+
+    def _repair(self, linear: LinearView, block: PrunedBlock) -> RepairError:
+        dense, keep, problem = block.dense(linear).float(), block.keep(linear), block.regression(linear)
+        before = linear.weight.float()
+        error_before = problem.squared_error(before)
+        solved = solve(problem, dense, before, keep, self.steps, self.damping).to(linear.weight.dtype)
+        error_after = problem.squared_error(solved)
+        worse = ~(error_after <= error_before)  # NaN counts as worse
+        linear.write(torch.where(worse[:, None], before.to(solved.dtype), solved))
+        return RepairError(
+            problem.relative(error_before), problem.relative(torch.where(worse, error_before, error_after))
+        )
+
+
+def solve(problem: Regression, dense: Tensor, start: Tensor, keep: Tensor, steps: int, damping: float) -> Tensor:
+    """Take conjugate-gradient steps on each row of ``start`` [out, in] towards its damped least-squares solution.
+
+    Args:
+        problem: the regression.
+        dense: the weights that the damping pulls to, float32 [out, in].
+        start: float32 [out, in], zero outside ``keep``.
+        keep: bool [out, in], the support.
+        steps: how many.
+        damping: multiple of the Gram matrix's mean diagonal.
+    """
+    ridge = damping * problem.gram.diagonal().mean()
+    diagonal = problem.gram.diagonal() + ridge
+    mask = keep.float()
+    scale = mask / diagonal.clamp_min(torch.finfo(torch.float32).tiny)  # preconditioner and support at once
+
+    weight = start.clone()
+    residual = problem.cross.addcmul(dense - weight, ridge.expand_as(dense)).sub_(weight @ problem.gram).mul_(mask)
+    preconditioned = residual * scale
+    direction = preconditioned.clone()
+    energy = (residual * preconditioned).sum(1, keepdim=True)
+    for _ in range(steps):
+        image = torch.addcmul(direction @ problem.gram, direction, ridge.expand_as(direction)).mul_(mask)
+        curvature = (direction * image).sum(1, keepdim=True)
+        length = torch.where(curvature > 0, energy / curvature, 0.0)  # a row that is solved stands still
+        weight.addcmul_(direction, length)
+        residual.addcmul_(image, length, value=-1)
+        torch.mul(residual, scale, out=preconditioned)
+        following = (residual * preconditioned).sum(1, keepdim=True)
+        direction.mul_(torch.where(energy > 0, following / energy, 0.0)).add_(preconditioned)
+        energy = following
+    return weight
