@@ -61,9 +61,8 @@ def planned_memory(
     model: Any, method: str, calibration: tuple[int, int], windows: tuple[int, int], cache: str = "device"
 ) -> MemoryNeeds:
     """Plan a run with bfloat16, scope mlp, one sequence at a time; calibration and windows are (sequences, tokens)."""
-    workload = Workload(
-        "mlp", partial(Stages().kinds, method_of(method)), 1, 1, torch.bfloat16, torch.device("cpu"), cache
-    )
+    kinds, device = partial(Stages().kinds, method_of(method)), torch.device("cpu")
+    workload = Workload("mlp", kinds, 1, 1, torch.bfloat16, device, cache)
     return memory_needs(decoder_of(model), model, calibration, windows, workload)
 
 

@@ -83,7 +83,8 @@ def build_stages(nodes: Mapping[str, Any]) -> Stages:
     Raises:
         UserError: names the group and what is wrong.
     """
-    return Stages(**{group: build(node, KINDS[group], group) for group, node in nodes.items()})
+    stages: dict[str, Any] = {group: build(node, KINDS[group], group) for group, node in nodes.items()}
+    return Stages(**stages)
 
 
 def reorder_neurons(unit: Block, order: NeuronOrder, method: Pruner, pattern: Pattern) -> Tensor | None:

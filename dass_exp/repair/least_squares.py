@@ -26,9 +26,9 @@ class LeastSquares(Repair):
     Args:
         steps: conjugate-gradient steps, at least 1.
         damping: of the Gram matrix, as a multiple of its mean diagonal.
-        inputs: of o, down and the second linear of a plain MLP, which read what other pruned linears have computed: ``pruned``, they are repaired
-            last, on what reaches them now, towards what they gave in the dense block; ``dense``, on the inputs of the
-            dense block.
+        inputs: of o, down and the second linear of a plain MLP, which read what other pruned linears have computed:
+            ``pruned``, they are repaired last, on what reaches them now, towards what they gave in the dense block;
+            ``dense``, on the inputs that they had in the dense block.
     """
 
     steps: int = 10
