@@ -13,6 +13,8 @@ from dass_exp.statistics import Gram, InputNorm, Statistic
 
 _READERS = frozenset(READER_OF.values()) | {Role.O}  # linears whose inputs other linears of the block have computed
 
+_SOLVED = 1e-12  # of the first squared residual: what float32 can resolve
+
 
 @dataclass
 class LeastSquares(Repair):
@@ -89,14 +91,16 @@ def solve(problem: Regression, dense: Tensor, start: Tensor, keep: Tensor, steps
     preconditioned = residual * scale
     direction = preconditioned.clone()
     energy = (residual * preconditioned).sum(1, keepdim=True)
+    solved = _SOLVED * energy
     for _ in range(steps):
         image = torch.addcmul(direction @ problem.gram, direction, ridge.expand_as(direction)).mul_(mask)
         curvature = (direction * image).sum(1, keepdim=True)
-        length = torch.where(curvature > 0, energy / curvature, 0.0)  # a row that is solved stands still
+        moves = (energy > solved) & (curvature > 0)  # a row that is solved stands still
+        length = torch.where(moves, energy / curvature, 0.0)
         weight.addcmul_(direction, length)
         residual.addcmul_(image, length, value=-1)
         torch.mul(residual, scale, out=preconditioned)
         following = (residual * preconditioned).sum(1, keepdim=True)
-        direction.mul_(torch.where(energy > 0, following / energy, 0.0)).add_(preconditioned)
+        direction.mul_(torch.where(moves, following / energy, 0.0)).add_(preconditioned)
         energy = following
     return weight

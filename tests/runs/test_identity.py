@@ -58,6 +58,9 @@ GROUPS = {
     "method._target_": "method=wanda",
     "pattern._target_": "pattern=unstructured",
     "tracker._target_": "tracker=none",
+    "permute._target_": "permute=neurons",
+    "refine._target_": "refine=swaps",
+    "repair._target_": "repair=least_squares",
 }
 OWN_TEST = {  # below, or in test_tiny.py
     *("model.path", "model.revision", "model.device", "model.training_seed"),

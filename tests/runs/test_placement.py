@@ -10,9 +10,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support import FixedMemory, Phases, contains, run_with, save_tiny, settings_of, tiny_config
+from support import CONF, FixedMemory, Phases, contains, run_with, save_tiny, settings_of, tiny_config
 
 from dass_exp import load_masks
+from dass_exp.engine.stages import STAGE_GROUPS
 from dass_exp.errors import UserError
 from dass_exp.models import save as checkpoint
 from dass_exp.models.decoder import decoder_of
@@ -69,6 +70,19 @@ def test_a_streamed_run_leaves_the_record_and_the_weights_of_a_resident_one(cell
     for layer in (*resident["layers"], *streamed["layers"]):
         del layer["seconds"]
     assert resident == streamed
+
+
+STAGES = [f"{group}={path.stem}" for group in STAGE_GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if not stage.endswith("=none")])
+def test_a_streamed_run_with_a_stage_leaves_the_weights_of_a_resident_one(cell, tmp_path, stage):
+    plain = run_with(*cell, RESIDENT).record
+    resident, _ = both_ways(tmp_path, *cell, stage)
+    assert resident.record["key"] != plain["key"]
+    assert resident.record["metrics"]["perplexity"] != plain["metrics"]["perplexity"]
+    again = run_with(*cell, "method=dense", f"model.path={tmp_path}/one").record
+    same_scores(again, resident.record)
 
 
 def test_the_saved_model_loads_and_scores_the_same(cell, tmp_path):
