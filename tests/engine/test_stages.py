@@ -103,7 +103,9 @@ def test_neurons_in_another_order_compute_the_same(family, method, tiny_model, t
     before, dense = model(tokens).logits, [site.matrix.weight.clone() for site in sites_of(model, "mlp")]
     everything = NM(4, 4)
     pruning = prune_blocks(model, tokens, method, everything, min_tokens=0, stages=Stages(permute=Neurons()))
-    moved = [torch.equal(site.matrix.weight, weight) for site, weight in zip(sites_of(model, "mlp"), dense, strict=True)]
+    moved = [
+        torch.equal(site.matrix.weight, weight) for site, weight in zip(sites_of(model, "mlp"), dense, strict=True)
+    ]
     assert not any(moved)
     assert torch.allclose(model(tokens).logits, before, atol=1e-5)
     orders = [order for report in pruning.reports for order in report.orders.values()]
@@ -213,7 +215,7 @@ def test_stages_at_their_default_leave_weights_and_speed_alone(tiny_model, token
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         LeastSquares(**settings)
-    with pytest.raises(UserError, match="permute.rounds=-1"):
+    with pytest.raises(UserError, match="rounds=-1"):
         Neurons(rounds=-1)
 
 
