@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dass_exp.config.settings import CalibrationConfig
 from dass_exp.data.texts import Text
-from dass_exp.errors import UserError
+from dass_exp.errors import UserError, naming
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,13 @@ class Tokens:
 
     ids: Tensor  # int64 [windows, tokens]
     sha256: str  # of the ids as little-endian 64-bit numbers
+
+    def checked(self, vocabulary: int, model: str) -> Tokens:
+        """Return it; raise a UserError if a token has no embedding, of which ``model`` has ``vocabulary``."""
+        if (largest := int(self.ids.max())) >= vocabulary:
+            problem = f"its tokenizer gives the token {largest}, and its embedding has {vocabulary} rows"
+            raise UserError(f"model.path={model}: {problem}; the tokenizer belongs to another model")
+        return self
 
     @classmethod
     def of(cls, ids: Tensor) -> Tokens:
@@ -102,8 +109,9 @@ def evaluation_windows(text: Text, context: int, max_windows: int | None, tokeni
 
 def encode(tokenizer: Any, text: str, bos: str) -> Tensor:
     """Return the tokens of a text, int64 [tokens], after a beginning-of-sequence token if ``bos`` is ``stream``."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor([tokenizer.bos_token_id, *ids] if bos == "stream" else ids, dtype=torch.int64)
+    with naming(f"model.path={getattr(tokenizer, 'name_or_path', '')}: its tokenizer cannot encode a text"):
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return torch.tensor([tokenizer.bos_token_id, *ids] if bos == "stream" else ids, dtype=torch.int64)
 
 
 def _with_bos(windows: list[Tensor], tokenizer: Any, bos: str) -> Tokens:

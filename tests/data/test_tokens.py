@@ -233,6 +233,14 @@ def test_the_hash_is_that_of_the_ids_as_little_endian_64_bit_numbers():
     assert Tokens.of(torch.tensor([[1, 3], [2, 4]]).T).sha256 == expected  # whatever the strides
 
 
+def test_a_token_without_an_embedding_is_refused():
+    windows = Tokens.of(torch.tensor([[1, 2], [3, 7]]))
+    assert windows.checked(8, "m") is windows
+    with pytest.raises(UserError) as caught:
+        windows.checked(7, "m")
+    assert contains(str(caught.value), ["model.path=m:", "the token 7", "7 rows"])
+
+
 def test_the_hash_changes_with_the_tokens():
     config = CalibrationConfig(sampling="joined", num_samples=4, seq_len=16)
     draws = (("never", 0), ("never", 1), ("window", 0), ("never", 0))
