@@ -33,7 +33,7 @@ def written(name, content):
 
 
 def weights(**changes):
-    """Change or add tensors of a model folder: functions of its ``embedding`` or ``up``; a new one lies beside ``up``."""
+    """Change tensors of a model folder, ``embedding`` or ``up``, or add one beside ``up``, by functions of these."""
 
     def harm(folder):
         tensors = load_file(folder / "model.safetensors")
