@@ -3,7 +3,6 @@
 import fnmatch
 import functools
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 from dass_exp.data import assets
 from dass_exp.errors import UserError
 from dass_exp.models.shards import INDEX, Shards
-from dass_exp.storage.checksum import require_regular, stamp
+from dass_exp.storage.checksum import stamp
+from dass_exp.storage.durable import read_json
 from dass_exp.storage.mask_file import MASKS
 
 MANIFEST = "dass_exp.json"
@@ -58,11 +58,14 @@ def _digest(folder: Path, stamped: tuple[tuple[Path, tuple[int, ...]], ...]) -> 
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
-    """Read the manifest of a checkpoint that :mod:`dass_exp.models.save` wrote; empty for any other folder."""
+    """Read the manifest of a checkpoint that :mod:`dass_exp.models.save` wrote; empty for any other folder.
+
+    Raises:
+        DamagedFileError: the manifest does not hold what was written into it.
+    """
     try:
-        require_regular(folder / MANIFEST)
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        manifest = read_json(folder / MANIFEST)
+    except OSError:
         return {}
     valid = isinstance(manifest, dict) and all(isinstance(manifest.get(name), str) for name in ("key", "told"))
     return manifest if valid else {}

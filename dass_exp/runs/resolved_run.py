@@ -134,8 +134,8 @@ class ResolvedRun(Components):
         config = self.config
         saved = config.save is None or is_saved(config.save, self.key)
         record = None if config.rerun else self.store.find(self.key)
-        masks_missing = config.save_masks and self.method.prunes and not self.store.masks(self.key).is_file()
-        return record if saved and not masks_missing else None
+        needs_masks = config.save_masks and self.method.prunes
+        return record if saved and not (needs_masks and not self.store.has_masks(self.key)) else None
 
     def dense(self) -> ResolvedRun | None:
         """Return its dense counterpart, with the same model and evaluation; None if it is dense or scores nothing."""
