@@ -168,7 +168,9 @@ class CheckpointWriter:
     def finish(self, model: Any, tokenizer: Any, masks: Mapping[str, PackedMask], manifest: Mapping[str, Any]) -> Path:
         """Write what is outside the blocks and rename the folder into place; raise an OSError if the disk is full."""
         self._write(1, {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta})
-        write_json(self._staging / INDEX, {"metadata": {"total_size": self._bytes}, "weight_map": self._files}, False)
+        write_json(
+            self._staging / INDEX, {"metadata": {"total_size": self._bytes}, "weight_map": self._files}, checksum=False
+        )
         model.config.architectures = [type(model).__name__]
         with as_os_error(self._staging):
             if model._auto_class is not None:

@@ -23,6 +23,7 @@ from dass_exp.runs.context import ModelCache, RunContext
 from dass_exp.runs.memory import MemoryNeeds, choose_placement
 from dass_exp.runs.plan import plan
 from dass_exp.runs.resolve import resolve
+from dass_exp.storage.durable import read_json
 
 STREAM, RESIDENT = "model.placement=stream", "model.placement=resident"
 
@@ -112,7 +113,7 @@ def test_a_record_with_tasks_is_not_replaced_by_one_without(cell):
     scored = run_with(*cell, *TASKS, RESIDENT)
     again = run_with(*cell, *TASKS, STREAM, "save_masks=true")  # its masks are missing, so it is not finished
     assert again.record["key"] != scored.record["key"]
-    assert json.loads(scored.path.read_text()) == scored.record
+    assert read_json(scored.path) == scored.record
 
 
 def test_tasks_alone_cannot_be_left_out(cell):
