@@ -75,6 +75,40 @@ class InputNorm(Statistic):
         _check_finite(self.squares, name)
 
 
+class InputMoments(InputNorm):
+    """Norm, sum and variance of each input feature (DSnoT, arXiv 2310.08915)."""
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        super().__init__(features, device)
+        self.sums = torch.zeros_like(self.squares)
+        self.variances = torch.zeros_like(self.squares)
+
+    def _add(self, sequence: Tensor) -> None:
+        super()._add(sequence)
+        if len(sequence):  # an expert may see no token of a sequence
+            self.sums += sequence.sum(0)
+            self.variances += sequence.var(0, correction=0)
+
+    @property
+    def sums_per_sequence(self) -> Tensor:
+        """The sum over the tokens of a sequence, mean over sequences: float32 [in_features]."""
+        return self.sums / max(self.sequences, 1)
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance over the tokens of a sequence, mean over sequences: float32 [in_features]."""
+        return self.variances / max(self.sequences, 1)
+
+    def reset_to_uniform(self) -> None:
+        super().reset_to_uniform()
+        self.sums.zero_()
+        self.variances.fill_(max(self.sequences, 1))
+
+    def check(self, name: str) -> None:
+        super().check(name)
+        _check_finite(self.variances, name)
+
+
 @dataclass(frozen=True)
 class HessianFactor:
     """The factor R of the damped Hessian H = R R^T (R upper triangular), in the form in which SparseGPT uses it.

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
-from support import save_tiny, tiny_overrides  # first: it sets the environment that libraries read on import
+from support import IN, OUT, save_tiny, tiny_overrides  # first: it sets the environment that libraries read on import
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -77,6 +77,20 @@ def tiny_model() -> Callable[..., nn.Module]:
 def tokens() -> Tensor:
     """int64 [5, 12]: five sequences, so that batches of 2 and 3 leave a smaller one at the end."""
     return torch.randint(SHAPE["vocab_size"], (5, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def weight() -> Tensor:
+    """Of one layer, [OUT, IN], for stages that work on its output error."""
+    return torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def inputs() -> Tensor:
+    """Of that layer: five sequences of 32 tokens with correlated features, so that errors move between columns."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randn(5, 32, IN, generator=generator)
+    return tokens @ (torch.eye(IN) + 0.3 * torch.randn(IN, IN, generator=generator))
 
 
 @pytest.fixture

@@ -44,7 +44,8 @@ class Swaps(Refinement):
     def __post_init__(self) -> None:
         whole_number("refine.sweeps", self.sweeps, least=1)
 
-    def check(self, pattern: Pattern) -> None:
+    def check(self, pattern: Pattern, dim: int | None = 1) -> None:
+        del dim
         if isinstance(pattern, TransposableNM):
             raise UserError(
                 f"refine=swaps with pattern {pattern.name}: a swap inside a row would break the columns; "
