@@ -146,7 +146,7 @@ class NormalisedGram:
     def inverse(self, ridge: float) -> Tensor:
         """Return the inverse of ``matrix + ridge * identity``, ``ridge`` > 0, float32; computed once."""
         if ridge not in self._inverses:
-            with _one_thread(self.matrix.device):
+            with one_thread(self.matrix.device):
                 damped = self.matrix.clone()
                 damped.diagonal().add_(ridge)
                 self._inverses[ridge] = torch.cholesky_inverse(torch.linalg.cholesky(damped))
@@ -156,7 +156,7 @@ class NormalisedGram:
     def eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues [in_features] and eigenvectors [in_features, in_features], float32, by way of float64."""
         if self._eigen is None:
-            with _one_thread(self.matrix.device):
+            with one_thread(self.matrix.device):
                 values, vectors = torch.linalg.eigh(self.matrix.double())
             self._eigen = values.clamp_min_(0).float(), vectors.float()
         return self._eigen
@@ -205,7 +205,7 @@ class Gram(Statistic):
             NumericalError: no damping made the matrix positive definite.
         """
         if (damping, tile) not in self._factors:
-            with _one_thread(self.upper.device):
+            with one_thread(self.upper.device):
                 upper, retries = self._factorise(damping, tries)
                 self._factors[damping, tile] = HessianFactor(upper, _to_feedback(upper, tile), retries)
         return self._factors[damping, tile]
@@ -276,7 +276,7 @@ def _to_feedback(upper: Tensor, tile: int) -> Tensor:
 
 
 @contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
+def one_thread(device: torch.device) -> Iterator[None]:
     """Use one CPU thread: the last digits of LAPACK's factorisations depend on the number of threads."""
     threads = torch.get_num_threads()
     if device.type == "cpu":
