@@ -209,6 +209,24 @@ def test_one_window_is_enough_and_less_is_not():
     assert contains(str(caught.value), ["eval.perplexity.context=5:", "4 tokens"])
 
 
+class NoTokenizer:
+    """Stands for one that would take an hour."""
+
+    bos_token_id = BOS
+
+    def __call__(self, *args, **settings):
+        pytest.fail("the text was tokenised")
+
+
+@pytest.mark.parametrize("sampling", ["joined", "document"])
+def test_a_length_far_beyond_the_text_is_refused_before_it_is_tokenised(sampling):
+    config = CalibrationConfig(sampling=sampling, num_samples=4, seq_len=10**9)
+    with pytest.raises(UserError, match=r"^calibration.seq_len=1000000000: the longest text has \d+ characters"):
+        calibration_tokens(TEXT, config, NoTokenizer(), "never", 0)
+    with pytest.raises(UserError, match=r"^eval.perplexity.context=1000000000: the longest text has \d+ characters"):
+        evaluation_windows(TEXT, 10**9, None, NoTokenizer(), "never")
+
+
 # Tokens
 
 

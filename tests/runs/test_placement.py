@@ -457,6 +457,35 @@ def test_a_limit_that_throttles_counts_too(tmp_path):
     assert memory.available_memory(torch.device("cpu"), folder) == 500
 
 
+@pytest.mark.parametrize(
+    ("addresses", "data", "expected"),
+    [("unlimited", "unlimited", 1 << 40), ("9000000", "unlimited", (9_000_000 - 4_096_000) // 2)]
+    + [("unlimited", "9000000", 9_000_000 - 1_024_000), ("9000000", "2000000", 2_000_000 - 1_024_000)],
+)
+def test_the_limits_of_the_process_count(tmp_path, addresses, data, expected):
+    folder = system(tmp_path, 1 << 40, {}, "")
+    (folder / "proc/self/status").write_text("Name:\tpython\nVmSize:\t    4000 kB\nVmData:\t    1000 kB\n")
+    row = "{:<26}{:<21}{:<21}{}\n".format
+    lines = [row("Limit", "Soft Limit", "Hard Limit", "Units"), row("Max data size", data, "unlimited", "bytes")]
+    lines.append(row("Max address space", addresses, "unlimited", "bytes"))
+    (folder / "proc/self/limits").write_text("".join(lines))
+    assert memory.available_memory(torch.device("cpu"), folder) == expected
+
+
+class NothingDrawn(RunContext):
+    """A context of a run that must be refused before its calibration tokens are drawn."""
+
+    def calibration(self, run):
+        pytest.fail("tokens were drawn")
+
+
+def test_a_run_that_cannot_fit_is_refused_before_its_tokens_are_drawn(cell):
+    with pytest.raises(UserError, match=r"^model.placement=auto: this run needs .* tokens 512"):
+        resolve(settings_of(*cell, "calibration.num_samples=1000000000"), NothingDrawn())
+    with pytest.raises(UserError, match=r"^model.placement=auto: this run needs .* tokens 512"):
+        resolve(settings_of(*cell, "calibration.num_samples=1000000000", "calibration.cache=disk"), NothingDrawn())
+
+
 def test_where_nothing_says_how_much_is_free_the_user_decides(tmp_path):
     assert memory.available_memory(torch.device("cpu"), tmp_path) == 1 << 62
     assert 0 < memory.available_memory(torch.device("cpu")) < 1 << 60
