@@ -459,8 +459,12 @@ def test_a_limit_that_throttles_counts_too(tmp_path):
 
 @pytest.mark.parametrize(
     ("addresses", "data", "expected"),
-    [("unlimited", "unlimited", 1 << 40), ("9000000", "unlimited", (9_000_000 - 4_096_000) // 2)]
-    + [("unlimited", "9000000", 9_000_000 - 1_024_000), ("9000000", "2000000", 2_000_000 - 1_024_000)],
+    [
+        ("unlimited", "unlimited", 1 << 40),
+        ("9000000", "unlimited", (9_000_000 - 4_096_000) // 2),
+        ("unlimited", "9000000", 9_000_000 - 1_024_000),
+        ("9000000", "2000000", 2_000_000 - 1_024_000),
+    ],
 )
 def test_the_limits_of_the_process_count(tmp_path, addresses, data, expected):
     folder = system(tmp_path, 1 << 40, {}, "")
