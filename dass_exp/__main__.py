@@ -33,6 +33,7 @@ from dass_exp.runs.plan import Plan, plan
 from dass_exp.runs.run import Outcome, run
 
 log = logging.getLogger("dass_exp")
+logging.raiseExceptions = False  # a log file on a full disk would print a traceback for every line
 
 _ADMITTED = admitted_packages(sys.argv[1:])  # before any config file can add to it
 

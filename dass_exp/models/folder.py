@@ -67,6 +67,8 @@ def manifest_of(folder: Path) -> dict[str, Any]:
         manifest = read_json(folder / MANIFEST)
     except OSError:
         return {}
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{error}; save the model again, or remove the file") from error
     valid = isinstance(manifest, dict) and all(isinstance(manifest.get(name), str) for name in ("key", "told"))
     return manifest if valid else {}
 

@@ -167,6 +167,8 @@ def documents(results: Path, key: str) -> dict[str, dict[str, list[float]]]:
         outcomes = _json_object(results / "runs" / key / "documents.json")
     except FileNotFoundError:
         return {}
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{error}; run the same command again with rerun=true") from error
     tasks = outcomes.values()
     valid = all(isinstance(task, dict) and all(isinstance(each, list) for each in task.values()) for task in tasks)
     return outcomes if valid else {}

@@ -160,7 +160,8 @@ class Box:
             outcome[path.parent.name] = _without_times(
                 {name: record[name] for name in ("metrics", "sparsity", "solver")}
             )
-        for path in [*sorted(self.results.glob("runs/*/masks.safetensors")), *sorted(self.saved.glob("*.safetensors"))]:
+        masks = (path for path in self.results.glob("runs/*/masks.safetensors") if not path.is_symlink())
+        for path in [*sorted(masks), *sorted(self.saved.glob("*.safetensors"))]:
             outcome[str(path.relative_to(self.work))] = _tensor_hash(path)
         return outcome
 

@@ -33,11 +33,8 @@ def flipped(content, position, bit):
 
 
 DAMAGES = {
-    **{f"bit {part}/8": lambda path, part=part: flip(path, part) for part in (0, 1, 5, 8)},
-    "cut": lambda path: path.write_bytes(path.read_bytes()[:-3]),
+    **{f"bit {part}/8": lambda path, part=part: flip(path, part) for part in (0, 5, 8)},
     "fifo": lambda path: path.unlink() or os.mkfifo(path),
-    "folder": lambda path: path.unlink() or path.mkdir(),
-    "loop": lambda path: path.unlink() or path.symlink_to(path.name),
     "no checksum": lambda path: save_file({name: value.clone() for name, value in load_file(path).items()}, path),
 }
 
