@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from server import write_texts
 from support import ROOT, save_tiny, tiny_overrides
@@ -59,25 +60,15 @@ class Server:
         self._process = self._start(["torch", "transformers", "hydra", "dass_exp.runs.run"])
 
     def _start(self, modules: list[str]) -> subprocess.Popen[str]:
-        call = [sys.executable, str(Path(__file__).with_name("server.py")), json.dumps(modules)]
-        home = self._folder / "home"
+        listing, home = self._folder / "modules.json", self._folder / "home"
+        listing.write_text(json.dumps(modules))
         home.mkdir(exist_ok=True)
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        env = {**os.environ, "PYTHONPATH": path, "HOME": str(home), "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
-        env |= {
-            "TQDM_DISABLE": "1",
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "DASS_EXP_ROOT": str(ROOT),
-        }
+        env = {**os.environ, "PYTHONPATH": path, "HOME": str(home), "HF_HOME": str(home), "DASS_EXP_ROOT": str(ROOT)}
+        env |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        call, pipe = [sys.executable, str(Path(__file__).with_name("server.py")), str(listing)], subprocess.PIPE
         process = subprocess.Popen(
-            call,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            env=env,
-            cwd=self._folder,
+            call, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, env=env, cwd=self._folder
         )
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n", (self._folder / "server.log").read_text()
@@ -89,7 +80,9 @@ class Server:
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(jobs) + "\n")
         self._process.stdin.flush()
-        return [Result(**result) for result in json.loads(self._process.stdout.readline())]
+        reply = self._process.stdout.readline()
+        assert reply, f"the server has ended: {(self._folder / 'server.log').read_text()[-2000:]}"
+        return [Result(**result) for result in json.loads(reply)]
 
     def preload(self, job: dict[str, Any]) -> None:
         """Start again with all modules that a job imports."""
@@ -385,7 +378,11 @@ def _without_times(node: Any) -> Any:
 
 def _tensor_hash(path: Path) -> str:
     digest = hashlib.md5()
-    for name, tensor in sorted(load_file(path).items()):
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        return f"{type(error).__name__}: {error}"
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

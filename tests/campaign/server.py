@@ -209,7 +209,7 @@ class Child:
             with suppress(OSError, ValueError, IndexError):
                 private = Path(f"/proc/{self.pid}/statm").read_text().split()
                 self.peak = max(self.peak, (int(private[1]) - int(private[2])) * resource.getpagesize())
-            if time.monotonic() - self.start > self.job.get("seconds", 30):
+            if time.monotonic() - self.start > self.job.get("seconds", 20):
                 self._end("time limit")
             elif self.peak > self.job.get("bytes", 3 << 30):
                 self._end("memory limit")
@@ -305,7 +305,7 @@ def run_job(job: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    _job = serve(json.loads(sys.argv[1]))
+    _job = serve(json.loads(Path(sys.argv[1]).read_text()))
     if not _job.get("finalise"):
         run_job(_job)
     runpy.run_module(_job["module"], run_name="__main__", alter_sys=True)
