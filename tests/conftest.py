@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -146,3 +147,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{'class':24}{'cases':>8}{'tried':>8}{'held':>8}")
         for kind, numbers in counts.items():
             terminalreporter.write_line(f"{kind:24}" + "".join(f"{number:8}" for number in numbers))
+        if os.environ.get("DASS_EXP_CAMPAIGN") != "all":
+            terminalreporter.write_line("a sample: make campaign tries all cases, of more tests than these")

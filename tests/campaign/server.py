@@ -47,7 +47,7 @@ class FaultyFiles:
     """
 
     def __init__(self, box: str, log: str, fault: dict[str, Any]) -> None:
-        self._box, self._fault, self._count, self._busy = os.path.realpath(box) + "/", fault, 0, False
+        self._box, self._fault, self._count, self._busy = f"{os.path.realpath(box)}/work/", fault, 0, False
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         sys.addaudithook(self._audit)
         fsync = os.fsync
