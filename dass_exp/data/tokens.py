@@ -117,7 +117,8 @@ def _refuse_short(documents: Sequence[str], length: int, setting: str) -> None:
     """Raise a UserError if no document can have ``length`` tokens, without the time that tokenising them takes."""
     longest = max(map(len, documents), default=0)
     if length > _MOST_TOKENS * longest + 2:
-        problem = f"the longest text has {longest} characters, which are never so many tokens"
+        which = "the text" if len(documents) == 1 else f"the longest of {len(documents)} documents"
+        problem = f"{which} has {longest} characters, which are never so many tokens"
         raise UserError(f"{setting}: {problem}; choose a smaller one")
 
 

@@ -159,6 +159,12 @@ class RunContext:
 
         return self.cache.get(key, draw)
 
+    def check_length(self, run: ResolvedRun) -> None:
+        """Raise a UserError if the calibration text is too short for a single sequence."""
+        if run.method.stat:
+            config = replace(run.config.calibration, num_samples=1)
+            tokens.calibration_tokens(run.calibration_text, config, self.tokenizer(run), run.bos, run.config.seed)
+
     def windows(self, run: ResolvedRun) -> tokens.Tokens | None:
         """Return the windows to score; None if no perplexity is requested.
 

@@ -77,7 +77,11 @@ def place(run: ResolvedRun, context: RunContext, requested: str | None = None) -
         reusable = needs.model
     else:
         cache.clear()  # the memory of the previous model counts as free
-    placement, reason = choose_placement(requested, needs, context.available_memory(run.spec.device) + reusable)
+    try:
+        placement, reason = choose_placement(requested, needs, context.available_memory(run.spec.device) + reusable)
+    except UserError:
+        context.check_length(run)  # a text that is too short is the better reason
+        raise
     if placement == "stream":
         cache.clear()
         level = logging.WARNING if requested == "auto" else logging.INFO

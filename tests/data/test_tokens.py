@@ -221,9 +221,9 @@ class NoTokenizer:
 @pytest.mark.parametrize("sampling", ["joined", "document"])
 def test_a_length_far_beyond_the_text_is_refused_before_it_is_tokenised(sampling):
     config = CalibrationConfig(sampling=sampling, num_samples=4, seq_len=10**9)
-    with pytest.raises(UserError, match=r"^calibration.seq_len=1000000000: the longest text has \d+ characters"):
+    with pytest.raises(UserError, match=r"^calibration.seq_len=1000000000: the .* has \d+ characters"):
         calibration_tokens(TEXT, config, NoTokenizer(), "never", 0)
-    with pytest.raises(UserError, match=r"^eval.perplexity.context=1000000000: the longest text has \d+ characters"):
+    with pytest.raises(UserError, match=r"^eval.perplexity.context=1000000000: the .* has \d+ characters"):
         evaluation_windows(TEXT, 10**9, None, NoTokenizer(), "never")
 
 
