@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dass_exp.config.components import admitted_packages
 from dass_exp.config.settings import register, validate
-from dass_exp.errors import NumericalError, UserError
+from dass_exp.errors import NumericalError, UserError, os_error_line
 from dass_exp.report.console import TerminalReporter, show_plan, show_run
 from dass_exp.report.sweep_callback import Sweep, note_cell
 from dass_exp.runs import workers
@@ -33,6 +33,7 @@ from dass_exp.runs.plan import Plan, plan
 from dass_exp.runs.run import Outcome, run
 
 log = logging.getLogger("dass_exp")
+logging.raiseExceptions = False  # a log file on a full disk would print a traceback for every line
 
 _ADMITTED = admitted_packages(sys.argv[1:])  # before any config file can add to it
 
@@ -102,7 +103,7 @@ def _is_expected(error: Exception) -> bool:
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError):
-        return f"a file cannot be read or written: {error}; check results_dir, DASS_EXP_CACHE and the free disk space"
+        return os_error_line(error)
     kind = "" if _is_expected(error) else f"{type(error).__name__}: "
     return kind + " ".join(str(error).split())
 

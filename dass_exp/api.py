@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from dass_exp.config.components import build, choice
-from dass_exp.config.settings import ModelConfig
+from dass_exp.config.settings import STAGE_GROUPS, ModelConfig
 from dass_exp.data import assets
 from dass_exp.engine.callbacks import BlockReport, Callback
 from dass_exp.engine.prune import EngineOptions, prune_model
-from dass_exp.engine.stages import STAGE_GROUPS, Stages, build_stages
+from dass_exp.engine.stages import Stages, build_stages
 from dass_exp.engine.verify import Layer, Verification
 from dass_exp.errors import UserError, one_of, whole_number
 from dass_exp.evaluate.perplexity import perplexity as score

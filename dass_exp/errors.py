@@ -1,6 +1,8 @@
 """Errors with a message for the user, what turns others into them, and checks of settings that raise them."""
 
+import errno
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +16,10 @@ class UserError(ValueError):
 
 class DamagedFileError(UserError):
     """A file of this project that does not hold what was written into it; the message names it."""
+
+
+class NewerRecordError(UserError):
+    """A record that a later version of this project wrote; it is neither read nor replaced."""
 
 
 class ForeignCodeError(RuntimeError):
@@ -51,6 +57,32 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     elif not isinstance(error, UserError):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+_FULL = "make room on that disk, or name another folder"
+_FORBIDDEN = "check its owner and permissions, or name another folder"
+_KIND = "a folder stands where a file belongs or the other way round; move it away, or name another folder"
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), _FORBIDDEN),
+    **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.EEXIST), _KIND),
+    errno.EROFS: "it is on a file system that cannot be written to; name another folder",
+    errno.ENAMETOOLONG: "the path is too long for its file system; name a shorter one",
+    errno.ELOOP: "the link leads back to itself; remove it",
+    errno.ENOENT: "it is missing, or was removed while the run used it; run again",
+    errno.EMFILE: "too many files are open; raise the limit (ulimit -n)",
+    errno.EIO: "the disk reports a fault; check it, or name another folder",
+}
+
+
+def os_error_line(error: OSError) -> str:
+    """Say in one line which file could not be read or written, why, and what to do about it."""
+    reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split()) or type(error).__name__
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+    if error.errno and not names and error.strerror and error.strerror != reason:
+        reason = " ".join(error.strerror.split())
+    advice = _ADVICE.get(error.errno or 0, "check results_dir, DASS_EXP_CACHE and save")
+    return f"{' -> '.join(names) or 'reading or writing failed'}: {reason}; {advice}"
 
 
 def finite_number(setting: str, value: object, allowed: str) -> float:

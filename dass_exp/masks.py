@@ -93,19 +93,53 @@ class Unstructured(Pattern):
     def keep(self, scores: Tensor, dim: int | None) -> Tensor:
         if dim is None:
             return self.keep(scores.reshape(1, -1), 1).view(scores.shape)
-        size = scores.shape[dim]
-        zeros = int(self.sparsity * size)
-        if zeros == 0:
-            return torch.ones_like(scores, dtype=torch.bool)
-        threshold = scores.kthvalue(zeros, dim=dim, keepdim=True).values  # the highest score that is removed
-        above, ties = scores > threshold, scores == threshold
-        ties_kept = size - zeros - above.sum(dim, keepdim=True)
-        return above | (ties & (ties.cumsum(dim, dtype=torch.int32) <= ties_kept))
+        return _remove_lowest(scores, int(self.sparsity * scores.shape[dim]), dim)
 
     def violations(self, mask: Tensor, dim: int | None) -> int:
         groups = mask.reshape(1, -1) if dim is None else mask.movedim(dim, -1)
         size = groups.shape[-1]
         return int((groups.sum(-1) != size - int(self.sparsity * size)).sum())
+
+
+def _remove_lowest(scores: Tensor, zeros: int, dim: int) -> Tensor:
+    """Return a mask that removes the ``zeros`` lowest scores of each group along ``dim``."""
+    if zeros == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(zeros, dim=dim, keepdim=True).values  # the highest score that is removed
+    above, ties = scores > threshold, scores == threshold
+    ties_kept = scores.shape[dim] - zeros - above.sum(dim, keepdim=True)
+    return above | (ties & (ties.cumsum(dim, dtype=torch.int32) <= ties_kept))
+
+
+@dataclass(frozen=True)
+class Budget(Unstructured):
+    """An unstructured pattern that removes ``int(sparsity * size)`` weights of the matrix, whatever competes.
+
+    Rows or columns differ by one weight at most, where :class:`Unstructured` rounds each of them down. An allocation
+    gives it to each block, so that their sum is the sparsity that was asked for.
+    """
+
+    def keep(self, scores: Tensor, dim: int | None) -> Tensor:
+        if dim is None:
+            return super().keep(scores, None)
+        zeros = self._zeros(scores.shape[1 - dim], scores.numel(), scores.device)
+        few, mask = int(zeros.min()), torch.empty_like(scores, dtype=torch.bool)
+        for count in (few, few + 1):
+            groups = (zeros == count).nonzero().squeeze(1)
+            if len(groups):
+                part = _remove_lowest(scores.index_select(1 - dim, groups), count, dim)
+                mask.index_copy_(1 - dim, groups, part)
+        return mask
+
+    def violations(self, mask: Tensor, dim: int | None) -> int:
+        if dim is None:
+            return super().violations(mask, None)
+        return int(((~mask).sum(dim) != self._zeros(mask.shape[1 - dim], mask.numel(), mask.device)).sum())
+
+    def _zeros(self, groups: int, size: int, device: torch.device) -> Tensor:
+        """Return how many weights each group loses: the larger numbers are spread evenly."""
+        steps = torch.arange(groups + 1, device=device) * int(self.sparsity * size) // groups
+        return steps.diff()
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,40 @@ class InputNorm(Statistic):
         _check_finite(self.squares, name)
 
 
+class InputMoments(InputNorm):
+    """Norm, sum and variance of each input feature (DSnoT, arXiv 2310.08915)."""
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        super().__init__(features, device)
+        self.sums = torch.zeros_like(self.squares)
+        self.variances = torch.zeros_like(self.squares)
+
+    def _add(self, sequence: Tensor) -> None:
+        super()._add(sequence)
+        if len(sequence):  # an expert may see no token of a sequence
+            self.sums += sequence.sum(0)
+            self.variances += sequence.var(0, correction=0)
+
+    @property
+    def sums_per_sequence(self) -> Tensor:
+        """The sum over the tokens of a sequence, mean over sequences: float32 [in_features]."""
+        return self.sums / max(self.sequences, 1)
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance over the tokens of a sequence, mean over sequences: float32 [in_features]."""
+        return self.variances / max(self.sequences, 1)
+
+    def reset_to_uniform(self) -> None:
+        super().reset_to_uniform()
+        self.sums.zero_()
+        self.variances.fill_(max(self.sequences, 1))
+
+    def check(self, name: str) -> None:
+        super().check(name)
+        _check_finite(self.variances, name)
+
+
 @dataclass(frozen=True)
 class HessianFactor:
     """The factor R of the damped Hessian H = R R^T (R upper triangular), in the form in which SparseGPT uses it.
@@ -129,7 +163,7 @@ class NormalisedGram:
     def inverse(self, ridge: float) -> Tensor:
         """Return the inverse of ``matrix + ridge * identity``, ``ridge`` > 0, float32; computed once."""
         if ridge not in self._inverses:
-            with _one_thread(self.matrix.device):
+            with one_thread(self.matrix.device):
                 damped = self.matrix.clone()
                 damped.diagonal().add_(ridge)
                 self._inverses[ridge] = torch.cholesky_inverse(torch.linalg.cholesky(damped))
@@ -139,7 +173,7 @@ class NormalisedGram:
     def eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues [in_features] and eigenvectors [in_features, in_features], float32, by way of float64."""
         if self._eigen is None:
-            with _one_thread(self.matrix.device):
+            with one_thread(self.matrix.device):
                 values, vectors = torch.linalg.eigh(self.matrix.double())
             self._eigen = values.clamp_min_(0).float(), vectors.float()
         return self._eigen
@@ -192,7 +226,7 @@ class Gram(Statistic):
             NumericalError: no damping made the matrix positive definite.
         """
         if (damping, tile) not in self._factors:
-            with _one_thread(self.upper.device):
+            with one_thread(self.upper.device):
                 upper, retries = self._factorise(damping, tries)
                 self._factors[damping, tile] = HessianFactor(upper, _to_feedback(upper, tile), retries)
         return self._factors[damping, tile]
@@ -309,7 +343,7 @@ def _to_feedback(upper: Tensor, tile: int) -> Tensor:
 
 
 @contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
+def one_thread(device: torch.device) -> Iterator[None]:
     """Use one CPU thread: the last digits of LAPACK's factorisations depend on the number of threads."""
     threads = torch.get_num_threads()
     if device.type == "cpu":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
-from support import save_tiny, tiny_overrides  # first: it sets the environment that libraries read on import
+from support import IN, OUT, save_tiny, tiny_overrides  # first: it sets the environment that libraries read on import
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -80,6 +81,20 @@ def tokens() -> Tensor:
 
 
 @pytest.fixture
+def weight() -> Tensor:
+    """Of one layer, [OUT, IN], for stages that work on its output error."""
+    return torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def inputs() -> Tensor:
+    """Of that layer: five sequences of 32 tokens with correlated features, so that errors move between columns."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randn(5, 32, IN, generator=generator)
+    return tokens @ (torch.eye(IN) + 0.3 * torch.randn(IN, IN, generator=generator))
+
+
+@pytest.fixture
 def attached() -> Callable[[nn.Module], Counter[str]]:
     """A function that counts forward hooks of a model, and forwards that are set on an instance."""
 
@@ -132,3 +147,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"{'class':24}{'cases':>8}{'tried':>8}{'held':>8}")
         for kind, numbers in counts.items():
             terminalreporter.write_line(f"{kind:24}" + "".join(f"{number:8}" for number in numbers))
+        if os.environ.get("DASS_EXP_CAMPAIGN") != "all":
+            terminalreporter.write_line("a sample: make campaign tries all cases, of more tests than these")

@@ -54,9 +54,6 @@ def kept(method: Pruner, block: Block, role: Role, pattern: Pattern) -> list[lis
     return keep.int().tolist()
 
 
-OUT, IN = 12, 40  # of the layer in tests/methods/conftest.py
-
-
 def view_of(weight: Tensor, inputs: Tensor, stat: type[Statistic] = Gram) -> LinearView:
     """A linear with this weight and the statistic of these inputs [sequences, tokens, in_features]."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)

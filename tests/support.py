@@ -36,6 +36,7 @@ torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 
 # One decoder block of the tiny model by hand: 4 query heads and 2 key-value heads of 8 features, MLP of 64.
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 32, 64, 2, 512
+OUT, IN = 12, 40  # of the layer in conftest.py that stages are tried on
 MLP_SIZE = LAYERS * 3 * HIDDEN * INTERMEDIATE
 DECODER_SIZE = MLP_SIZE + LAYERS * (2 * HIDDEN * HIDDEN + 2 * 16 * HIDDEN)
 MODEL_SIZE = DECODER_SIZE + 2 * VOCABULARY * HIDDEN + LAYERS * 2 * HIDDEN + HIDDEN  # embedding, head, norms

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dass_exp.errors import NumericalError
-from dass_exp.statistics import Gram, HessianFactor, InputNorm, Statistic
+from dass_exp.statistics import Gram, HessianFactor, InputMoments, InputNorm, Statistic
 
 CPU = torch.device("cpu")
 
@@ -235,3 +235,18 @@ def test_a_normalised_gram_matrix_does_not_depend_on_the_number_of_threads():
         assert torch.get_num_threads() == threads
     assert torch.equal(derived[0], derived[1])
     assert torch.equal(derived[0], derived[2])
+
+
+def test_moments_are_those_of_sequences_and_a_uniform_reset_has_no_sum():
+    inputs = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0))
+    stat = observed(InputMoments, inputs)
+    stat.update(torch.empty(0, 5))
+    stat.update(torch.empty(1, 0, 5))  # two more sequences, without a token
+    torch.testing.assert_close(stat.sums_per_sequence, inputs.sum(1).sum(0) / 5)
+    torch.testing.assert_close(stat.variance, inputs.var(1, correction=0).sum(0) / 5)
+    torch.testing.assert_close(stat.norm, inputs.flatten(0, 1).norm(dim=0))
+    stat.reset_to_uniform()
+    assert (stat.sums_per_sequence.tolist(), stat.variance.tolist(), stat.norm.tolist()) == ([0] * 5, [1] * 5, [1] * 5)
+    stat.variances[0] = float("nan")
+    with pytest.raises(NumericalError, match=r"^layer: "):
+        stat.check("layer")

@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
         log.error("%s", error)
         return 1
     path, table = options.output / f"{measured['created'][:10]}.json", markdown(measured)
-    write_json(path, measured)
+    write_json(path, measured, checksum=False)
     path.with_suffix(".md").write_text(table, encoding="utf-8")
     draw(measured, options.output)
     sys.stdout.write(f"{table}\nwrote {path}\n")

@@ -22,6 +22,7 @@ PLACEMENTS = ("resident", "stream")
 ACTIVATION_CACHES = ("device", "cpu", "disk")
 SAMPLINGS = ("joined", "document")
 TASK_DATA = ("offline", "hub")
+STAGE_GROUPS = ("permute", "refine", "repair")  # what is done around a method; each is a config group and a folder
 
 
 NO_EFFECT = {"no_effect": True}  # marks a field that changes no number: it is not part of a run's key

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from dass_exp.config.settings import CalibrationConfig
 from dass_exp.data.texts import Text
-from dass_exp.errors import UserError
+from dass_exp.errors import UserError, naming
+
+_MOST_TOKENS = 36  # of one character: U+FDFA is normalised to 18 letters of two bytes, each of which may be a token
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,13 @@ class Tokens:
 
     ids: Tensor  # int64 [windows, tokens]
     sha256: str  # of the ids as little-endian 64-bit numbers
+
+    def checked(self, vocabulary: int, model: str) -> Tokens:
+        """Return it; raise a UserError if a token has no embedding, of which ``model`` has ``vocabulary``."""
+        if (largest := int(self.ids.max())) >= vocabulary:
+            problem = f"its tokenizer gives the token {largest}, and its embedding has {vocabulary} rows"
+            raise UserError(f"model.path={model}: {problem}; the tokenizer belongs to another model")
+        return self
 
     @classmethod
     def of(cls, ids: Tensor) -> Tokens:
@@ -49,7 +58,9 @@ def calibration_tokens(text: Text, config: CalibrationConfig, tokenizer: Any, bo
 def _joined_windows(
     text: Text, config: CalibrationConfig, encoder: Callable[[str], Tensor], generator: random.Random, length: int
 ) -> list[Tensor]:
-    stream = encoder(config.separator.join(text.documents()))
+    joined = config.separator.join(text.documents())
+    _refuse_short([joined], length, f"calibration.seq_len={config.seq_len}")
+    stream = encoder(joined)
     if len(stream) <= length:
         problem = f"the text has only {len(stream)} tokens; choose a smaller one"
         raise UserError(f"calibration.seq_len={config.seq_len}: {problem}")
@@ -61,6 +72,7 @@ def _document_windows(
     text: Text, config: CalibrationConfig, encoder: Callable[[str], Tensor], generator: random.Random, length: int
 ) -> list[Tensor]:
     documents = text.documents()
+    _refuse_short(documents, length, f"calibration.seq_len={config.seq_len}")
     windows: list[Tensor] = []
     too_short: set[int] = set()
     while len(too_short) < len(documents):
@@ -91,8 +103,9 @@ def evaluation_windows(text: Text, context: int, max_windows: int | None, tokeni
         tokenizer: of the model.
         bos: see :func:`dass_exp.models.load.bos_policy`.
     """
-    stream = encode(tokenizer, "\n\n".join(text.documents()), bos)
-    length = context - (bos == "window")
+    joined, length = "\n\n".join(text.documents()), context - (bos == "window")
+    _refuse_short([joined], length, f"eval.perplexity.context={context}")
+    stream = encode(tokenizer, joined, bos)
     if len(stream) < length:
         problem = f"the text has only {len(stream)} tokens; choose a smaller one"
         raise UserError(f"eval.perplexity.context={context}: {problem}")
@@ -100,10 +113,20 @@ def evaluation_windows(text: Text, context: int, max_windows: int | None, tokeni
     return _with_bos(list(windows), tokenizer, bos)
 
 
+def _refuse_short(documents: Sequence[str], length: int, setting: str) -> None:
+    """Raise a UserError if no document can have ``length`` tokens, without the time that tokenising them takes."""
+    longest = max(map(len, documents), default=0)
+    if length > _MOST_TOKENS * longest + 2:
+        which = "the text" if len(documents) == 1 else f"the longest of {len(documents)} documents"
+        problem = f"{which} has {longest} characters, which are never so many tokens"
+        raise UserError(f"{setting}: {problem}; choose a smaller one")
+
+
 def encode(tokenizer: Any, text: str, bos: str) -> Tensor:
     """Return the tokens of a text, int64 [tokens], after a beginning-of-sequence token if ``bos`` is ``stream``."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor([tokenizer.bos_token_id, *ids] if bos == "stream" else ids, dtype=torch.int64)
+    with naming(f"model.path={getattr(tokenizer, 'name_or_path', '')}: its tokenizer cannot encode a text"):
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return torch.tensor([tokenizer.bos_token_id, *ids] if bos == "stream" else ids, dtype=torch.int64)
 
 
 def _with_bos(windows: list[Tensor], tokenizer: Any, bos: str) -> Tokens:

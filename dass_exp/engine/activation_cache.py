@@ -7,12 +7,11 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from dass_exp.config.settings import ACTIVATION_CACHES
 from dass_exp.errors import one_of
-from dass_exp.storage.durable import write_tensors
+from dass_exp.storage.durable import read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,8 @@ class CachedTensor:
     """A stored tensor.
 
     Args:
-        stored: returns the tensor where it is stored; one on disk is memory-mapped.
+        stored: returns the tensor where it is stored; one on disk is memory-mapped, and a DamagedFileError is raised
+            if its file does not hold what was written.
         device: where it is needed.
     """
 
@@ -57,12 +57,7 @@ class ActivationCache:
         path = folder / f"{next(self._numbers):08d}.safetensors"
         write_tensors({"activation": tensor}, path, durable=False)
 
-        def mapped() -> Tensor:
-            with safe_open(path, framework="pt") as file:
-                stored: Tensor = file.get_tensor("activation")
-                return stored
-
-        cached = CachedTensor(mapped, tensor.device)
+        cached = CachedTensor(lambda: read_tensors(path)[0]["activation"], tensor.device)
         weakref.finalize(cached, path.unlink, missing_ok=True)
         return cached
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from dass_exp.config.components import build
+from dass_exp.config.settings import STAGE_GROUPS
 from dass_exp.errors import UserError
 from dass_exp.masks import Pattern
 from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner, Stage
@@ -72,9 +73,7 @@ class Stages:
                 )
 
 
-# by config group
-KINDS: dict[str, type[Stage]] = {"permute": NeuronOrder, "refine": Refinement, "repair": Repair}
-STAGE_GROUPS = tuple(KINDS)
+KINDS: dict[str, type[Stage]] = dict(zip(STAGE_GROUPS, (NeuronOrder, Refinement, Repair), strict=True))
 
 
 def build_stages(nodes: Mapping[str, Any]) -> Stages:

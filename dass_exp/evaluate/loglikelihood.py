@@ -35,6 +35,12 @@ def loglikelihoods(model: Any, requests: Sequence[Request], batch_size: int, max
     if bad := [len(continuation) for _, continuation in requests if not 0 < len(continuation) <= max_length]:
         limits = f"this model takes 1 to {max_length}: choose other tasks"
         raise UserError(f"eval.zeroshot.tasks: an answer of {bad[0]} tokens cannot be scored; {limits}")
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if (largest := max((max(*context, *answer, 0) for context, answer in requests), default=0)) >= vocabulary:
+        raise UserError(
+            f"eval.zeroshot.tasks: the tokenizer gives the token {largest}, and the embedding of the model has "
+            f"{vocabulary} rows; the tokenizer belongs to another model"
+        )
     numbers: dict[tuple[int, ...], list[int]] = {}  # of the requests, by the sequence that they share
     for number, (context, continuation) in enumerate(requests):
         numbers.setdefault((*context, *continuation)[-max_length - 1 : -1], []).append(number)

@@ -3,16 +3,16 @@
 import fnmatch
 import functools
 import hashlib
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dass_exp.data import assets
-from dass_exp.errors import UserError
+from dass_exp.errors import DamagedFileError, UserError
 from dass_exp.models.shards import INDEX, Shards
-from dass_exp.storage.checksum import require_regular, stamp
+from dass_exp.storage.checksum import digest_once, stamp
+from dass_exp.storage.durable import read_json
 from dass_exp.storage.mask_file import MASKS
 
 MANIFEST = "dass_exp.json"
@@ -43,7 +43,7 @@ def identifying_files(folder: Path) -> Iterator[Path]:
             problem = "is a link to a folder, whose files may change unseen; copy them, or link each file"
             raise UserError(f"model.path={folder}: {Path(parent, linked[0]).relative_to(folder)} {problem}")
         for name in files:
-            if not name.startswith(".") and not any(fnmatch.fnmatchcase(name, pattern) for pattern in HARMLESS):
+            if not _is_harmless(name):
                 yield Path(parent, name)
 
 
@@ -58,11 +58,29 @@ def _digest(folder: Path, stamped: tuple[tuple[Path, tuple[int, ...]], ...]) -> 
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
-    """Read the manifest of a checkpoint that :mod:`dass_exp.models.save` wrote; empty for any other folder."""
+    """Read the manifest of a checkpoint that :mod:`dass_exp.models.save` wrote; empty for any other folder.
+
+    Raises:
+        DamagedFileError: the manifest does not hold what was written into it.
+    """
     try:
-        require_regular(folder / MANIFEST)
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        manifest = read_json(folder / MANIFEST)
+    except OSError:
         return {}
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{error}; save the model again, or remove the file") from error
     valid = isinstance(manifest, dict) and all(isinstance(manifest.get(name), str) for name in ("key", "told"))
     return manifest if valid else {}
+
+
+def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise a DamagedFileError if a file of a saved model that can change a number is not as its manifest says."""
+    for name, digest in dict(manifest.get("files", {})).items():
+        path = folder / name
+        if not _is_harmless(path.name) and path.exists() and digest_once(path) != digest:
+            advice = f"save it again, or remove {MANIFEST} if you changed the file yourself"
+            raise DamagedFileError(f"model.path={folder}: {name} is not the file that was saved there; {advice}")
+
+
+def _is_harmless(name: str) -> bool:
+    return name.startswith(".") or any(fnmatch.fnmatchcase(name, pattern) for pattern in HARMLESS)

@@ -1,6 +1,7 @@
 """Identify a model, and load it and its tokenizer."""
 
 import functools
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,18 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.utils.hub import cached_file
 
 from dass_exp.config.settings import ModelConfig
 from dass_exp.errors import UserError
 from dass_exp.models.decoder import decoder_of
 from dass_exp.models.families import Family, family_of
 from dass_exp.models.locate import ModelSource, files_of, locate, quiet_libraries, readable_errors
-from dass_exp.models.shards import Shards
+from dass_exp.models.shards import INDEX, SINGLE, Shards
 from dass_exp.models.streamed import StreamedBlocks, empty_model
+from dass_exp.models.weight_names import check_unquantised
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,11 @@ class ModelSpec(ModelSource):
     def positions(self) -> int | None:
         """Maximum sequence length of its position embedding; None if its config does not say."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens in its embedding."""
+        return int(self.config.get_text_config().vocab_size)
 
     @property
     def hub_options(self) -> dict[str, Any]:
@@ -72,16 +82,20 @@ def identify(config: ModelConfig) -> ModelSpec:
 
 
 def load_tokenizer(spec: ModelSpec) -> Any:
-    """Load the model's tokenizer, or raise a UserError."""
+    """Load the model's tokenizer, or raise a UserError; warn if some of its tokens have no embedding."""
     with quiet_libraries(), readable_errors(spec.source):
-        return transformers.AutoTokenizer.from_pretrained(spec.source, **spec.hub_options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(spec.source, **spec.hub_options)
+        if len(tokenizer) > spec.vocabulary:
+            problem = f"its tokenizer has {len(tokenizer)} tokens and its embedding {spec.vocabulary}"
+            log.warning("model.path=%s: %s; a text that holds one of the others is refused", spec.source, problem)
+    return tokenizer
 
 
 def load_model(spec: ModelSpec) -> nn.Module:
     """Load the model from safetensors onto its device, in evaluation mode, or raise a UserError."""
     with quiet_libraries(), readable_errors(spec.source):
         if Path(spec.source).is_dir():
-            Shards(Path(spec.source))  # names a missing or damaged file; transformers fails in many ways
+            check_weights(spec, skeleton(spec))  # names a missing or damaged file; transformers fails in many ways
         try:
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 spec.source, **spec.hub_options, dtype=spec.dtype, use_safetensors=True, output_loading_info=True
@@ -93,6 +107,9 @@ def load_model(spec: ModelSpec) -> nn.Module:
         if missing := sorted(loading_info["missing_keys"]):  # transformers would initialise them at random
             tensors = f"{missing[0]} ({len(missing)} tensors are missing)"
             raise UserError(f"model.path={spec.source}: its checkpoint has no {tensors}; fetch it again")
+        if getattr(model, "hf_quantizer", None) is None:  # transformers ignores a quantisation that it does not know
+            _check_numbers(spec, model)
+    _check_finite(model, spec)
     return model.to(spec.device).eval()
 
 
@@ -101,16 +118,53 @@ def load_streamed(spec: ModelSpec) -> tuple[nn.Module, StreamedBlocks]:
     build = functools.partial(_from_config, spec, dtype=spec.dtype)
     with quiet_libraries(), readable_errors(spec.source):
         shards = Shards(files_of(spec.source, spec.revision))
+        if getattr(spec.config, "quantization_config", None) is None:  # else refused in other words
+            check_unquantised(skeleton(spec), shards)
         model, weight_names = empty_model(build, shards, spec.device, spec.dtype, spec.roles)
         if (shards.folder / "generation_config.json").is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(shards.folder)
+    _check_finite(model, spec)
     return model, StreamedBlocks(model, weight_names, spec.device, roles=spec.roles)
 
 
 def skeleton(spec: ModelSpec) -> nn.Module:
     """Build the model on the meta device: its modules and shapes without weights, for checks before loading."""
-    with quiet_libraries(), readable_errors(spec.source), torch.device("meta"):
-        return _from_config(spec)
+    with quiet_libraries(), readable_errors(spec.source):
+        if Path(spec.source).is_dir():
+            layers, stored = spec.config.get_text_config().num_hidden_layers, len(Shards(Path(spec.source)).names)
+            if not 0 < layers <= stored:  # building millions of them would take all memory
+                problem = f"its config.json says {layers} layers, and its checkpoint holds {stored} tensors"
+                raise UserError(f"model.path={spec.source}: {problem}; fetch it again")
+        with torch.device("meta"):
+            return _from_config(spec)
+
+
+def check_weights(spec: ModelSpec, model: nn.Module) -> None:
+    """Check the headers of a local model's files; raise a UserError that names what is missing or is no plain weight.
+
+    ``model`` has its modules and shapes; the meta device is enough.
+    """
+    shards = Shards(Path(spec.source))
+    if getattr(spec.config, "quantization_config", None) is None:
+        check_unquantised(model, shards)
+
+
+def _check_numbers(spec: ModelSpec, model: nn.Module) -> None:
+    """Raise a UserError if what transformers has loaded as plain weights is stored as other than plain floats."""
+    folder = Path(spec.source)
+    if not folder.is_dir():
+        folder = Path(str(cached_file(spec.source, "config.json", revision=spec.revision))).parent
+    if (folder / SINGLE).exists() or (folder / INDEX).exists():  # else the hub converted what another branch holds
+        check_unquantised(model, Shards(folder))
+
+
+def _check_finite(model: nn.Module, spec: ModelSpec) -> None:
+    """Raise a UserError if the embedding, the final norm or the head holds a number that is not finite."""
+    blocks = tuple(f"{name}." for name in decoder_of(model, spec.roles).names)
+    for name, parameter in model.named_parameters():
+        if not name.startswith(blocks) and not bool(torch.isfinite(parameter).all()):
+            problem = f"{name} holds NaN or infinite numbers in {spec.dtype_name}"
+            raise UserError(f"model.path={spec.source}: {problem}; fetch it again, or choose another model.dtype")
 
 
 def _from_config(spec: ModelSpec, **settings: Any) -> Any:
@@ -126,11 +180,13 @@ def bos_policy(setting: str, spec: ModelSpec, tokenizer: Any) -> str:
     Raises:
         UserError: the tokenizer does not have the token that the policy needs.
     """
-    bos = tokenizer.bos_token_id
+    with readable_errors(spec.source):
+        bos = tokenizer.bos_token_id
+        adds_bos = setting == "auto" and bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     if setting == "auto" and spec.family is not None and spec.family.bos == "window":
         setting = "window"
     elif setting == "auto":
-        setting = "stream" if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else "never"
+        setting = "stream" if adds_bos else "never"
     if setting != "never" and bos is None:
         raise UserError(f"model.bos={setting}: this tokenizer has no beginning-of-sequence token; set model.bos=never")
     return setting

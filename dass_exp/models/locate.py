@@ -16,7 +16,7 @@ from dass_exp.config.settings import ModelConfig
 from dass_exp.data import assets
 from dass_exp.errors import UserError, naming
 from dass_exp.models import tiny
-from dass_exp.models.folder import folder_digest, manifest_of
+from dass_exp.models.folder import check_files, folder_digest, manifest_of
 
 OFFLINE = "offline:"  # prefix of a path that names a model of assets.py
 TINY = "tiny:"  # prefix of a path that names a model of tiny.py
@@ -54,6 +54,7 @@ def locate(config: ModelConfig) -> ModelSource:
         folder, manifest = Path(path), manifest_of(Path(path))
         with readable_errors(path):
             identity = f"local:{folder_digest(folder)}"  # first: transformers would wait for ever to read a pipe
+            check_files(folder, manifest)
         return ModelSource(
             source=str(folder),
             config=_read_config(str(folder), trust=trust),

@@ -7,16 +7,26 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.dynamic_module_utils import custom_object_save
 
-from dass_exp.errors import UserError
+from dass_exp.errors import DamagedFileError, UserError
 from dass_exp.models.folder import MANIFEST, manifest_of
 from dass_exp.models.shards import INDEX
-from dass_exp.storage.durable import as_os_error, fsync, write_json, write_tensors
+from dass_exp.storage.checksum import file_digest
+from dass_exp.storage.durable import (
+    as_os_error,
+    fsync,
+    new_file_mode,
+    read_tensors,
+    refuse_links,
+    remove_partial_files,
+    write_json,
+    write_tensors,
+)
 from dass_exp.storage.mask_file import MASKS, PackedMask, write_masks
 
+STAGING = "made"  # in a partial folder: the checkpoint that is being written
 REPLACED = "before"  # in a partial folder: the checkpoint that is being replaced, which must not be deleted
 _SPARE = 1 << 28  # bytes that must stay free besides the weights: tokenizer, masks, and room for other programs
 
@@ -40,16 +50,23 @@ def is_saved(folder: str | Path, key: str) -> bool:
 
 @contextmanager
 def locked(folder: str | Path | None) -> Iterator[None]:
-    """Lock a save folder against other runs, or raise a UserError if another run holds it; None locks nothing."""
+    """Lock a save folder against other runs; None locks nothing.
+
+    Raises:
+        UserError: another run holds it, or a link stands where this one would write.
+    """
     if folder is None:
         yield
         return
-    lock = partial_folder_of(folder).with_suffix(".lock")
+    partial = partial_folder_of(folder)
+    lock = partial.with_suffix(".lock")
+    for path in (lock, partial / STAGING, partial / REPLACED):
+        refuse_links(path, partial.parent)
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=0):
             try:
-                _restore_replaced(target_of(folder), partial_folder_of(folder) / REPLACED)
+                _restore_replaced(target_of(folder), partial / REPLACED)
                 yield
             finally:
                 with suppress(OSError):
@@ -81,7 +98,7 @@ def save_checkpoint(
         OSError: the disk is full, or the folder is not writable; nothing is left behind.
     """
     target = target_of(folder)
-    staging = partial_folder_of(folder) / "made"
+    staging = partial_folder_of(folder) / STAGING
     shutil.rmtree(staging, ignore_errors=True)  # left by a killed run
     staging.mkdir(parents=True)
     try:
@@ -106,7 +123,7 @@ class CheckpointWriter:
     def __init__(self, folder: str | Path, partial: Path) -> None:
         self.folder = folder
         self._partial = partial
-        self._staging = partial / "made"
+        self._staging = partial / STAGING
         self._to_stored: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
         self._files: dict[str, str] = {}
         self._blocks, self._bytes = 0, 0
@@ -114,7 +131,7 @@ class CheckpointWriter:
     @property
     def written(self) -> int:
         """Bytes of the blocks that an earlier start has written."""
-        return sum(path.stat().st_size for path in self._staging.glob("model-*.safetensors"))
+        return sum(path.lstat().st_size for path in self._staging.glob("model-*.safetensors"))
 
     def in_place(self, key: str) -> bool:
         """Whether the checkpoint of this run was moved into place by an earlier start."""
@@ -128,7 +145,7 @@ class CheckpointWriter:
         ``to_stored`` translates the model's tensors into those of the checkpoint, by the names there.
 
         Raises:
-            UserError: a block that an earlier start has written is missing or damaged.
+            DamagedFileError: a block that an earlier start has written is missing or damaged.
         """
         self._to_stored, self._blocks = to_stored, blocks
         if not done:
@@ -137,13 +154,12 @@ class CheckpointWriter:
         advice = f"and the run that wrote it cannot go on; remove {self._partial} to begin again"
         for index in range(done):
             path = self._staging / self._file_name(index + 2)
-            if not path.is_file():
-                raise UserError(f"{path} is missing, {advice}")
             try:
-                with safe_open(path, framework="pt") as file:
-                    self._index(path.name, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-            except SafetensorError as error:
-                raise UserError(f"{path} is damaged ({error}), {advice}") from error
+                self._index(path.name, read_tensors(path)[0])
+            except FileNotFoundError as error:
+                raise DamagedFileError(f"{path} is missing, {advice}") from error
+            except (OSError, DamagedFileError) as error:
+                raise DamagedFileError(f"{error}, {advice}") from error
 
     def add(self, index: int, weights: Mapping[str, Tensor]) -> None:
         """Write the weights of block ``index``, by the model's own names; raise an OSError if the disk is full."""
@@ -152,7 +168,9 @@ class CheckpointWriter:
     def finish(self, model: Any, tokenizer: Any, masks: Mapping[str, PackedMask], manifest: Mapping[str, Any]) -> Path:
         """Write what is outside the blocks and rename the folder into place; raise an OSError if the disk is full."""
         self._write(1, {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta})
-        write_json(self._staging / INDEX, {"metadata": {"total_size": self._bytes}, "weight_map": self._files})
+        write_json(
+            self._staging / INDEX, {"metadata": {"total_size": self._bytes}, "weight_map": self._files}, checksum=False
+        )
         model.config.architectures = [type(model).__name__]
         with as_os_error(self._staging):
             if model._auto_class is not None:
@@ -190,10 +208,13 @@ def partial_folder_of(folder: str | Path) -> Path:
 def _move_into_place(staging: Path, target: Path, masks: Mapping[str, PackedMask], manifest: Mapping[str, Any]) -> Path:
     """Add masks and manifest, sync, rename; an earlier checkpoint of the run is removed."""
     write_masks(masks, staging / MASKS)
-    for path in (path for path in staging.rglob("*") if path.is_file()):
-        path.chmod(0o644)  # safetensors makes files that only their owner can read
+    remove_partial_files(staging)
+    paths, mode = sorted(path for path in staging.rglob("*") if path.is_file()), new_file_mode(staging)
+    for path in paths:
+        path.chmod(mode)  # safetensors makes files that only their owner can read
         fsync(path)
-    write_json(staging / MANIFEST, {"schema": 1, **manifest})
+    digests = {path.relative_to(staging).as_posix(): file_digest(path) for path in paths}
+    write_json(staging / MANIFEST, {"schema": 1, **manifest, "files": digests})
     is_saved(target, manifest["key"])  # raises if another program has written there meanwhile
     replaced = staging.with_name(REPLACED)
     shutil.rmtree(replaced, ignore_errors=True)

@@ -28,12 +28,12 @@ class Shards:
         self.folder = folder
         self._files = _files(folder)
         self._shapes: dict[str, list[int]] = {}
-        self.quantised = False  # has one-byte floats, which are meaningless without their scales
+        self._dtypes: dict[str, str] = {}
         for file in sorted(set(self._files.values())):
             with _opened(folder, file) as shard:
                 names = shard.keys()
                 slices = {name: shard.get_slice(name) for name in names}
-                self.quantised |= any(part.get_dtype().startswith("F8") for part in slices.values())
+                self._dtypes |= {name: part.get_dtype() for name, part in slices.items()}
                 self._shapes |= {name: part.get_shape() for name, part in slices.items()}
         if missing := sorted(set(self._files) - set(self._shapes)):
             name, file = missing[0], self._files[missing[0]]
@@ -52,6 +52,10 @@ class Shards:
     def shape(self, name: str) -> list[int]:
         """Return the shape of a tensor without reading it."""
         return self._shapes[name]
+
+    def dtype(self, name: str) -> str:
+        """Return the dtype of a tensor as safetensors names it: F32, BF16, I8."""
+        return self._dtypes[name]
 
     def equal(self, one: str, other: str) -> bool:
         """Compare two tensors without copying either into memory."""

@@ -1,7 +1,7 @@
 """Translate between the tensors of a model and those of its checkpoint: other names, and fused tensors in pieces."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +19,10 @@ from transformers.core_model_loading import (
 
 from dass_exp.errors import UserError
 from dass_exp.models.shards import Shards
+
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+# scales, zero points and packed integers, as the formats of quantised checkpoints name them beside a weight
+_OF_QUANTISED = re.compile(r"(.+)\.(?:SCB|scales|qweight|qzeros|g_idx|input_scale|weight[_.].+)")
 
 
 @dataclass(frozen=True)
@@ -55,13 +59,11 @@ class WeightNames:
         self._model, self._shards = model, shards
         self._dtypes = _dtypes(model, dtype)
         transforms, state = get_model_conversion_mapping(model), model.state_dict()
-        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
         converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
         self._plain: dict[str, str] = {}
         self._shapes: dict[str, list[int]] = {}
         fused: dict[str, dict[str, str]] = {}
-        for stored in sorted(shards.names, key=dot_natural_key):
-            name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
+        for stored, name, pattern in _renamed(model, shards, transforms, state):
             if name in state and pattern is None:
                 self._plain[name] = stored
                 self._shapes[name] = shards.shape(stored)
@@ -115,7 +117,7 @@ class WeightNames:
     def _check(self, state: Mapping[str, Tensor]) -> None:
         checkpoint = f"model.placement=stream: the checkpoint {self._shards.folder}"
         advice = "set model.placement=resident"
-        if getattr(self._model.config, "quantization_config", None) is not None or self._shards.quantised:
+        if getattr(self._model.config, "quantization_config", None) is not None:
             raise UserError(f"{checkpoint} is quantised, which only transformers itself can undo; {advice}")
         tied, names = getattr(self._model, "all_tied_weights_keys", {}), self.names
         for name in [name for name in tied if name in names and tied[name] in names]:
@@ -130,6 +132,39 @@ class WeightNames:
             if shape != (expected := list(state[name].shape)):
                 problem = f"gives {name} the shape {shape}, and its config.json {expected}"
                 raise UserError(f"{checkpoint} {problem}; fetch it again")
+
+
+def check_unquantised(model: Any, shards: Shards) -> None:
+    """Raise a UserError if a checkpoint that is read as it is stores weights as other than plain floats.
+
+    Args:
+        model: its modules and shapes; the meta device is enough.
+        shards: of its checkpoint.
+    """
+    state = model.state_dict()
+    for stored, name, _ in _renamed(model, shards, get_model_conversion_mapping(model), state):
+        scale, dtype = _OF_QUANTISED.fullmatch(name), shards.dtype(stored)
+        if name in state and state[name].is_floating_point() and dtype not in _FLOATS:
+            problem = f"its tensor {stored} is stored as {dtype}"
+        elif name not in state and scale is not None and f"{scale[1]}.weight" in state:
+            problem = f"it holds {stored}, which belongs to a quantised weight"
+        else:
+            continue
+        raise UserError(
+            f"model.path={shards.folder}: {problem}, and its config.json has no quantization_config that can be used; "
+            "take a checkpoint in float32, bfloat16 or float16"
+        )
+
+
+def _renamed(
+    model: Any, shards: Shards, transforms: list[Any], state: dict[str, Tensor]
+) -> Iterator[tuple[str, str, str | None]]:
+    """Yield each stored name, the model's name of its tensor, and the pattern of the converter that fuses it."""
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    for stored in sorted(shards.names, key=dot_natural_key):
+        name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
+        yield stored, name, pattern
 
 
 def _dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:

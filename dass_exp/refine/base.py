@@ -12,9 +12,14 @@ from dass_exp.methods.base import LinearView, MaskResult, Stage
 class Refinement(Stage, ABC):
     """Improves the mask that a method has chosen."""
 
-    def check(self, pattern: Pattern) -> None:
-        """Raise a UserError, before a model is loaded, if masks of this pattern cannot be refined."""
-        del pattern
+    def check(self, pattern: Pattern, dim: int | None = 1) -> None:
+        """Raise a UserError, before a model is loaded, if masks of this pattern cannot be refined.
+
+        Args:
+            pattern: of the masks.
+            dim: the axis along which the weights of a linear compete.
+        """
+        del pattern, dim
 
     @abstractmethod
     def refine(self, linear: LinearView, dense: Tensor, result: MaskResult, pattern: Pattern) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from dass_exp.errors import UserError, one_of
+from dass_exp.errors import UserError, one_of, os_error_line
 from dass_exp.paths import project_root
 from dass_exp.report import published
 from dass_exp.report.compare import footnotes
@@ -19,7 +19,7 @@ from dass_exp.report.load import LoadedRecords, Record, cells_of, is_dense, load
 from dass_exp.report.page import Section, write_page
 from dass_exp.report.table import ResultTable, build_table
 from dass_exp.report.write import caption, long_form, wide_form, write_table
-from dass_exp.storage.durable import write_text
+from dass_exp.storage.durable import refuse_links, write_text
 
 log = logging.getLogger("dass_exp.report")
 
@@ -45,8 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif not _report(options):
             sys.exit(1)
     except (UserError, OSError) as error:
-        message = "a file cannot be read or written: %s; check --results and --output"
-        log.error("%s" if isinstance(error, UserError) else message, error)
+        log.error("%s", os_error_line(error) if isinstance(error, OSError) else error)
         sys.exit(2)
 
 
@@ -123,6 +122,8 @@ def _write(tables: list[ResultTable], results: Path, problems: list[str], option
     rows = published.read(reference) if reference.is_file() else []
     sections: list[Section] = []
     output = Path(options.output or results)
+    for folder in (output / "tables", output / "figures"):
+        refuse_links(folder, output)
     for table in tables:
         counterparts = published.counterparts(table.records, rows)
         written = write_table(table, output / "tables", _notes(table, counterparts), published.as_rows(counterparts))
@@ -155,6 +156,7 @@ def _compare(results: Path, keys: list[str]) -> None:
     first, second = (_record_of(key, records) for key in keys)
     text = compare_records(first, second, results)
     sys.stdout.write(text)
+    refuse_links(results / "tables", results)
     log.info("wrote %s", write_text(results / "tables" / f"compare-{first['key']}-{second['key']}.md", text))
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from dass_exp.engine.stages import STAGE_GROUPS
+from dass_exp.config.settings import STAGE_GROUPS
 from dass_exp.report.load import Record, model_name
 
 _PLAIN_WIDTH = 160  # columns for a pipe or a file, which have no width of their own

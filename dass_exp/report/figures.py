@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from dass_exp.report.curves import curves_of
 from dass_exp.report.load import Record, block_of, model_name
 from dass_exp.report.table import ResultTable, TableValue, is_finite
 from dass_exp.report.write import format_value
+from dass_exp.storage.durable import scratch_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -242,8 +242,8 @@ def save(figure: Figure, title: str, path: Path) -> list[Path]:
     svg = {"Date": None, "Creator": None, "Format": None, "Type": None}
     written: list[Path] = []
     for ending, metadata in (("svg", svg), ("png", {"Software": None})):
-        target, scratch = path.with_name(f"{path.name}.{ending}"), path.with_name(f"{path.name}.{ending}.partial")
-        figure.savefig(scratch, format=ending, dpi=150, metadata=metadata)
-        os.replace(scratch, target)
+        target = path.with_name(f"{path.name}.{ending}")
+        with scratch_file(target, durable=False) as scratch:
+            figure.savefig(scratch, format=ending, dpi=150, metadata=metadata)
         written.append(target)
     return written

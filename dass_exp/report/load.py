@@ -1,18 +1,18 @@
 """Read records and the cells of a sweep from a results folder; files that cannot be read are reported and skipped."""
 
-import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dass_exp.config.settings import settings_without_effect
-from dass_exp.engine.stages import STAGE_GROUPS
-from dass_exp.storage.record_schema import flatten, is_config, record_problem
-from dass_exp.storage.records import Record
+from dass_exp.config.settings import STAGE_GROUPS, settings_without_effect
+from dass_exp.errors import DamagedFileError, UserError, os_error_line
+from dass_exp.storage.durable import read_json
+from dass_exp.storage.record_schema import flatten, is_config
+from dass_exp.storage.records import Record, read_record
 
 _NO_EFFECT = settings_without_effect()
-_UNREADABLE = (OSError, ValueError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,19 @@ class SweepCell:
 
 
 def load(results: Path) -> LoadedRecords:
-    """Read all records of a results folder."""
+    """Read all records of a results folder; files of cells that cannot be read are reported too."""
     records: dict[str, Record] = {}
     problems: list[str] = []
-    for path in sorted(results.glob("runs/*/result.json")):
+    for path in _entries(results / "runs", "result.json"):
         try:
-            record = _json_object(path)
-        except _UNREADABLE as error:
-            problems.append(f"{path}: not read ({error})")
-            continue
-        if (problem := record_problem(record, path.parent.name)) is None:
-            records[path.parent.name] = record
-        else:
-            problems.append(f"{path}: not a record of this project ({problem})")
+            records[path.parent.name] = read_record(path)
+        except (OSError, UserError) as error:
+            problems.append(_problem(error))
+    for path in _cell_files(results):
+        try:
+            _json_object(path)
+        except (OSError, UserError) as error:
+            problems.append(_problem(error))
     return LoadedRecords(records, problems)
 
 
@@ -61,8 +61,8 @@ def cells_of(results: Path, sweep: str) -> list[SweepCell]:
     for path in _cell_files(results):
         try:
             note = _json_object(path)
-        except _UNREADABLE:
-            continue  # the process was killed while writing; the next launch of the cell writes another note
+        except (OSError, UserError):
+            continue  # load() reports it; the next launch of the cell writes another note
         overrides = note.get("overrides")
         if not isinstance(overrides, list) or f"sweeps={sweep}" not in overrides:
             continue
@@ -158,11 +158,17 @@ def setting(config: Mapping[str, Any], path: str) -> Any:
 
 
 def documents(results: Path, key: str) -> dict[str, dict[str, list[float]]]:
-    """Return the outcomes by task, metric and document; empty if the run scored no tasks."""
+    """Return the outcomes by task, metric and document; empty if the run scored no tasks.
+
+    Raises:
+        DamagedFileError: the file does not hold what was written into it.
+    """
     try:
         outcomes = _json_object(results / "runs" / key / "documents.json")
-    except _UNREADABLE:
+    except FileNotFoundError:
         return {}
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{error}; run the same command again with rerun=true") from error
     tasks = outcomes.values()
     valid = all(isinstance(task, dict) and all(isinstance(each, list) for each in task.values()) for task in tasks)
     return outcomes if valid else {}
@@ -185,12 +191,23 @@ def varying_settings(records: Iterable[Record]) -> dict[str, list[str]]:
 
 def _cell_files(results: Path) -> list[Path]:
     """Return the cell.json of all cells, oldest launch first."""
-    paths = [path for path in results.glob("hydra/*/*/*/cell.json") if path.parts[-2].isdecimal()]
+    paths = [path for path in _entries(results / "hydra", "*", "*", "cell.json") if path.parts[-2].isdecimal()]
     return sorted(paths, key=lambda path: (path.parts[-4], path.parts[-3], int(path.parts[-2])))
 
 
+def _entries(folder: Path, *pattern: str) -> list[Path]:
+    """Return the files of this name in the folders below ``folder``, sorted; a dangling link is such an entry too."""
+    *folders, name = pattern
+    paths = sorted(parent / name for parent in folder.glob("/".join(["*", *folders])))
+    return [path for path in paths if os.path.lexists(path) or (path.parent.is_symlink() and not path.parent.exists())]
+
+
+def _problem(error: OSError | UserError) -> str:
+    return f"not read: {os_error_line(error) if isinstance(error, OSError) else error}"
+
+
 def _json_object(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
     if not isinstance(content, dict):
-        raise ValueError("it holds no JSON object")
+        raise DamagedFileError(f"{path}: it holds no JSON object")
     return content

@@ -8,7 +8,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dass_exp.engine.stages import STAGE_GROUPS
+from dass_exp.config.settings import STAGE_GROUPS
 from dass_exp.report.load import Record, model_identity, model_name, setting
 
 _REPETITIONS = ("seed", "repeat")

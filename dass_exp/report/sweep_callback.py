@@ -1,6 +1,5 @@
 """Print a comparison of a sweep's cells after it has ended, and the cells that failed."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any, ClassVar
@@ -8,9 +7,11 @@ from typing import Any, ClassVar
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from dass_exp.errors import UserError, os_error_line
 from dass_exp.report.compare import as_markdown, as_rich, comparison, footnotes, settings_line
 from dass_exp.report.console import caption, console, show_plan
-from dass_exp.storage.durable import write_json
+from dass_exp.storage.durable import read_json, write_json, write_text
+from dass_exp.storage.records import Record, read_record
 
 log = logging.getLogger(__name__)
 
@@ -24,27 +25,37 @@ class Sweep:
     failed: ClassVar[int] = 0
 
     @classmethod
-    def show_finished(cls) -> None:
-        """Print the cells that have ended so far, and write their comparison into the sweep's folder."""
+    def show_finished(cls, ended: bool = False) -> None:
+        """Print the cells that have ended so far, and write their comparison into the sweep's folder.
+
+        Once the sweep has ``ended``, a cell whose end is not noted has failed.
+        """
         if cls.started is None:
             return
         folder = Path(cls.started.hydra.sweep.dir)
-        numbers = sorted(int(path.parent.name) for path in folder.glob(f"*/{CELL}") if path.parent.name.isdecimal())
-        cells = [_read(folder / str(number) / CELL) for number in numbers]
+        numbers = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
+        cells = [_noted(folder / str(number) / CELL) for number in numbers]
+        cells = [cell for cell in cells if ended or cell["status"] != "unknown"]
         if planned := [cell for cell in cells if cell["status"] == "planned"]:
             show_plan(planned)
         paths_of_records = dict.fromkeys(cell["record"] for cell in cells if cell["status"] == "done")
-        if records := [_read(Path(path)) for path in paths_of_records]:
+        if records := [record for path in paths_of_records if (record := _record(Path(path))) is not None]:
             _show(records, folder, OmegaConf.select(cls.started, "sweep.title"))
-        failed = [cell for cell in cells if cell["status"] in ("failed", "unplanned")]
+        failed = [cell for cell in cells if cell["status"] in ("failed", "unplanned", "unknown")]
         cls.failed = len(failed)
         for cell in failed:
             log.error("failed: %s: %s", " ".join(cell["overrides"]), cell["error"])
 
 
 def note_cell(folder: str | Path, content: dict[str, Any]) -> None:
-    """Write how a cell ended into its output folder: ``status``, ``overrides``, and ``record`` or ``error``."""
-    write_json(Path(folder) / CELL, content)
+    """Write how a cell ended into its output folder: ``status``, ``overrides``, and ``record`` or ``error``.
+
+    A disk that is full is reported and does not end the sweep, whose other cells may find their records.
+    """
+    try:
+        write_json(Path(folder) / CELL, content)
+    except OSError as error:
+        log.error("how the cell ended could not be noted: %s", os_error_line(error))
 
 
 class Comparison(Callback):
@@ -57,12 +68,28 @@ class Comparison(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         del kwargs
         Sweep.started = config
-        Sweep.show_finished()
+        Sweep.show_finished(ended=True)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+def _noted(path: Path) -> dict[str, Any]:
+    """Read how a cell ended; ``unknown`` if the file is missing or damaged."""
+    try:
+        content: dict[str, Any] = read_json(path)
+    except OSError as error:
+        return {"status": "unknown", "overrides": [path.parent.name], "error": os_error_line(error)}
+    except UserError as error:
+        return {"status": "unknown", "overrides": [path.parent.name], "error": str(error)}
     return content
+
+
+def _record(path: Path) -> Record | None:
+    try:
+        return read_record(path)
+    except OSError as error:
+        log.error("%s", os_error_line(error))
+    except UserError as error:
+        log.error("%s", error)
+    return None
 
 
 def _show(records: list[dict[str, Any]], folder: Path, title: str | None) -> None:
@@ -71,7 +98,7 @@ def _show(records: list[dict[str, Any]], folder: Path, title: str | None) -> Non
     calibrated = next((record for record in records if record["calibration"]), records[0])
     described = f"{caption(calibrated, records)} {settings_line(records)}"
     lines = [f"# {heading}", "", as_markdown(frame), "", described, "", *(f"- {note}" for note in notes), ""]
-    (folder / "comparison.md").write_text("\n".join(lines), encoding="utf-8")
+    write_text(folder / "comparison.md", "\n".join(lines))
     screen = console()
     screen.print(as_rich(frame, heading))
     screen.print(described)

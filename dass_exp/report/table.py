@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from dass_exp.engine.stages import STAGE_GROUPS
+from dass_exp.config.settings import STAGE_GROUPS
 from dass_exp.errors import UserError
 from dass_exp.report.console import method_label
 from dass_exp.report.load import Record, SweepCell, documents, is_dense, model_name, setting, varying_settings

@@ -152,7 +152,18 @@ class RunContext:
         text, config, seed = run.calibration_text, run.config.calibration, run.config.seed
         cut = config.sampling, config.separator, config.num_samples, config.seq_len
         key = ("calibration", run.spec.identity, run.bos, json.dumps(text.identity, sort_keys=True), cut, seed)
-        return self.cache.get(key, lambda: tokens.calibration_tokens(text, config, self.tokenizer(run), run.bos, seed))
+
+        def draw() -> tokens.Tokens:
+            drawn = tokens.calibration_tokens(text, config, self.tokenizer(run), run.bos, seed)
+            return drawn.checked(run.spec.vocabulary, run.spec.source)
+
+        return self.cache.get(key, draw)
+
+    def check_length(self, run: ResolvedRun) -> None:
+        """Raise a UserError if the calibration text is too short for a single sequence."""
+        if run.method.stat:
+            config = replace(run.config.calibration, num_samples=1)
+            tokens.calibration_tokens(run.calibration_text, config, self.tokenizer(run), run.bos, run.config.seed)
 
     def windows(self, run: ResolvedRun) -> tokens.Tokens | None:
         """Return the windows to score; None if no perplexity is requested.
@@ -165,7 +176,12 @@ class RunContext:
             return None
         size = scored.context, scored.max_windows
         key = ("windows", run.spec.identity, run.bos, json.dumps(text.identity, sort_keys=True), *size)
-        return self.cache.get(key, lambda: tokens.evaluation_windows(text, *size, self.tokenizer(run), run.bos))
+
+        def cut() -> tokens.Tokens:
+            windows = tokens.evaluation_windows(text, *size, self.tokenizer(run), run.bos)
+            return windows.checked(run.spec.vocabulary, run.spec.source)
+
+        return self.cache.get(key, cut)
 
     @contextmanager
     def resident_model(self, run: ResolvedRun) -> Iterator[nn.Module]:

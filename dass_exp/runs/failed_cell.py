@@ -8,8 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dass_exp.config.components import OURS, build, check_targets, target_class
-from dass_exp.config.settings import validate
-from dass_exp.engine.stages import STAGE_GROUPS, build_stages
+from dass_exp.config.settings import STAGE_GROUPS, validate
+from dass_exp.engine.stages import build_stages
 from dass_exp.errors import UserError
 from dass_exp.masks import Pattern
 from dass_exp.methods.base import Pruner

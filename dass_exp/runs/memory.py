@@ -1,5 +1,6 @@
 """Estimate the memory of a run from shapes alone, and choose where its model is placed."""
 
+import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -21,6 +22,8 @@ _CGROUP_FILES = (  # version 2 and version 1: usage, lines of memory.stat that c
     ("memory.usage_in_bytes", ("total_inactive_file", "total_active_file"), ("memory.limit_in_bytes",)),
 )
 _UNLIMITED = 1 << 62
+# limit, what counts towards it, and the share left for tensors: the files that are read count as addresses too
+_LIMITS = (("Max address space", "VmSize", 0.5), ("Max data size", "VmData", 1.0))
 BASE = 700_000_000  # bytes of the interpreter, torch and transformers themselves
 
 
@@ -37,12 +40,13 @@ class MemoryNeeds:
     solver: int  # statistics, factors and masks of one block
     batch: int  # one batch inside a block, and the logits that are computed at a time
     copy: int = 0  # dense weights in the scope, from which a sweep restores the shared model
+    tokens: int = 0  # ids of calibration and windows, twice while they are put together
     disk: int = 0  # not memory: activations cached on disk, masks, and the resume state, twice while it is replaced
 
     @property
     def resident(self) -> int:
         """With the whole model in memory."""
-        return BASE + self.model + self.copy + self.activations + self.solver + self.batch
+        return BASE + self.model + self.copy + self.activations + self.solver + self.batch + self.tokens
 
     @property
     def scored(self) -> int:
@@ -53,7 +57,7 @@ class MemoryNeeds:
     def streamed(self) -> int:
         """With two blocks in memory: the current one and the prefetched one."""
         blocks = self.block + self.ahead + self.outside
-        return BASE + blocks + self.activations + self.windows + self.solver + self.batch
+        return BASE + blocks + self.activations + self.windows + self.solver + self.batch + self.tokens
 
     def summary(self) -> str:
         """Both totals, in GB."""
@@ -115,6 +119,7 @@ def memory_needs(
         solver=max(_solver_bytes(block, workload) for block in sites) + max(scope),
         batch=max(_batch_bytes(decoder, workload, *shape) for shape in batches) + 8 * MAX_LOGITS,
         copy=workload.shared * sum(scope) * width,
+        tokens=16 * sum(count * length for count, length in (calibration, windows)),
         disk=on_disk + sum(scope) // 8 + state,
     )
 
@@ -154,7 +159,7 @@ def _batch_bytes(decoder: Decoder, workload: Workload, sequences: int, length: i
 
 
 def available_memory(device: torch.device, system: Path = Path("/")) -> int:
-    """Return the free bytes of a device, within the limits of a batch system or container.
+    """Return the free bytes of a device, within the limits of a shell, batch system or container.
 
     Args:
         device: of the model.
@@ -166,6 +171,7 @@ def available_memory(device: torch.device, system: Path = Path("/")) -> int:
     with suppress(OSError, StopIteration):
         lines = (system / "proc/meminfo").read_text(encoding="ascii").splitlines()
         free.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
+    free += _left_of_limits(system / "proc/self")
     with suppress(OSError):
         for line in (system / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
@@ -173,6 +179,18 @@ def available_memory(device: torch.device, system: Path = Path("/")) -> int:
                 group, root = Path(path.lstrip("/")), system / "sys/fs/cgroup" / controllers
                 free += [_left_in(root / part, bool(controllers)) for part in (group, *group.parents)]
     return min(free)
+
+
+def _left_of_limits(process: Path) -> list[int]:
+    """Return the bytes that this process may still take under its limits (ulimit -v and -d); empty without any."""
+    left = []
+    with suppress(OSError, ValueError):
+        limits = (process / "limits").read_text(encoding="ascii")
+        status = dict(line.split(":", 1) for line in (process / "status").read_text(encoding="utf-8").splitlines())
+        for name, usage, share in _LIMITS:
+            if found := re.search(rf"^{name} +(\d+)", limits, re.MULTILINE):
+                left.append(int(share * (int(found[1]) - 1024 * int(status[usage].split()[0]))))
+    return left
 
 
 def _left_in(group: Path, first_version: bool) -> int:

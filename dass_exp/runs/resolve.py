@@ -3,12 +3,13 @@
 import dataclasses
 import logging
 from functools import partial
+from pathlib import Path
 
 from dass_exp.config.settings import RunConfig
 from dass_exp.engine.prune import check_shapes
 from dass_exp.errors import UserError
 from dass_exp.models.decoder import decoder_of
-from dass_exp.models.load import bos_policy
+from dass_exp.models.load import bos_policy, check_weights
 from dass_exp.runs.context import RunContext
 from dass_exp.runs.memory import MemoryNeeds, Workload, choose_placement, memory_needs
 from dass_exp.runs.resolved_run import Components, ResolvedRun
@@ -77,11 +78,16 @@ def place(run: ResolvedRun, context: RunContext, requested: str | None = None) -
         reusable = needs.model
     else:
         cache.clear()  # the memory of the previous model counts as free
-    placement, reason = choose_placement(requested, needs, context.available_memory(run.spec.device) + reusable)
+    try:
+        placement, reason = choose_placement(requested, needs, context.available_memory(run.spec.device) + reusable)
+    except UserError:
+        context.check_length(run)  # a text that is too short is the better reason
+        raise
     if placement == "stream":
         cache.clear()
         level = logging.WARNING if requested == "auto" else logging.INFO
         log.log(level, "model.placement=%s: %s", requested, reason)
+    context.calibration(run)  # last: the tokens of a run that does not fit would fill the memory themselves
     return dataclasses.replace(run, placement=placement, needs=needs)
 
 
@@ -95,9 +101,11 @@ def _check(run: ResolvedRun, context: RunContext) -> None:
     for setting, length in lengths.items():
         if limit is not None and length > limit:
             raise UserError(f"{setting}={length}: model {run.spec.name} has {limit} positions; choose at most that")
-    check_shapes(decoder_of(context.skeleton(run), run.spec.roles), run.method, run.pattern, config.scope)
+    skeleton = context.skeleton(run)
+    check_shapes(decoder_of(skeleton, run.spec.roles), run.method, run.pattern, config.scope)
+    if Path(run.spec.source).is_dir():
+        check_weights(run.spec, skeleton)
     context.windows(run)
-    context.calibration(run)
 
 
 def _needs(run: ResolvedRun, context: RunContext) -> MemoryNeeds:

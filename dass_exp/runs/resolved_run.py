@@ -13,11 +13,11 @@ from typing import Any
 
 from dass_exp.config.components import build
 from dass_exp.config.plugin_source import source_digest
-from dass_exp.config.settings import RunConfig
+from dass_exp.config.settings import STAGE_GROUPS, RunConfig
 from dass_exp.data import assets
 from dass_exp.data.texts import Text
 from dass_exp.engine.prune import ENGINE_VERSION
-from dass_exp.engine.stages import STAGE_GROUPS, Stages, build_stages
+from dass_exp.engine.stages import Stages, build_stages
 from dass_exp.evaluate import EVALUATION_VERSION
 from dass_exp.evaluate.zeroshot import check_tasks, lm_eval_version
 from dass_exp.masks import Pattern
@@ -150,8 +150,8 @@ class ResolvedRun(Components):
         config = self.config
         saved = config.save is None or is_saved(config.save, self.key)
         record = None if config.rerun else self.store.find(self.key)
-        masks_missing = config.save_masks and self.method.prunes and not self.store.masks(self.key).is_file()
-        return record if saved and not masks_missing else None
+        needs_masks = config.save_masks and self.method.prunes
+        return record if saved and not (needs_masks and not self.store.has_masks(self.key)) else None
 
     def dense(self) -> ResolvedRun | None:
         """Return its dense counterpart, with the same model and evaluation; None if it is dense or scores nothing."""

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,24 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dass_exp.engine.callbacks import BlockReport, Callback, LoopState, Stopwatch
 from dass_exp.engine.capture import restore_hidden
 from dass_exp.engine.verify import Layer, Verification
-from dass_exp.errors import UserError
+from dass_exp.errors import DamagedFileError, UserError
 from dass_exp.evaluate.streamed import StreamedPerplexity
 from dass_exp.models.save import REPLACED
 from dass_exp.runs.resolved_run import ResolvedRun
-from dass_exp.storage.durable import replace_durably, write_tensors
-from dass_exp.storage.mask_file import PackedMask, mask_names, read_packed, write_masks
+from dass_exp.storage.checksum import require_regular
+from dass_exp.storage.durable import read_tensors, write_tensors
+from dass_exp.storage.mask_file import PackedMask, read_packed, write_masks
 from dass_exp.storage.record_schema import flatten
 
 log = logging.getLogger(__name__)
 
 STATE = "state.safetensors"
-_FORMER_NAMES = {"wrapped": "returns_tuple", "told": "results"}  # in states written before these were renamed
 _PLACEMENT = "model.placement"
 
 
@@ -62,30 +62,26 @@ def load_state(folder: Path, identity: Mapping[str, Any], placement: str) -> Sta
         UserError: it belongs to a run with other settings, which are named, or it is damaged.
     """
     path, expected = folder / STATE, _with_placement(identity, placement)
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = json.loads(file.metadata()["dass_exp"])
-            stored = {_FORMER_NAMES.get(name, name): value for name, value in metadata.items()}
-            if stored["identity"] != expected:
-                raise UserError(
-                    f"{folder}: an interrupted run is stored there with {_differences(stored['identity'], expected)}; "
-                    "set it back, or remove the folder"
-                )
-            hidden: dict[str, list[Tensor]] = {}
-            for name in sorted(file.keys()):
-                hidden.setdefault(name.rpartition("/")[0], []).append(file.get_tensor(name))
-            return State(stored["blocks"], stored["returns_tuple"], hidden, stored["results"])
-    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+    with as_user_error(path, folder):
+        tensors, metadata = read_tensors(path)
+        stored = json.loads(metadata["dass_exp"])
+    if stored["identity"] != expected:
         raise UserError(
-            f"{path}: the state of an interrupted run cannot be read ({error}); remove the folder to begin again"
-        ) from error
+            f"{folder}: an interrupted run is stored there with {_differences(stored['identity'], expected)}; "
+            "set it back, or remove the folder"
+        )
+    hidden: dict[str, list[Tensor]] = {}
+    for name in sorted(tensors):
+        hidden.setdefault(name.rpartition("/")[0], []).append(tensors[name])
+    return State(stored["blocks"], stored["returns_tuple"], hidden, stored["results"])
 
 
 def placement_in(folder: Path, identity: Mapping[str, Any]) -> str | None:
     """Return the placement of an interrupted run with this identity in ``folder``; None if there is none."""
     try:
+        require_regular(folder / STATE)
         with safe_open(folder / STATE, framework="pt") as file:
             stored = json.loads(file.metadata()["dass_exp"])["identity"]
             placement = str(stored[_PLACEMENT])
@@ -100,7 +96,6 @@ def save_state(folder: Path, identity: Mapping[str, Any], placement: str, state:
     Raises:
         OSError: the disk is full.
     """
-    scratch = folder / f"{STATE}.partial"
     metadata = {
         "identity": _with_placement(identity, placement),
         "blocks": state.blocks,
@@ -112,8 +107,7 @@ def save_state(folder: Path, identity: Mapping[str, Any], placement: str, state:
         for owner, tensors in state.hidden.items()
         for number, tensor in enumerate(tensors)
     }
-    write_tensors(hidden, scratch, {"dass_exp": json.dumps(metadata)}, durable=False)
-    replace_durably(scratch, folder / STATE)
+    write_tensors(hidden, folder / STATE, {"dass_exp": json.dumps(metadata)})
 
 
 def discard(folder: Path) -> None:
@@ -124,7 +118,7 @@ def discard(folder: Path) -> None:
 
 def discard_unless_resumable(folder: Path) -> None:
     """Delete a work folder unless another start could resume from it, or it holds a replaced checkpoint."""
-    if not (folder / STATE).is_file() and not (folder / REPLACED).exists():
+    if not os.path.lexists(folder / STATE) and not (folder / REPLACED).exists():
         discard(folder)
 
 
@@ -143,12 +137,12 @@ class MaskFiles(Callback):
         self._folder, self._blocks = folder, done
         for index in range(done):
             with as_user_error(_masks_file(folder, index), folder):
-                mask_names(_masks_file(folder, index))
+                read_packed(_masks_file(folder, index))
 
     @staticmethod
     def complete(folder: Path, blocks: int) -> bool:
         """Check whether the masks of the first ``blocks`` blocks were written."""
-        return all(_masks_file(folder, index).is_file() for index in range(blocks))
+        return all(os.path.lexists(_masks_file(folder, index)) for index in range(blocks))
 
     def on_block_end(self, report: BlockReport) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -203,7 +197,7 @@ class ResumeState(Callback):
         if not self._run.streams:
             for index, block in enumerate(loop.decoder.blocks[: earlier.blocks]):
                 with as_user_error(_weights_file(self._folder, index), self._folder):
-                    block.load_state_dict(load_file(_weights_file(self._folder, index)))
+                    block.load_state_dict(read_tensors(_weights_file(self._folder, index))[0])
         loop.first_block = earlier.blocks
         earlier.hidden.clear()
         log.info("continuing after block %d of an interrupted run", earlier.blocks - 1)
@@ -229,11 +223,11 @@ class ResumeState(Callback):
 
 @contextmanager
 def as_user_error(path: Path, folder: Path) -> Iterator[None]:
-    """Turn the errors of a missing or damaged file of an interrupted run into a one-line UserError."""
+    """Turn the errors of a missing or damaged file of an interrupted run into a one-line DamagedFileError."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError, UserError) as error:
-        raise UserError(
+    except (OSError, RuntimeError, UserError, KeyError) as error:
+        raise DamagedFileError(
             f"{path} is missing or damaged, and the run that wrote it cannot go on; remove {folder} to begin again"
         ) from error
 

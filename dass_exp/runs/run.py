@@ -16,7 +16,7 @@ from dass_exp.runs.record import RunResult, compose_record, describe_config
 from dass_exp.runs.resolve import place, resolve
 from dass_exp.runs.resolved_run import ResolvedRun
 from dass_exp.runs.resume import discard, discard_unless_resumable, placement_in
-from dass_exp.storage.durable import remove_partial_files
+from dass_exp.storage.durable import refuse_links, remove_partial_files
 from dass_exp.storage.records import Record
 
 
@@ -73,6 +73,7 @@ def _find_or_execute(run: ResolvedRun, context: RunContext) -> tuple[Record, boo
     with run.store.lock(run.key), locked(run.config.save):
         if (record := run.finished_record()) is not None:  # another process executed it while this one waited
             return record, True
+        run.store.make_way(run.key)
         with run.store.recording_failure(run.key, describe_config(run.config, run, run.spec)):
             result = _execute_in_work_folder(run, context)
             record = _write(run, result)
@@ -82,6 +83,7 @@ def _find_or_execute(run: ResolvedRun, context: RunContext) -> tuple[Record, boo
 
 
 def _execute_in_work_folder(run: ResolvedRun, context: RunContext) -> RunResult:
+    refuse_links(run.work_folder, run.store.runs.parent if run.config.save is None else run.work_folder.parent)
     for folder in (run.work_folder, run.record_folder):
         remove_partial_files(folder)
     try:
@@ -97,13 +99,16 @@ def _write(run: ResolvedRun, result: RunResult) -> Record:
         with dense.store.lock(dense.key):
             if dense.store.find(dense.key) is None:
                 dense.store.write(compose_record(dense, result.dense), {})
+            else:
+                dense.store.tidy(dense.key)
     record = compose_record(run, result)
     run.store.write(record, {"documents.json": result.tasks.documents} if result.tasks else {}, result.masks)
     return record
 
 
 def _clean_up(run: ResolvedRun) -> None:
-    """Delete what a finished run kept for resuming."""
+    """Delete what a finished run kept for resuming, and what killed writers left."""
+    run.store.tidy(run.key)
     for folder in run.work_folders:
         if placement_in(folder, run.identity):
             discard(folder)

@@ -1,49 +1,162 @@
-"""Write tensors and JSON so that they survive a crash, and raise an OSError on a full disk."""
+"""Write tensors and JSON so that they survive a crash, and read them again only as they were written."""
 
 import json
 import os
+import re
+import stat
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from dass_exp.errors import DamagedFileError, UserError
+from dass_exp.storage.checksum import json_digest, require_regular, tensors_digest
+
+CHECKSUM = "checksum"
+
+# our scratch files, those of versions before, and those of safetensors
+_SCRATCH = re.compile(r".+\.([0-9a-f]{32}|\d+)\.partial|(state|masks)\.safetensors\.partial|\.tmp[A-Za-z0-9]{6,10}")
+_ERROR_NUMBER = re.compile(r"\(os error (\d+)\)")  # as Rust appends it
 
 
 def write_tensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None, durable: bool = True
 ) -> None:
-    """Write tensors of any device to a safetensors file, in place; if ``durable``, wait until it is on the disk.
+    """Write tensors of any device atomically to a safetensors file, with a checksum in its metadata.
+
+    Args:
+        tensors: by name.
+        path: the file, whose folder exists.
+        metadata: texts that are kept in the file.
+        durable: wait until the file is on the disk.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
     """
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with as_os_error(path):
-        save_file(on_cpu, path, dict(metadata or {}))
-    path.chmod(0o644)  # safetensors makes files that only their owner can read
-    if durable:
-        fsync(path)
+    texts = dict(metadata or {})
+    with scratch_file(path, durable) as scratch:
+        with as_os_error(path):
+            save_file(on_cpu, scratch, {**texts, CHECKSUM: tensors_digest(on_cpu, texts)})
+        _sort_metadata(scratch)
+        scratch.chmod(new_file_mode(path.parent))  # safetensors makes files that only their owner can read
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON like :func:`write_text`."""
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order, which is random otherwise: equal content, equal bytes."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(ordered) == size:
+            file.seek(8)
+            file.write(ordered)
+
+
+def read_tensors(path: Path, required: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Map the tensors of a file that :func:`write_tensors` wrote, by name, and return its metadata.
+
+    Args:
+        path: a safetensors file; it may be removed afterwards, but not overwritten in place.
+        required: whether a file without a checksum is refused.
+
+    Raises:
+        DamagedFileError: the file does not hold what was written into it, or it is a folder, a pipe or a device.
+        OSError: it is missing or cannot be read.
+    """
+    require_regular(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise DamagedFileError(f"{path}: it is damaged ({' '.join(str(error).split())})") from error
+    expected = metadata.pop(CHECKSUM, None)
+    if expected is None and required:
+        raise DamagedFileError(f"{path}: it is damaged, or of a version that wrote no checksum")
+    if expected is not None and expected != tensors_digest(tensors, metadata):
+        raise DamagedFileError(f"{path}: it is damaged: its content does not match its checksum")
+    return tensors, metadata
+
+
+def write_json(path: Path, content: Any, checksum: bool = True) -> None:
+    """Write JSON like :func:`write_text`; an object with a ``checksum`` of its other fields, unless others read it."""
+    if checksum and isinstance(content, Mapping):
+        content = {**content, CHECKSUM: json_digest(json.loads(json.dumps(content)))}
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON without its checksum, which is compared if there is one; lone surrogates come back escaped.
+
+    Raises:
+        DamagedFileError: it is no JSON or not what was written, or it is a folder, a pipe or a device.
+        OSError: it is missing or cannot be read.
+    """
+    require_regular(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{path}: it is damaged: no JSON ({' '.join(str(error).split())})") from error
+    expected = content.pop(CHECKSUM, None) if isinstance(content, dict) else None
+    if expected is not None and expected != json_digest(content):
+        raise DamagedFileError(f"{path}: it is damaged: its content does not match its checksum")
+    return _encodable(content) if "\\ud" in text.lower() else content
 
 
 def write_text(path: Path, content: str) -> Path:
     """Write a text file atomically and durably, creating missing parent folders; return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with scratch_file(path) as scratch:
+        scratch.write_text(content, encoding="utf-8", errors="backslashreplace")
+    return path
+
+
+@contextmanager
+def scratch_file(path: Path, durable: bool = True) -> Iterator[Path]:
+    """Yield a path beside ``path`` to be written, which then takes its place atomically; removed if the body raises.
+
+    Its name is of this call alone, and :func:`remove_partial_files` knows it should the process be killed.
+    """
+    scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        scratch.write_text(content, encoding="utf-8")
-        replace_durably(scratch, path)
+        yield scratch
+        if durable:
+            replace_durably(scratch, path)
+        else:
+            os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
-    return path
+
+
+def new_file_mode(folder: Path) -> int:
+    """Return the permissions that a new file in ``folder`` gets by the user's umask."""
+    probe = folder / f"mode.{uuid.uuid4().hex}.partial"
+    try:
+        probe.touch()
+        return stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def refuse_links(path: Path, root: Path) -> None:
+    """Raise a UserError if ``path``, or a folder between it and ``root``, is a link; ``root`` itself may be one.
+
+    What is written or removed below ``root`` would then be somewhere else.
+    """
+    for part in (path, *path.parents):
+        if part == root:
+            return
+        if part.is_symlink():
+            raise UserError(f"{part}: it is a link, and nothing is written through links there; remove or replace it")
 
 
 def now() -> str:
@@ -53,15 +166,16 @@ def now() -> str:
 
 @contextmanager
 def as_os_error(path: Path) -> Iterator[None]:
-    """Turn what safetensors and tokenizers raise on a full disk into an OSError."""
+    """Turn what safetensors and tokenizers raise on a full disk into an OSError with its number."""
     try:
         yield
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
     except Exception as error:
-        if type(error) is Exception:  # tokenizers have no exception class of their own
-            raise OSError(f"{path}: {error}") from error
-        raise
+        # tokenizers have no exception class of their own
+        if not isinstance(error, SafetensorError) and type(error) is not Exception:
+            raise
+        if (number := _ERROR_NUMBER.search(str(error))) is not None:
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise OSError(f"{path}: {error}") from error
 
 
 def fsync(path: Path) -> None:
@@ -82,7 +196,21 @@ def replace_durably(scratch: Path, path: Path) -> None:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove the temporary files that killed writers, ours and safetensors', left below a folder."""
-    for path in folder.rglob("*") if folder.is_dir() else ():
-        if path.is_file() and (path.name.startswith(".tmp") or path.suffix == ".partial"):
-            path.unlink(missing_ok=True)
+    """Remove the scratch files that killed writers, ours and safetensors', left below a folder; follow no link."""
+    if folder.is_symlink():
+        return
+    for parent, _, files in os.walk(folder):
+        for path in (Path(parent, name) for name in files if _SCRATCH.fullmatch(name)):
+            if path.is_file() and not path.is_symlink():
+                path.unlink(missing_ok=True)
+
+
+def _encodable(value: Any) -> Any:
+    """Replace lone surrogates, which JSON can hold and no file or terminal can, in all texts of a JSON value."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, list):
+        return [_encodable(entry) for entry in value]
+    if isinstance(value, dict):
+        return {_encodable(name): _encodable(entry) for name, entry in value.items()}
+    return value

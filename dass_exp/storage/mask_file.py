@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dass_exp.errors import UserError
-from dass_exp.storage.durable import write_tensors
+from dass_exp.errors import DamagedFileError, UserError
+from dass_exp.storage.durable import read_tensors, write_tensors
 
 MASKS = "masks.safetensors"
 
@@ -49,42 +46,42 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
     """Load a ``masks.safetensors``: bool [out_features, in_features] by linear, True where the weight stays.
 
     Raises:
-        UserError: the file is missing, damaged, or holds no packed masks.
+        DamagedFileError: the file does not hold what was written into it.
+        UserError: it is missing, or holds no packed masks.
     """
-    return dict(iter_masks(path, mask_names(path)))
+    return {name: mask.unpack() for name, mask in read_packed(path).items()}
 
 
 def mask_names(path: str | Path) -> list[str]:
     """Return the names of the linears whose masks a file holds, sorted; raises as :func:`load_masks`."""
-    with _opened(path) as (file, _):
-        return sorted(file.keys())
+    return sorted(read_packed(path))
 
 
 def iter_masks(path: str | Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the named masks in this order, one in memory at a time; raises as :func:`load_masks`."""
-    with _opened(path) as (file, columns):
-        for name in names:
-            yield name, PackedMask(file.get_tensor(name), int(columns[name])).unpack()
+    """Yield the named masks in this order, one unpacked at a time; raises as :func:`load_masks`."""
+    masks = read_packed(path)
+    return ((name, masks[name].unpack()) for name in names)
 
 
 def read_packed(path: str | Path) -> dict[str, PackedMask]:
     """Map all masks of a file without copying them; raises as :func:`load_masks`.
 
-    The file may be removed afterwards, but not overwritten.
+    The file may be removed or replaced afterwards, but not overwritten in place.
     """
-    with _opened(path) as (file, columns):
-        names = file.keys()
-        return {name: PackedMask(file.get_tensor(name), int(columns[name])) for name in names}
-
-
-@contextmanager
-def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
     advice = "run again with save_masks=true rerun=true"
     try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise UserError(f"{path}: it holds no packed masks; {advice}")
-            yield file, metadata
-    except (OSError, SafetensorError) as error:
+        tensors, metadata = read_tensors(Path(path), required=False)  # files of earlier versions have no checksum
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{error}; {advice}") from error
+    except OSError as error:
         raise UserError(f"{path}: the masks cannot be read ({error}); {advice}") from error
+    if metadata.pop("format", None) != _FORMAT:
+        raise UserError(f"{path}: it holds no packed masks; {advice}")
+    if metadata.keys() != tensors.keys() or not all(_fits(bits, metadata[name]) for name, bits in tensors.items()):
+        raise DamagedFileError(f"{path}: it is damaged: its masks and their numbers of columns do not fit; {advice}")
+    return {name: PackedMask(bits, int(metadata[name])) for name, bits in tensors.items()}
+
+
+def _fits(bits: Tensor, columns: str) -> bool:
+    packed = bits.dtype == torch.uint8 and bits.ndim == 2
+    return packed and columns.isdecimal() and bits.shape[1] == -(-int(columns) // 8)

@@ -1,12 +1,18 @@
 """The fields of a record that its readers rely on, and a validation that explains what is wrong."""
 
+import math
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, NotRequired
+from typing import Annotated, Any, NotRequired
 
+from annotated_types import Ge, Le, Lt
 from typing_extensions import TypedDict  # pydantic accepts that of typing from Python 3.12 on only
 
 SCHEMA = 1
+
+_Share = Annotated[float, Ge(0), Le(1)]
+_Size = Annotated[float, Ge(0), Lt(math.inf)]
+_Count = Annotated[int, Ge(0)]
 
 
 class _Named(TypedDict):
@@ -55,7 +61,7 @@ class _Protocol(TypedDict):
     context: NotRequired[int]
     dataset: NotRequired[str]
     split: NotRequired[str | None]
-    windows: NotRequired[int]
+    windows: NotRequired[_Count]
     windows_sha256: NotRequired[str]
     lm_eval: NotRequired[str]
     tasks: NotRequired[list[str]]
@@ -63,48 +69,48 @@ class _Protocol(TypedDict):
 
 
 class _Calibration(_Named):
-    num_samples: int
-    seq_len: int
+    num_samples: _Count
+    seq_len: _Count
     tokens_sha256: str
 
 
 class _Layer(_Named):
     role: str
-    zeros: int
-    size: int
-    block_error: NotRequired[float | None]
+    zeros: _Count
+    size: _Count
+    block_error: NotRequired[_Size | None]
 
 
 class _Sparsity(TypedDict):
-    scope: float
-    decoder: float
-    model: float
+    scope: _Share
+    decoder: _Share
+    model: _Share
     layers: list[_Layer]
 
 
 class _Task(TypedDict):
-    acc: float
-    acc_stderr: float
-    acc_norm: NotRequired[float]
-    acc_norm_stderr: NotRequired[float]
+    acc: _Share
+    acc_stderr: _Size
+    acc_norm: NotRequired[_Share]
+    acc_norm_stderr: NotRequired[_Size]
     split: str | None
     limit: int | None
 
 
 class _Metrics(TypedDict):
-    perplexity: NotRequired[dict[str, float]]
-    window_nll: NotRequired[dict[str, list[float]]]
+    perplexity: NotRequired[dict[str, Annotated[float, Ge(1), Lt(math.inf)]]]
+    window_nll: NotRequired[dict[str, list[Annotated[float, Ge(-1e-3), Lt(math.inf)]]]]
     tasks: NotRequired[dict[str, _Task]]
-    mean_acc: NotRequired[float]
-    mean_acc_norm: NotRequired[float]
+    mean_acc: NotRequired[_Share]
+    mean_acc_norm: NotRequired[_Share]
 
 
 class _Cost(TypedDict):
-    load_s: float
-    prune_s: float
-    eval_s: float
-    peak_rss_bytes: int
-    peak_gpu_bytes: int | None
+    load_s: _Size
+    prune_s: _Size
+    eval_s: _Size
+    peak_rss_bytes: _Count
+    peak_gpu_bytes: _Count | None
 
 
 class _Solver(TypedDict):
@@ -112,7 +118,7 @@ class _Solver(TypedDict):
 
 
 class _Record(TypedDict):
-    """A record (results/README.md). Fields that are not named here are allowed."""
+    """A record (results/README.md). Fields that are not named here are allowed; a number out of its range is not."""
 
     key: str
     created: str
@@ -125,6 +131,12 @@ class _Record(TypedDict):
     cost: _Cost
     solver: _Solver
     environment: dict[str, Any]
+
+
+def schema_is_newer(value: Any) -> bool:
+    """Whether a JSON value says that a later version of this project wrote it as a record."""
+    schema = value.get("schema") if isinstance(value, dict) else None
+    return isinstance(schema, int) and schema > SCHEMA
 
 
 def record_problem(value: Any, key: str) -> str | None:

@@ -1,17 +1,22 @@
 """One result.json per run, written atomically and found by its key."""
 
-import json
+import logging
+import os
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from dass_exp.storage.durable import now, replace_durably, write_json
-from dass_exp.storage.mask_file import MASKS, PackedMask, write_masks
-from dass_exp.storage.record_schema import record_problem
+from dass_exp.errors import DamagedFileError, NewerRecordError, UserError
+from dass_exp.storage.durable import now, read_json, refuse_links, remove_partial_files, write_json
+from dass_exp.storage.mask_file import MASKS, PackedMask, read_packed, write_masks
+from dass_exp.storage.record_schema import SCHEMA, record_problem, schema_is_newer
+
+log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
@@ -30,30 +35,71 @@ class RecordStore:
         """Return the path of a run's masks, whether they were saved or not."""
         return self.runs / key / MASKS
 
-    def find(self, key: str) -> Record | None:
-        """Return the finished record of this key; None if there is none, or the file is no valid record."""
+    def has_masks(self, key: str) -> bool:
+        """Check whether the masks of a run were saved and are intact."""
         try:
-            record = json.loads(self.path(key).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            return bool(read_packed(self.masks(key)))
+        except UserError:
+            return False
+
+    def find(self, key: str) -> Record | None:
+        """Return the finished record of this key; None if there is none, or the file is no valid record.
+
+        Raises:
+            NewerRecordError: a later version of this project wrote it.
+        """
+        try:
+            return read_record(self.path(key))
+        except NewerRecordError:
+            raise
+        except (OSError, DamagedFileError):
             return None
-        return record if record_problem(record, key) is None else None
 
     def records(self) -> list[Record]:
         """Return all finished records; skip invalid files (:mod:`dass_exp.report.load` names them)."""
-        records = (self.find(path.parent.name) for path in sorted(self.runs.glob("*/result.json")))
-        return [record for record in records if record is not None]
+        records = []
+        for path in sorted(self.runs.glob("*/result.json")):
+            with suppress(OSError, DamagedFileError, NewerRecordError):
+                records.append(read_record(path))
+        return records
 
     @contextmanager
     def lock(self, key: str, wait: bool = True) -> Iterator[None]:
         """Lock the key against other processes; the kernel releases the lock of a process that dies.
 
         Raises:
+            UserError: the folder of the key is a link.
             Timeout: another process holds it, and ``wait`` is False.
         """
-        folder = self.runs / key
+        folder, lock = self.runs / key, self.runs / key / ".lock"
+        refuse_links(lock, self.runs.parent)
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=-1 if wait else 0):
+        with FileLock(lock, timeout=-1 if wait else 0):
             yield
+
+    def make_way(self, key: str) -> None:
+        """Keep what is no valid record under another name, which a warning says, before a record takes its place.
+
+        Raises:
+            NewerRecordError: a later version of this project wrote the record; it must stay.
+        """
+        path = self.path(key)
+        try:
+            read_record(path)
+        except NewerRecordError:
+            raise
+        except (OSError, DamagedFileError) as error:
+            if os.path.lexists(path):
+                kept = path.with_name(f"{path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}")
+                path.rename(kept)
+                log.warning("%s; it is kept as %s, and the run is done again", error, kept.name)
+        if os.path.lexists(self.masks(key)) and not self.has_masks(key):
+            log.warning("%s: the masks are damaged; they are replaced if the run saves them", self.masks(key))
+
+    def tidy(self, key: str) -> None:
+        """Remove what killed or failed runs left beside a finished record."""
+        remove_partial_files(self.runs / key)
+        (self.runs / key / "failed.json").unlink(missing_ok=True)
 
     def write(
         self, record: Record, attachments: Mapping[str, Any], masks: Mapping[str, PackedMask] | None = None
@@ -61,24 +107,22 @@ class RecordStore:
         """Write a finished record atomically, after its masks and its attachments (JSON content by file name).
 
         Raises:
+            NewerRecordError: the record that is there is of a later version.
             TypeError: the record is invalid: it would not be found again.
         """
         key = record["key"]
         if (problem := record_problem(record, key)) is not None:
             raise TypeError(f"record {key}: {problem}")
         folder = self.runs / key
+        refuse_links(folder, self.runs.parent)
+        self.make_way(key)
         folder.mkdir(parents=True, exist_ok=True)
         if masks is not None:
-            scratch = folder / f"{MASKS}.partial"
-            try:
-                write_masks(masks, scratch)
-                replace_durably(scratch, self.masks(key))
-            finally:
-                scratch.unlink(missing_ok=True)
+            write_masks(masks, self.masks(key))
         for name, content in attachments.items():
             write_json(folder / name, content)
         write_json(self.path(key), record)
-        (folder / "failed.json").unlink(missing_ok=True)
+        self.tidy(key)
         return self.path(key)
 
     @contextmanager
@@ -91,3 +135,23 @@ class RecordStore:
             with suppress(OSError):  # a full disk must not hide the error that it caused
                 write_json(self.runs / key / "failed.json", {"key": key, "created": now(), "config": config, **cause})
             raise
+
+
+def read_record(path: Path) -> Record:
+    """Read a record, whose key is the name of its folder.
+
+    Raises:
+        NewerRecordError: a later version of this project wrote it.
+        DamagedFileError: it is damaged or no record; the message names it.
+        OSError: it is missing or cannot be read.
+    """
+    record = read_json(path)
+    if schema_is_newer(record):
+        raise NewerRecordError(
+            f"{path}: a later version of dass_exp wrote it (schema {record['schema']}; this version reads {SCHEMA}); "
+            "update dass_exp, or name another results_dir"
+        )
+    if (problem := record_problem(record, path.parent.name)) is not None:
+        raise DamagedFileError(f"{path}: not a record of this project ({problem})")
+    valid: Record = record
+    return valid

@@ -8,15 +8,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import Campaign, try_all
+from harness import WHAT, Campaign, try_all
 
 PENDING: set[str] = {path.stem for path in Path(__file__).parent.glob("test_*.py")}  # files that do not hold yet
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a sample, try each test with the first of its parameters only."""
+    seen: set[tuple[str, str]] = set()
+    for item in list(items):
+        if item.path.parent != Path(__file__).parent:
+            continue
         if item.path.stem in PENDING and "DASS_EXP_CAMPAIGN" not in os.environ:
             item.add_marker(pytest.mark.skip(reason="does not hold yet"))
+        test = (item.path.stem, getattr(item, "originalname", item.name))
+        if WHAT == "sample" and test in seen:
+            items.remove(item)
+            config.hook.pytest_deselected(items=[item])
+        seen.add(test)
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,7 @@ class FaultyFiles:
     """
 
     def __init__(self, box: str, log: str, fault: dict[str, Any]) -> None:
-        self._box, self._fault, self._count, self._busy = os.path.realpath(box) + "/", fault, 0, False
+        self._box, self._fault, self._count, self._busy = f"{os.path.realpath(box)}/work/", fault, 0, False
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         sys.addaudithook(self._audit)
         fsync = os.fsync
@@ -209,7 +209,7 @@ class Child:
             with suppress(OSError, ValueError, IndexError):
                 private = Path(f"/proc/{self.pid}/statm").read_text().split()
                 self.peak = max(self.peak, (int(private[1]) - int(private[2])) * resource.getpagesize())
-            if time.monotonic() - self.start > self.job.get("seconds", 30):
+            if time.monotonic() - self.start > self.job.get("seconds", 20):
                 self._end("time limit")
             elif self.peak > self.job.get("bytes", 3 << 30):
                 self._end("memory limit")
@@ -305,7 +305,7 @@ def run_job(job: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    _job = serve(json.loads(sys.argv[1]))
+    _job = serve(json.loads(Path(sys.argv[1]).read_text()))
     if not _job.get("finalise"):
         run_job(_job)
     runpy.run_module(_job["module"], run_name="__main__", alter_sys=True)

@@ -132,7 +132,7 @@ def test_a_cached_model_that_is_damaged(campaign, hold, placement):
                 shutil.copytree(origin.cache, box.cache, dirs_exist_ok=True)
                 do(box.cache / file)
 
-            job, promise = {"unprivileged": damage == "unreadable"}, {"codes": [0, 1, 2], "changes": True, "lines": 3}
+            job, promise = {"unprivileged": damage == "unreadable"}, {"codes": [0, 1, 2], "changes": True, "lines": 6}
             cases.append(Case(f"{file.name}-{damage}", argv, copy, job, words=["smollm2_135m"], after=same, **promise))
     hold("asset cache", cases)
 
@@ -143,7 +143,7 @@ def test_a_cached_text_that_is_damaged(campaign, hold):
     for file in ("c4.utf8", "wiki.utf8"):
         for damage, do in damages().items():
             prepare = lambda box, file=file, do=do: do(box.cache / "files" / file)  # noqa: E731
-            job, promise = {"unprivileged": damage == "unreadable"}, {"codes": [1, 2], "lines": 3, "changes": True}
+            job, promise = {"unprivileged": damage == "unreadable"}, {"codes": [1, 2], "lines": 6, "changes": True}
             cases.append(Case(f"{file}-{damage}", argv, prepare, job, words=[file], **promise))
     hold("asset cache", cases)
 

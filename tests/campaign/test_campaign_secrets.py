@@ -120,7 +120,7 @@ def test_folders_with_names_that_mean_something_elsewhere(campaign, hold, settin
 
         def prepare(box, name=name):
             target = box.folder / "named" / name
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             if setting == "model.path":
                 box.model.rename(target)
             elif setting == "cwd":

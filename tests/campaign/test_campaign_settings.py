@@ -68,15 +68,16 @@ def settings() -> list[str]:
     return list(dict.fromkeys([*schema_settings(), *composed_settings(del_hydra)]))
 
 
-GROUPS = sorted({name.partition(".")[0] for name in settings()})
+ALL = settings()
+GROUPS = sorted({name.partition(".")[0] for name in ALL})
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_setting_with_a_value_that_nobody_expects(campaign, hold, group):
     cases = []
-    for setting in settings():
+    for setting in ALL:
         if setting.partition(".")[0] == group:
-            for name, value in VALUES.items():
+            for name, value in list(VALUES.items())[ALL.index(setting) % 2 :: 2]:  # half of them, in turns
                 argv = [*campaign.base(f"{setting}={value}")]
                 last = setting.rpartition(".")[2]
                 cases.append(Case(f"{setting}-{name}", argv, codes=[0, 1, 2], words=[last], changes=setting in FREE))
@@ -172,7 +173,7 @@ def test_grids_that_cannot_be(campaign, hold):
     hold("grammar", cases)
 
 
-REMOVED = [setting for setting in settings() if setting not in ("sweep", "plan", "rerun", "checkpoint")]
+REMOVED = [setting for setting in ALL if setting not in ("sweep", "plan", "rerun", "checkpoint")]
 
 
 def test_a_setting_that_is_removed(campaign, hold):

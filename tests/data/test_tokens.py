@@ -209,6 +209,24 @@ def test_one_window_is_enough_and_less_is_not():
     assert contains(str(caught.value), ["eval.perplexity.context=5:", "4 tokens"])
 
 
+class NoTokenizer:
+    """Stands for one that would take an hour."""
+
+    bos_token_id = BOS
+
+    def __call__(self, *args, **settings):
+        pytest.fail("the text was tokenised")
+
+
+@pytest.mark.parametrize("sampling", ["joined", "document"])
+def test_a_length_far_beyond_the_text_is_refused_before_it_is_tokenised(sampling):
+    config = CalibrationConfig(sampling=sampling, num_samples=4, seq_len=10**9)
+    with pytest.raises(UserError, match=r"^calibration.seq_len=1000000000: the .* has \d+ characters"):
+        calibration_tokens(TEXT, config, NoTokenizer(), "never", 0)
+    with pytest.raises(UserError, match=r"^eval.perplexity.context=1000000000: the .* has \d+ characters"):
+        evaluation_windows(TEXT, 10**9, None, NoTokenizer(), "never")
+
+
 # Tokens
 
 
@@ -231,6 +249,14 @@ def test_the_hash_is_that_of_the_ids_as_little_endian_64_bit_numbers():
     expected = hashlib.sha256(b"".join(number.to_bytes(8, "little") for number in (1, 2, 3, 4))).hexdigest()
     assert Tokens.of(ids).sha256 == expected
     assert Tokens.of(torch.tensor([[1, 3], [2, 4]]).T).sha256 == expected  # whatever the strides
+
+
+def test_a_token_without_an_embedding_is_refused():
+    windows = Tokens.of(torch.tensor([[1, 2], [3, 7]]))
+    assert windows.checked(8, "m") is windows
+    with pytest.raises(UserError) as caught:
+        windows.checked(7, "m")
+    assert contains(str(caught.value), ["model.path=m:", "the token 7", "7 rows"])
 
 
 def test_the_hash_changes_with_the_tokens():

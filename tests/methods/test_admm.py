@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_support import IN, OUT, output_error
+from engine_support import output_error
 from engine_support import prune_matrix as pruned
+from support import IN, OUT
 from torch import Tensor
 
 from dass_exp.errors import UserError

@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from dass_exp.config.settings import ModelConfig
 from dass_exp.errors import UserError
-from dass_exp.models.folder import HARMLESS, folder_digest
+from dass_exp.models.folder import HARMLESS, MANIFEST, folder_digest
 from dass_exp.models.locate import locate
 from dass_exp.models.shards import INDEX
+from dass_exp.storage.durable import write_json
 
 MORE = ["vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "modeling_x.py"]
-MORE += ["parts/more.txt", "README.md", "LICENSE", "generation_config.json", "masks.safetensors", "dass_exp.json"]
+MORE += ["parts/more.txt", "README.md", "LICENSE", "generation_config.json", "masks.safetensors"]
 
 
 @pytest.fixture
@@ -36,6 +37,7 @@ def folder(tiny, tmp_path):
     (target / INDEX).write_text(json.dumps(index))
     for name in MORE:
         (target / name).write_text("some text\n")
+    write_json(target / MANIFEST, {"key": "k", "told": "t", "files": {}})
     return target
 
 

@@ -12,7 +12,7 @@ import transformers
 from support import contains, listening, run_with, without
 
 import dass_exp
-from dass_exp.errors import UserError
+from dass_exp.errors import DamagedFileError, UserError
 from dass_exp.report.console import show_run
 
 pytestmark = pytest.mark.usefixtures("short_texts")
@@ -40,7 +40,7 @@ def test_a_saved_model_is_what_was_scored(cell, target, method):
         assert set(masks) == {layer["name"] for layer in record["sparsity"]["layers"]}
         assert all(not model.get_submodule(name).weight[~keep].any() for name, keep in masks.items())
     assert "tokenizer.json" in {path.name for path in target.iterdir()}
-    assert {path.stat().st_mode & 0o777 for path in target.iterdir() if path.name != "dass_exp.json"} == {0o644}
+    assert {path.stat().st_mode & 0o777 for path in target.iterdir()} == {0o644}
 
 
 def test_its_config_says_nothing_of_sparsity_and_its_manifest_all(cell, target, results):
@@ -62,6 +62,18 @@ def test_scoring_it_again_says_what_it_is_and_depends_on_its_weights_alone(cell,
     for name in ("masks.safetensors", "dass_exp.json"):
         (tmp_path / "bare" / name).unlink()
     assert scored_again(cell, tmp_path / "bare")["key"] == again["key"]
+
+
+def test_a_saved_model_that_was_damaged_is_not_scored(cell, target):
+    run_with(*cell, f"save={target}")
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "dass_exp.json"):
+        content = (target / name).read_bytes()
+        position = content.rindex(b"0")
+        (target / name).write_bytes(content[:position] + b"1" + content[position + 1 :])
+        with pytest.raises(DamagedFileError, match=name):
+            scored_again(cell, target)
+        (target / name).write_bytes(content)
+    assert scored_again(cell, target)
 
 
 def test_a_finished_run_can_be_saved_later(cell, target):

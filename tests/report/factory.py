@@ -65,7 +65,7 @@ def record_of(
             "scope": scope if pruned else None,
             "seed": seed if calibrated else None,
             "calibration": {"name": named["calibration"], **cut} if calibrated else None,
-            "eval": {"perplexity": {"name": named["dataset"], **scored}},
+            "eval": {"name": "made", "perplexity": {"name": named["dataset"], **scored}},
         },
         "identity": identity,
         "protocol": {
@@ -81,14 +81,21 @@ def record_of(
             "lm_eval": "0.4.13",
             "limit": limit,
         },
-        "calibration": {"name": named["calibration"], **cut} if calibrated else None,
+        "calibration": {"name": named["calibration"], **cut, "tokens_sha256": "7e"} if calibrated else None,
         "sparsity": {"scope": 0.5 * pruned, "decoder": 0.37 * pruned, "model": 0.29 * pruned, "layers": []},
         "metrics": {
             "perplexity": {named["dataset"]: sum(nll) / len(nll)},
             "window_nll": {named["dataset"]: list(nll)},
             **({"tasks": tasks, "mean_acc": mean, "mean_acc_norm": mean} if tasks else {}),
         },
-        "cost": {"load_s": 1.0, "prune_s": 2.0, "eval_s": 60.0, "peak_rss_bytes": 1.5e9, "peak_gpu_bytes": None},
+        "cost": {
+            "load_s": 1.0,
+            "prune_s": 2.0,
+            "eval_s": 60.0,
+            "peak_rss_bytes": 1_500_000_000,
+            "peak_gpu_bytes": None,
+        },
+        "solver": {},
         "environment": {"torch": "2.13.0", "gpu": None},
     }
 

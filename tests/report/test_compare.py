@@ -6,6 +6,7 @@ import copy
 import io
 import logging
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -257,12 +258,37 @@ def test_after_a_sweep_its_cells_are_compared(sweep, tmp_path, capsys, caplog):
 
 
 def test_a_sweep_of_failures_only_shows_no_table(sweep, tmp_path, capsys):
-    for path in (tmp_path / "sweep").glob("[0-4]/cell.json"):
-        path.unlink()
+    for folder in (tmp_path / "sweep").glob("[0-4]"):
+        shutil.rmtree(folder)
     Comparison().on_multirun_end(sweep)
     assert Sweep.failed == 1
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "sweep" / "comparison.md").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"status": "done", "checksum": "xxh3_128:0"}'])
+def test_a_cell_whose_end_is_not_noted_has_failed(sweep, tmp_path, caplog, content):
+    path = tmp_path / "sweep" / "0" / "cell.json"
+    path.unlink() if content is None else path.write_bytes(content)
+    Comparison().on_multirun_end(sweep)
+    assert Sweep.failed == 2
+    assert f"failed: 0: {path}: " in caplog.text
+
+
+def test_a_damaged_record_is_named_and_the_others_are_compared(sweep, tmp_path, demo, caplog):
+    path = tmp_path / "runs" / demo[0]["key"] / "result.json"
+    path.write_bytes(path.read_bytes()[:-9])
+    Comparison().on_multirun_end(sweep)
+    assert f"{path}: it is damaged" in caplog.text
+    lines = (tmp_path / "sweep" / "comparison.md").read_text().splitlines()
+    compared = {line.split()[1] for line in lines if line.startswith("| ")}
+    assert compared & {*METHODS} == {*METHODS} - {"dense"}
+
+
+def test_a_cell_that_cannot_be_noted_is_one_line(tmp_path, caplog):
+    (tmp_path / "0").write_text("a file where the folder should be")
+    note_cell(tmp_path / "0", {"status": "done"})
+    assert "how the cell ended could not be noted" in caplog.text
 
 
 def test_two_cells_with_one_record_are_one_row(sweep, tmp_path, demo):

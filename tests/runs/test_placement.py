@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from support import CONF, FixedMemory, Phases, contains, run_with, save_tiny, settings_of, tiny_config
 
 from dass_exp import load_masks
-from dass_exp.engine.stages import STAGE_GROUPS
+from dass_exp.config.settings import STAGE_GROUPS
 from dass_exp.errors import UserError
 from dass_exp.models import save as checkpoint
 from dass_exp.models.decoder import decoder_of
@@ -24,6 +24,7 @@ from dass_exp.runs.context import ModelCache, RunContext
 from dass_exp.runs.memory import MemoryNeeds, choose_placement
 from dass_exp.runs.plan import plan
 from dass_exp.runs.resolve import resolve
+from dass_exp.storage.durable import read_json
 
 STREAM, RESIDENT = "model.placement=stream", "model.placement=resident"
 
@@ -126,7 +127,7 @@ def test_a_record_with_tasks_is_not_replaced_by_one_without(cell):
     scored = run_with(*cell, *TASKS, RESIDENT)
     again = run_with(*cell, *TASKS, STREAM, "save_masks=true")  # its masks are missing, so it is not finished
     assert again.record["key"] != scored.record["key"]
-    assert json.loads(scored.path.read_text()) == scored.record
+    assert read_json(scored.path) == scored.record
 
 
 def test_tasks_alone_cannot_be_left_out(cell):
@@ -468,6 +469,39 @@ def test_a_limit_that_throttles_counts_too(tmp_path):
     folder = system(tmp_path, 1 << 30, [("job", "max", 300, 0)], "")
     (folder / "sys/fs/cgroup/job/memory.high").write_text("800\n")
     assert memory.available_memory(torch.device("cpu"), folder) == 500
+
+
+@pytest.mark.parametrize(
+    ("addresses", "data", "expected"),
+    [
+        ("unlimited", "unlimited", 1 << 40),
+        ("9000000", "unlimited", (9_000_000 - 4_096_000) // 2),
+        ("unlimited", "9000000", 9_000_000 - 1_024_000),
+        ("9000000", "2000000", 2_000_000 - 1_024_000),
+    ],
+)
+def test_the_limits_of_the_process_count(tmp_path, addresses, data, expected):
+    folder = system(tmp_path, 1 << 40, {}, "")
+    (folder / "proc/self/status").write_text("Name:\tpython\nVmSize:\t    4000 kB\nVmData:\t    1000 kB\n")
+    row = "{:<26}{:<21}{:<21}{}\n".format
+    lines = [row("Limit", "Soft Limit", "Hard Limit", "Units"), row("Max data size", data, "unlimited", "bytes")]
+    lines.append(row("Max address space", addresses, "unlimited", "bytes"))
+    (folder / "proc/self/limits").write_text("".join(lines))
+    assert memory.available_memory(torch.device("cpu"), folder) == expected
+
+
+class NothingDrawn(RunContext):
+    """A context of a run that must be refused before its calibration tokens are drawn."""
+
+    def calibration(self, run):
+        pytest.fail("tokens were drawn")
+
+
+def test_a_run_that_cannot_fit_is_refused_before_its_tokens_are_drawn(cell):
+    with pytest.raises(UserError, match=r"^model.placement=auto: this run needs .* tokens 512"):
+        resolve(settings_of(*cell, "calibration.num_samples=1000000000"), NothingDrawn())
+    with pytest.raises(UserError, match=r"^model.placement=auto: this run needs .* tokens 512"):
+        resolve(settings_of(*cell, "calibration.num_samples=1000000000", "calibration.cache=disk"), NothingDrawn())
 
 
 def test_where_nothing_says_how_much_is_free_the_user_decides(tmp_path):

@@ -22,6 +22,7 @@ from dass_exp.errors import NumericalError, UserError
 from dass_exp.runs.context import RunContext
 from dass_exp.runs.resolve import resolve
 from dass_exp.runs.run import run
+from dass_exp.storage.durable import read_json
 from dass_exp.storage.mask_file import load_masks
 from dass_exp.storage.records import RecordStore
 
@@ -51,7 +52,7 @@ def keys_in(results: Path) -> set[str]:
 
 def test_a_record_has_the_documented_fields(cell, results):
     outcome = run_with(*cell)
-    record = json.loads(outcome.path.read_text())
+    record = read_json(outcome.path)
     assert record == outcome.record
     assert outcome.path == results / "runs" / record["key"] / "result.json"
     documented = "schema key created config protocol calibration sparsity metrics cost solver environment"

@@ -23,6 +23,7 @@ from dass_exp.report.table import ResultTable, TableValue
 from dass_exp.report.write import long_form, wide_form
 from dass_exp.runs.run import run
 from dass_exp.runs.track import NullTracker, Tracker, WandbTracker, flat_metrics, track_table
+from dass_exp.storage.durable import read_json
 
 pytestmark = pytest.mark.usefixtures("short_texts")
 
@@ -144,13 +145,13 @@ def test_a_tracker_that_fails_costs_one_warning_and_no_result(cell, caplog):
         outcome = tracked(broken, *cell, "method=dense")
     warnings = [entry.getMessage() for entry in caplog.records if entry.name.startswith("dass_exp")]
     assert warnings == ["the tracker failed, the record is safe: ConnectionError: the server is down"]
-    assert json.loads(outcome.path.read_text()) == outcome.record
+    assert read_json(outcome.path) == outcome.record
     assert not (outcome.path.parent / "failed.json").exists()
 
 
 def test_the_record_is_written_before_the_tracker_sees_it(cell, results):
     def compare(record, results):
-        compared.append(json.loads((Path(results) / "runs" / record["key"] / "result.json").read_text()) == record)
+        compared.append(read_json(Path(results) / "runs" / record["key"] / "result.json") == record)
 
     compared = []
     tracked(compare, *cell, "method=dense")

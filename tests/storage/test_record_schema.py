@@ -15,11 +15,11 @@ KEY = "0123456789abcdef"
 BARE = bare_record(KEY)
 WINDOWS = {"context": 8, "dataset": "text", "split": None, "windows": 1, "windows_sha256": "f00"}
 METRICS = {"perplexity": {"text": 20.0}, "window_nll": {"text": [3.0]}}
-NAN = {"perplexity": {"text": float("nan")}, "window_nll": {"text": [1]}}
+
 SCORED = {"metrics": METRICS, "protocol": BARE["protocol"] | WINDOWS}
 
 
-@pytest.mark.parametrize("changes", [{}, {**SCORED, "more": {"free": 1}}, {**SCORED, "metrics": NAN}])
+@pytest.mark.parametrize("changes", [{}, {**SCORED, "more": {"free": 1}}])
 def test_a_valid_record_has_no_problem(changes):
     assert record_problem(BARE | changes, KEY) is None
 
@@ -51,6 +51,27 @@ def test_a_valid_record_has_no_problem(changes):
 )
 def test_the_problem_of_an_invalid_record_is_named(changes, problem):
     assert record_problem(BARE | changes, KEY).startswith(problem)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -5.0, 0.0, 0.99])
+def test_an_impossible_perplexity_is_named(value):
+    metrics = {"perplexity": {"text": value}, "window_nll": {"text": [3.0]}}
+    assert record_problem(BARE | SCORED | {"metrics": metrics}, KEY).startswith("metrics.perplexity.text: input should")
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        *[("sparsity", name, value) for name in ("scope", "decoder", "model") for value in (-0.1, 1.1, float("nan"))],
+        *[("cost", name, value) for name in ("load_s", "prune_s", "eval_s") for value in (-1.0, float("inf"))],
+        ("cost", "peak_rss_bytes", -1),
+        ("metrics", "mean_acc", 1.5),
+        ("metrics", "mean_acc_norm", float("nan")),
+    ],
+)
+def test_a_number_out_of_its_range_is_named(section, name, value):
+    changed = BARE | {section: {**BARE[section], name: value}}
+    assert record_problem(changed, KEY).startswith(f"{section}.{name}: input should")
 
 
 @pytest.mark.parametrize("value", [None, [], "text", 1])

@@ -13,7 +13,8 @@ import pytest
 import torch
 from support import Killed, bare_record, files_under
 
-from dass_exp.storage.durable import now, write_json
+from dass_exp.storage.checksum import json_digest
+from dass_exp.storage.durable import now, read_json, write_json
 from dass_exp.storage.environment import PeakMemory, environment
 from dass_exp.storage.mask_file import PackedMask, load_masks
 from dass_exp.storage.records import RecordStore
@@ -37,7 +38,8 @@ def test_a_record_is_found_as_it_was_written(store, tmp_path):
     assert store.find(KEY) is None
     path = store.write(NEW, {})
     assert path == tmp_path / "runs" / KEY / "result.json"
-    assert store.find(KEY) == json.loads(path.read_text()) == NEW
+    assert store.find(KEY) == NEW
+    assert json.loads(path.read_text()) == {**NEW, "checksum": json_digest(NEW)}
 
 
 @pytest.mark.parametrize("missing", sorted(WHOLE))
@@ -53,7 +55,7 @@ def test_the_other_files_are_written_next_to_the_record(store, tmp_path):
     assert [file for file in files_under(tmp_path) if not file.endswith(".lock")] == [
         f"runs/{KEY}/{name}" for name in ("documents.json", "masks.safetensors", "result.json")
     ]
-    assert json.loads((tmp_path / "runs" / KEY / "documents.json").read_text()) == {"piqa": [1, 0]}
+    assert read_json(tmp_path / "runs" / KEY / "documents.json") == {"piqa": [1, 0]}
     assert load_masks(store.masks(KEY))["a"].tolist() == [[True, False]]
 
 
@@ -101,7 +103,7 @@ def calls(monkeypatch):
 def test_a_file_is_synced_and_renamed_when_it_is_complete(tmp_path, calls):
     write_json(tmp_path / "x.json", {"a": 1})
     assert calls[0] == "fsync"
-    assert json.loads(calls[1][1]) == {"a": 1}
+    assert json.loads(calls[1][1]) == {"a": 1, "checksum": json_digest({"a": 1})}
 
 
 def test_the_record_is_the_last_file_to_appear(store, calls):
