@@ -31,7 +31,9 @@ class NumericalError(RuntimeError):
 
 
 @contextmanager
-def naming(what: str, kind: type[Exception] = UserError) -> Iterator[None]:
+def naming(
+    what: str, kind: type[Exception] = UserError, passing: tuple[type[BaseException], ...] = ()
+) -> Iterator[None]:
     """Turn whatever code that is not ours raises inside the context into one line that begins with ``what``.
 
     A plugin may raise anything or exit, and the Rust parts of tokenizers and safetensors panic with a BaseException.
@@ -40,12 +42,15 @@ def naming(what: str, kind: type[Exception] = UserError) -> Iterator[None]:
     Args:
         what: the setting and its value, such as ``method._target_=mine.Method``.
         kind: what is raised: a UserError while a run is resolved or loaded, else a ForeignCodeError.
+        passing: further errors that pass unchanged.
     """
     try:
         yield
     except (UserError, NumericalError, ForeignCodeError, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:
+        if isinstance(error, passing):
+            raise
         raise kind(f"{what}: {one_line(error)}") from error
 
 
@@ -92,10 +97,11 @@ def finite_number(setting: str, value: object, allowed: str) -> float:
     return float(value)
 
 
-def whole_number(setting: str, value: object, least: int) -> int:
-    """Return ``value``; raise a UserError if it is no int of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{setting}={value!r}: expected a whole number of at least {least}")
+def whole_number(setting: str, value: object, least: int, most: int | None = None) -> int:
+    """Return ``value``; raise a UserError if it is no int of at least ``least`` and at most ``most``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        at_most = "" if most is None else f" and at most {most}"
+        raise UserError(f"{setting}={value!r}: expected a whole number of at least {least}{at_most}")
     return value
 
 
