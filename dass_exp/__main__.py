@@ -30,7 +30,7 @@ from dass_exp.config import arguments, loader
 from dass_exp.config.components import admitted_packages
 from dass_exp.config.redact import redact_text
 from dass_exp.config.settings import register, validate
-from dass_exp.errors import NumericalError, UserError, one_line, os_error_line
+from dass_exp.errors import ForeignCodeError, NumericalError, UserError, is_exit_of_launcher, one_line, os_error_line
 from dass_exp.report.console import TerminalReporter, show_plan, show_run
 from dass_exp.report.sweep_callback import Sweep, note_cell
 from dass_exp.runs import workers
@@ -80,7 +80,7 @@ def _cell(composed: DictConfig) -> None:
     except (KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:  # a plugin may exit, and parts written in Rust panic
-        if _is_exit_of_launcher(error):
+        if is_exit_of_launcher(error):
             raise
         described = functools.partial(describe_failed, composed, job.runtime.choices, context, _ADMITTED)
         cell.report_failed(error, described)
@@ -135,12 +135,6 @@ class _Cell:
             log.info("%s %s", "found" if outcome.found else "wrote", outcome.path)
 
 
-def _is_exit_of_launcher(error: BaseException) -> bool:
-    """Whether submitit ends the process from its signal handler, to put a cell that was preempted back in the queue."""
-    frames = traceback.walk_tb(error.__traceback__) if isinstance(error, SystemExit) else ()
-    return any(str(frame.f_globals.get("__name__")).startswith("submitit.") for frame, _ in frames)
-
-
 def _is_expected(error: BaseException) -> bool:
     return isinstance(error, (UserError, NumericalError, OSError))
 
@@ -148,7 +142,8 @@ def _is_expected(error: BaseException) -> bool:
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError):
         return os_error_line(error)
-    return redact_text(" ".join(str(error).split()) if _is_expected(error) else one_line(error))
+    own = _is_expected(error) or isinstance(error, ForeignCodeError)
+    return redact_text(" ".join(str(error).split()) if own else one_line(error))
 
 
 def _explain_override() -> str | None:

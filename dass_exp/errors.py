@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -49,9 +50,15 @@ def naming(
     except (UserError, NumericalError, ForeignCodeError, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:
-        if isinstance(error, passing):
+        if isinstance(error, passing) or is_exit_of_launcher(error):
             raise
         raise kind(f"{what}: {one_line(error)}") from error
+
+
+def is_exit_of_launcher(error: BaseException) -> bool:
+    """Whether submitit ends the process from its signal handler, to put a job that was preempted back in the queue."""
+    frames = traceback.walk_tb(error.__traceback__) if isinstance(error, SystemExit) else ()
+    return any(str(frame.f_globals.get("__name__")).startswith("submitit.") for frame, _ in frames)
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

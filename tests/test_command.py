@@ -259,6 +259,7 @@ def test_a_broken_plugin_fails_its_cell_only(dass_exp, tiny, work, kind):
     assert "my_plugin.Mine" in done.err
     cells = [json.loads(path.read_text()) for path in sorted(work.glob("results/hydra/*/*/*/cell.json"))]
     assert [cell["status"] for cell in cells] == ["failed", "done"]
+    assert "my_plugin.Mine" in cells[0]["error"]
     alone = dass_exp("method._target_=my_plugin.Mine", *shared)
     sys.modules.pop("my_plugin", None)
     assert alone.code == (2 if "import" in kind or "syntax" in kind else 1)
