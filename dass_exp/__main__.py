@@ -1,13 +1,18 @@
 """The command ``dass-exp``: Hydra composes the settings, we validate and run."""
 
 import dataclasses
+import functools
 import importlib.util
 import logging
 import os
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dass_exp.paths import project_root
+from dass_exp.report import streams  # first: it opens the standard streams that are closed
 
 os.environ.setdefault("DASS_EXP_ROOT", str(project_root()))  # conf/config.yaml looks for sweeps/ there
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,12 +23,14 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dass_exp.config import arguments, loader
 from dass_exp.config.components import admitted_packages
+from dass_exp.config.redact import redact_text
 from dass_exp.config.settings import register, validate
-from dass_exp.errors import NumericalError, UserError, os_error_line
+from dass_exp.errors import ForeignCodeError, NumericalError, UserError, is_exit_of_launcher, one_line, os_error_line
 from dass_exp.report.console import TerminalReporter, show_plan, show_run
 from dass_exp.report.sweep_callback import Sweep, note_cell
 from dass_exp.runs import workers
@@ -36,9 +43,11 @@ log = logging.getLogger("dass_exp")
 logging.raiseExceptions = False  # a log file on a full disk would print a traceback for every line
 
 _ADMITTED = admitted_packages(sys.argv[1:])  # before any config file can add to it
+_TRACEBACKS = "DASS_EXP_TRACEBACKS"  # what the user set as HYDRA_FULL_ERROR, for the workers of a launcher too
 
 # launchers that are extras: the Hydra plugin of each, and the extra of dass_exp that installs it
 _LAUNCHERS = {"slurm": "submitit", "submitit_slurm": "submitit", "submitit_local": "submitit", "ray": "ray"}
+_GROUPS = ("model", "method", "pattern", "calibration", "eval", "protocol", "tracker")  # that need a choice
 _EXTRAS = {"submitit": "slurm", "ray": "ray"}
 
 
@@ -52,11 +61,11 @@ class _Startup:
 def _cell(composed: DictConfig) -> None:
     _Startup.finished = True
     job = HydraConfig.get()
-    overrides, in_sweep = list(job.overrides.task), job.mode == RunMode.MULTIRUN
-    context = RunContext(TerminalReporter(), cache_of_process() if in_sweep else None)
-    folder = job.runtime.output_dir
+    overrides = OmegaConf.to_container(job.overrides.task, resolve=False)  # as typed: a record keeps no resolved value
+    cell = _Cell(job.runtime.output_dir, [str(text) for text in overrides or ()], alone=job.mode != RunMode.MULTIRUN)
+    context = RunContext(TerminalReporter(), None if cell.alone else cache_of_process())
     try:
-        if in_sweep:
+        if not cell.alone:
             workers.acquire_slot(job.launcher, Path(job.sweep.dir))
         elif launchers := [text for text in job.overrides.hydra if text.startswith("hydra/launcher=")]:
             raise UserError(
@@ -65,47 +74,76 @@ def _cell(composed: DictConfig) -> None:
             )
         config = validate(composed, _ADMITTED, job.runtime.choices)
         if config.plan:
-            _report_planned(plan(config, context), folder, overrides, alone=not in_sweep)
+            cell.report_planned(plan(config, context))
             return
         outcome = run(config, context)
-    except Exception as error:
-        status = "unplanned" if composed.get("plan") else "failed"
-        described = describe_failed(composed, job.runtime.choices, context, _ADMITTED)
-        note_cell(folder, {"status": status, "overrides": overrides, "error": _one_line(error), **described})
-        if in_sweep:  # the other cells continue; the exit code of the sweep reports the failure
-            log.error("%s: %s", " ".join(overrides), _one_line(error), exc_info=None if _is_expected(error) else error)
-            return
-        if _is_expected(error):
-            log.error("%s", _one_line(error))
-            raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+    except (KeyboardInterrupt, GeneratorExit):
         raise
-    _report_done(outcome, folder, overrides, alone=not in_sweep)
+    except BaseException as error:  # a plugin may exit, and parts written in Rust panic
+        if is_exit_of_launcher(error):
+            raise
+        described = functools.partial(describe_failed, composed, job.runtime.choices, context, _ADMITTED)
+        cell.report_failed(error, described)
+        return
+    cell.report_done(outcome, config.model.name)
 
 
-def _report_planned(planned: Plan, folder: str, overrides: list[str], alone: bool) -> None:
-    note_cell(folder, {"status": "planned", "overrides": overrides, **dataclasses.asdict(planned)})
-    if alone:
-        show_plan([{"overrides": overrides, **dataclasses.asdict(planned)}])
+@dataclasses.dataclass(frozen=True)
+class _Cell:
+    """One run of the command, or one of a sweep: how it ended is noted in its folder and shown.
+
+    Args:
+        folder: where Hydra keeps its config and log.
+        overrides: as typed.
+        alone: whether it is in no sweep.
+    """
+
+    folder: str
+    overrides: list[str]
+    alone: bool
+
+    def note(self, **content: Any) -> None:
+        """Write cell.json."""
+        note_cell(self.folder, {"overrides": self.overrides, **content})
+
+    def report_planned(self, planned: Plan) -> None:
+        self.note(status="planned", **dataclasses.asdict(planned))
+        if self.alone:
+            show_plan([{"overrides": self.overrides, **dataclasses.asdict(planned)}])
+
+    def report_failed(self, error: BaseException, described: Callable[[], dict[str, Any]]) -> None:
+        """Note and log an error in one line; raise only if the run is in no sweep, whose other cells continue."""
+        content: dict[str, Any] = {} if _is_expected(error) else {"traceback": traceback.format_exc()}
+        try:
+            content |= described()
+        except Exception as second:  # noqa: BLE001 - the settings may be what is broken
+            content |= {"key": None, "config": {}, "not_described": one_line(second)}
+        is_plan = any(text.lstrip("+").lower() == "plan=true" for text in self.overrides)
+        self.note(status="unplanned" if is_plan else "failed", error=_one_line(error), **content)
+        full = os.environ.get(_TRACEBACKS) == "1" and not _is_expected(error)
+        where = [] if self.alone else [redact_text(" ".join(self.overrides))]
+        log.error("%s", ": ".join([*where, _one_line(error)]), exc_info=error if full else None)
+        if self.alone:
+            raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+
+    def report_done(self, outcome: Outcome, model: str) -> None:
+        record = outcome.record
+        self.note(status="done", key=record["key"], record=str(outcome.path.resolve()))
+        if self.alone:
+            show_run(record, outcome.dense, outcome.path, outcome.found, model)
+        else:
+            log.info("%s %s", "found" if outcome.found else "wrote", outcome.path)
 
 
-def _report_done(outcome: Outcome, folder: str, overrides: list[str], alone: bool) -> None:
-    record = {"key": outcome.record["key"], "record": str(outcome.path.resolve())}
-    note_cell(folder, {"status": "done", "overrides": overrides, **record})
-    if alone:
-        show_run(outcome.record, outcome.dense, outcome.path, outcome.found)
-    else:
-        log.info("%s %s", "found" if outcome.found else "wrote", outcome.path)
-
-
-def _is_expected(error: Exception) -> bool:
+def _is_expected(error: BaseException) -> bool:
     return isinstance(error, (UserError, NumericalError, OSError))
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError):
         return os_error_line(error)
-    kind = "" if _is_expected(error) else f"{type(error).__name__}: "
-    return kind + " ".join(str(error).split())
+    own = _is_expected(error) or isinstance(error, ForeignCodeError)
+    return redact_text(" ".join(str(error).split()) if own else one_line(error))
 
 
 def _explain_override() -> str | None:
@@ -115,6 +153,9 @@ def _explain_override() -> str | None:
         folder = project_root() / "conf" / group
         if choice.replace("_", "").isdigit() and folder.is_dir():
             return f"{override}: Hydra reads {choice} as a number; the choices of {group} are the files in {folder}"
+        if choice.lower() in ("null", "") and group in _GROUPS:
+            known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+            return f"{override}: expected one of {known}"
         plugin = _LAUNCHERS.get(choice) if group == "hydra/launcher" else None
         if plugin and importlib.util.find_spec(f"hydra_plugins.hydra_{plugin}_launcher") is None:
             extra = _EXTRAS[plugin]
@@ -125,26 +166,21 @@ def _explain_override() -> str | None:
     return None
 
 
-def _present_name(override: str) -> str:
-    """Translate the former name of an override."""
-    name, equals, value = override.partition("=")
-    if name.lstrip("+") != "sweeps/cells":
-        return override
-    log.warning("%s is now called variant", name)
-    return f"variant{equals}{value}"
-
-
-def _explain(error: Exception) -> int:
+def _explain(error: BaseException) -> int:
     """Log why Hydra or the launcher of a sweep failed; return the exit code."""
     mistake = _explain_override()
     parts = (part for part in (error, error.__cause__) if part is not None)
     reason = " ".join(" ".join(str(part).partition("Config search path")[0].split()) for part in parts)
-    log.error("%s", mistake or reason)
-    if mistake or not Sweep.started or isinstance(error, (HydraException, OmegaConfBaseException)):
+    if isinstance(error, OSError) and not isinstance(error, HydraException):
+        reason = _one_line(error)
+    log.error("%s", mistake or redact_text(reason) or one_line(error))
+    if mistake or not Sweep.started or isinstance(error, (HydraException, OmegaConfBaseException, UserError)):
         return 2
     if "sbatch: error" in str(error):
         log.error("Slurm refused the jobs: see the settings in conf/hydra/launcher/slurm.yaml")
         return 2
+    if isinstance(error, (ValueError, TypeError, AssertionError)) and not Sweep.has_cells():
+        return 2  # the sweeper or launcher refused its settings
     Sweep.show_finished()
     log.error(
         "the launcher ended before the sweep did; the results of its cells are kept. Some may still run elsewhere "
@@ -153,31 +189,23 @@ def _explain(error: Exception) -> int:
     return 1
 
 
-def _names_a_sweep() -> bool:
-    names = [text.partition("=")[2] for text in sys.argv[1:] if text.startswith("sweeps=")]
-    paths = (Path(os.environ["DASS_EXP_ROOT"]) / "sweeps" / f"{name}.yaml" for name in names)
-    return any(path.is_file() and "mode: MULTIRUN" in path.read_text(encoding="utf-8") for path in paths)
-
-
 def main() -> None:
     """Entry point. Exit code 2: a setting is wrong; 1: a run or a cell of a sweep failed; 130: interrupted."""
+    streams.protect()
     register()
     try:
         workers.set_environment()
+        sys.argv[1:] = arguments.prepare(sys.argv[1:])
+        source = arguments.read(sys.argv[1:])
     except UserError as error:
         log.error("%s", error)
         raise SystemExit(2) from None
-    sys.argv[1:] = [_present_name(override) for override in sys.argv[1:]]
     os.environ["DASS_EXP_PLUGINS"] = " ".join(_ADMITTED)  # a worker of a launcher has another command line
-    if _names_a_sweep() and not {"-m", "--multirun"} & {*sys.argv}:
-        sys.argv.insert(1, "--multirun")  # the sweep's file says so too, but then Hydra hides mistakes in the overrides
-    if any(override.lower() == "plan=true" for override in sys.argv):  # nothing is run, so no launcher is needed
-        launcher = ("hydra/launcher=", "hydra.launcher.")
-        sys.argv[1:] = [text for text in sys.argv[1:] if not text.lstrip("+").startswith(launcher)]
-    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ[_TRACEBACKS] = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing a traceback
     try:
-        _cell()
+        with loader.checked(_ADMITTED, source):
+            _cell()
     except KeyboardInterrupt:
         log.error(
             "stopped; finished cells are kept, and the same command continues from there. Cells on other machines "
@@ -185,10 +213,15 @@ def main() -> None:
         )
         raise SystemExit(130) from None
     except Exception as error:
-        if _Startup.finished or full:
+        if os.environ[_TRACEBACKS] == "1":
             raise
         raise SystemExit(_explain(error)) from None
-    if Sweep.failed:
+    finally:
+        os.environ["HYDRA_FULL_ERROR"] = os.environ.pop(_TRACEBACKS)
+        unwritten = streams.problem()
+    if unwritten is not None:
+        log.error("standard output cannot be written: %s; the records are kept", unwritten)
+    if Sweep.failed or unwritten is not None:
         sys.exit(1)
 
 

@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,7 +32,9 @@ class NumericalError(RuntimeError):
 
 
 @contextmanager
-def naming(what: str, kind: type[Exception] = UserError) -> Iterator[None]:
+def naming(
+    what: str, kind: type[Exception] = UserError, passing: tuple[type[BaseException], ...] = ()
+) -> Iterator[None]:
     """Turn whatever code that is not ours raises inside the context into one line that begins with ``what``.
 
     A plugin may raise anything or exit, and the Rust parts of tokenizers and safetensors panic with a BaseException.
@@ -40,13 +43,22 @@ def naming(what: str, kind: type[Exception] = UserError) -> Iterator[None]:
     Args:
         what: the setting and its value, such as ``method._target_=mine.Method``.
         kind: what is raised: a UserError while a run is resolved or loaded, else a ForeignCodeError.
+        passing: further errors that pass unchanged.
     """
     try:
         yield
     except (UserError, NumericalError, ForeignCodeError, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:
+        if isinstance(error, passing) or is_exit_of_launcher(error):
+            raise
         raise kind(f"{what}: {one_line(error)}") from error
+
+
+def is_exit_of_launcher(error: BaseException) -> bool:
+    """Whether submitit ends the process from its signal handler, to put a job that was preempted back in the queue."""
+    frames = traceback.walk_tb(error.__traceback__) if isinstance(error, SystemExit) else ()
+    return any(str(frame.f_globals.get("__name__")).startswith("submitit.") for frame, _ in frames)
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
@@ -92,10 +104,11 @@ def finite_number(setting: str, value: object, allowed: str) -> float:
     return float(value)
 
 
-def whole_number(setting: str, value: object, least: int) -> int:
-    """Return ``value``; raise a UserError if it is no int of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{setting}={value!r}: expected a whole number of at least {least}")
+def whole_number(setting: str, value: object, least: int, most: int | None = None) -> int:
+    """Return ``value``; raise a UserError if it is no int of at least ``least`` and at most ``most``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        at_most = "" if most is None else f" and at most {most}"
+        raise UserError(f"{setting}={value!r}: expected a whole number of at least {least}{at_most}")
     return value
 
 

@@ -93,7 +93,7 @@ class Unstructured(Pattern):
     def keep(self, scores: Tensor, dim: int | None) -> Tensor:
         if dim is None:
             return self.keep(scores.reshape(1, -1), 1).view(scores.shape)
-        return _remove_lowest(scores, int(self.sparsity * scores.shape[dim]), dim)
+        return remove_lowest(scores, int(self.sparsity * scores.shape[dim]), dim)
 
     def violations(self, mask: Tensor, dim: int | None) -> int:
         groups = mask.reshape(1, -1) if dim is None else mask.movedim(dim, -1)
@@ -101,7 +101,7 @@ class Unstructured(Pattern):
         return int((groups.sum(-1) != size - int(self.sparsity * size)).sum())
 
 
-def _remove_lowest(scores: Tensor, zeros: int, dim: int) -> Tensor:
+def remove_lowest(scores: Tensor, zeros: int, dim: int) -> Tensor:
     """Return a mask that removes the ``zeros`` lowest scores of each group along ``dim``."""
     if zeros == 0:
         return torch.ones_like(scores, dtype=torch.bool)
@@ -127,7 +127,7 @@ class Budget(Unstructured):
         for count in (few, few + 1):
             groups = (zeros == count).nonzero().squeeze(1)
             if len(groups):
-                part = _remove_lowest(scores.index_select(1 - dim, groups), count, dim)
+                part = remove_lowest(scores.index_select(1 - dim, groups), count, dim)
                 mask.index_copy_(1 - dim, groups, part)
         return mask
 

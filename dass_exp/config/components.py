@@ -1,5 +1,6 @@
 """Build the objects that a config names by ``_target_``, from admitted packages only: a target is code that runs."""
 
+import dataclasses
 import importlib
 import os
 from collections.abc import Iterable, Iterator
@@ -10,7 +11,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from dass_exp.errors import UserError
+from dass_exp.errors import UserError, naming
 from dass_exp.paths import project_root
 
 Part = TypeVar("Part")
@@ -77,15 +78,25 @@ def build(node: Any, kind: type[Part], setting: str) -> Part:
     if not issubclass(target_class(f"{setting}._target_", node["_target_"]), kind):
         raise UserError(f"{setting}._target_={node['_target_']}: expected a {kind.__name__}")
     try:
-        built = instantiate({**node, "_target_": _current(node["_target_"])}, _convert_="all")
+        with naming(f"{setting}._target_={node['_target_']}", passing=(InstantiationException,)):
+            built = instantiate({**node, "_target_": _current(node["_target_"])}, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
         raise UserError(str(cause) if isinstance(cause, UserError) else f"{setting}: {cause or error}") from error
+    _check_texts(built, setting)
     if not isinstance(built, kind):
         raise UserError(
             f"{setting}: Hydra built a {type(built).__name__}; expected a {kind.__name__} (leave _partial_ out)"
         )
     return built
+
+
+def _check_texts(built: Any, setting: str) -> None:
+    """Refuse a number or null where the class of a component has a text: YAML reads 2024 and null as such."""
+    for entry in dataclasses.fields(built) if dataclasses.is_dataclass(built) else ():
+        value = getattr(built, entry.name, "")
+        if entry.type in (str, "str") and not isinstance(value, str):
+            raise UserError(f"{setting}.{entry.name}={value!r}: expected a text; put a number in quotes")
 
 
 def choice(group: str, name: str) -> dict[str, Any]:
@@ -109,9 +120,13 @@ def target_class(setting: str, target: Any) -> type:
         UserError: there is no such class.
     """
     module, _, name = _current(target).rpartition(".")
+    expected = (ImportError, AttributeError, TypeError, ValueError)
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        with naming(f"{setting}={target}: {module} cannot be imported", passing=expected):
+            found = getattr(importlib.import_module(module), name)
+    except expected as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{setting}={target}: {_problem(module, error)}") from error
     if not isinstance(found, type):
         raise UserError(f"{setting}={target}: expected a class")

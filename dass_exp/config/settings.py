@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from hydra.core.config_store import ConfigStore
@@ -10,7 +11,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from dass_exp.config.components import OURS, check_targets, choice
-from dass_exp.errors import UserError, one_of, whole_number
+from dass_exp.errors import UserError, one_line, one_of, whole_number
 from dass_exp.paths import project_root
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,9 @@ SAMPLINGS = ("joined", "document")
 TASK_DATA = ("offline", "hub")
 STAGE_GROUPS = ("permute", "refine", "repair")  # what is done around a method; each is a config group and a folder
 
+
+MAX_SEED = 2**64 - 1  # of torch's generators
+MAX_THREADS = 1024
 
 NO_EFFECT = {"no_effect": True}  # marks a field that changes no number: it is not part of a run's key
 
@@ -128,7 +132,7 @@ class ZeroShotConfig:
     def __post_init__(self) -> None:
         one_of("eval.zeroshot.data", self.data, TASK_DATA)
         if self.limit is not None:
-            whole_number("eval.zeroshot.limit", self.limit, least=1)
+            whole_number("eval.zeroshot.limit", self.limit, least=2)  # one document has no standard error
 
 
 @dataclass
@@ -179,13 +183,33 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         one_of("scope", self.scope, SCOPES)
-        whole_number("seed", self.seed, least=0)
+        whole_number("seed", self.seed, least=0, most=MAX_SEED)
         whole_number("repeat", self.repeat, least=0)
         if self.threads is not None:
-            whole_number("threads", self.threads, least=1)
+            whole_number("threads", self.threads, least=1, most=MAX_THREADS)
+        check_folder("results_dir", self.results_dir)
+        if self.save is not None:
+            check_folder("save", self.save)
         if self.checkpoint is not None:
             log.warning("checkpoint=%s is now called resume=%s", *2 * (str(self.checkpoint).lower(),))
             self.resume, self.checkpoint = self.checkpoint, None
+
+
+def check_folder(setting: str, text: str) -> None:
+    """Check that a path can be a folder of results.
+
+    Raises:
+        UserError: it is empty, the root of the file system, a file, or a loop of links.
+    """
+    try:
+        path = Path(text).resolve(strict=False)
+        is_file = path.exists() and not path.is_dir()
+        text.encode()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{setting}={text!r}: it cannot be a folder: {one_line(error)}; choose another") from error
+    if not text.strip() or path == Path(path.anchor) or is_file:
+        what = "a file" if is_file else "the root of the file system" if text.strip() else "empty"
+        raise UserError(f"{setting}={text!r}: it is {what}; expected a folder, which is made if there is none")
 
 
 def settings_without_effect(schema: type = RunConfig, path: str = "") -> frozenset[str]:
@@ -224,10 +248,18 @@ def validate(
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key or error.key} has no value; set it on the command line") from error
     except OmegaConfBaseException as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(unresolved(error)) from error
+    except RecursionError as error:
+        raise UserError("the config is nested too deeply, or refers to itself") from error
     if not isinstance(config, RunConfig):
         raise TypeError(f"composed a {type(config).__name__}; conf/config.yaml must list run_schema first")
     return replace(config, model=rename_model(config.model))
+
+
+def unresolved(error: OmegaConfBaseException) -> str:
+    """Return as one line which setting has a wrong value or interpolation, and why."""
+    reason = " ".join(str(error.msg or error).partition("full_key:")[0].split())
+    return f"{error.full_key}: {reason}" if error.full_key else reason
 
 
 def _named(composed: DictConfig, choices: Mapping[str, str | None]) -> DictConfig:

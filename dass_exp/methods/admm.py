@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dass_exp.errors import UserError, finite_number, whole_number
-from dass_exp.masks import NM, Pattern, Unstructured
+from dass_exp.masks import NM, Pattern, remove_lowest
 from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner, finite_range
 from dass_exp.models.families import Role
 from dass_exp.statistics import Gram
@@ -86,5 +86,5 @@ def _gradual_mask(scores: Tensor, pattern: Pattern, dim: int | None, share: floa
     final = pattern.keep(scores, dim)
     if share >= 1:
         return final
-    sparsity = 1 - int(final.sum()) / final.numel()
-    return Unstructured(share * sparsity).keep(scores.masked_fill(final, float("inf")), None)
+    zeros = int(share * int((~final).sum()))
+    return remove_lowest(scores.masked_fill(final, float("inf")).view(1, -1), zeros, 1).view(final.shape)

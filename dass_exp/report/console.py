@@ -23,9 +23,10 @@ _SECONDS = {"load_s": "seconds to load", "prune_s": "to prune", "eval_s": "to ev
 
 
 def console(stderr: bool = False) -> Console:
-    """Return a Rich console; in a pipe it is wide enough for tables."""
+    """Return a Rich console that takes no text as markup; in a pipe it is wide enough for tables."""
     stream = sys.stderr if stderr else sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else _PLAIN_WIDTH, highlight=False)
+    width = None if stream.isatty() else _PLAIN_WIDTH
+    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
 
 class TerminalReporter:
@@ -40,15 +41,25 @@ class TerminalReporter:
             yield lambda: None
             return
         counter = [MofNCompleteColumn()] if steps else []
-        columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), *counter, TimeElapsedColumn()]
+        columns = [
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            *counter,
+            TimeElapsedColumn(),
+        ]
         with Progress(*columns, console=screen, transient=True) as progress:
             task = progress.add_task(name, total=steps)
             yield lambda: progress.advance(task)
 
 
-def show_run(record: Record, dense: Record | None, path: Path, found: bool) -> None:
-    """Print the summary of a run, pruned next to dense, and the path of its record."""
-    table = Table(title=" · ".join(labels(record)), title_justify="left")
+def show_run(record: Record, dense: Record | None, path: Path, found: bool, model: str | None = None) -> None:
+    """Print the summary of a run, pruned next to dense, and the path of its record.
+
+    ``model`` is what this run calls its model; a record that was found may have been written under another name.
+    """
+    names = labels(record)
+    table = Table(title=" · ".join([model or names[0], *names[1:]]), title_justify="left")
     table.add_column("")
     records = [record] if dense is None else [dense, record]
     for column in records:

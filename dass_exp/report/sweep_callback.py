@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from dass_exp.config.redact import redact
 from dass_exp.errors import UserError, os_error_line
 from dass_exp.report.compare import as_markdown, as_rich, comparison, footnotes, settings_line
 from dass_exp.report.console import caption, console, show_plan
@@ -23,6 +24,11 @@ class Sweep:
 
     started: ClassVar[DictConfig | None] = None
     failed: ClassVar[int] = 0
+
+    @classmethod
+    def has_cells(cls) -> bool:
+        """Whether a cell has started."""
+        return cls.started is not None and any(Path(cls.started.hydra.sweep.dir).glob("*/.hydra"))
 
     @classmethod
     def show_finished(cls, ended: bool = False) -> None:
@@ -53,7 +59,7 @@ def note_cell(folder: str | Path, content: dict[str, Any]) -> None:
     A disk that is full is reported and does not end the sweep, whose other cells may find their records.
     """
     try:
-        write_json(Path(folder) / CELL, content)
+        write_json(Path(folder) / CELL, redact(content))
     except OSError as error:
         log.error("how the cell ended could not be noted: %s", os_error_line(error))
 

@@ -63,8 +63,10 @@ def _as_composed(composed: DictConfig, choices: Mapping[str, Any], packages: fro
     with suppress(UserError, OmegaConfBaseException):
         check_targets(OmegaConf.create({"method": composed.method}), packages)
         target = OmegaConf.to_container(composed.method, resolve=True)
-        uses = target_class("method", target["_target_"]).uses  # type: ignore[index, call-overload, attr-defined]
-        config |= {unused: None for unused in ("pattern", "scope", "seed", "calibration") if unused not in uses}
+        found = target_class("method", target["_target_"])  # type: ignore[index, call-overload]
+        if issubclass(found, Pruner):
+            names = ("pattern", "scope", "seed", "calibration")
+            config |= {unused: None for unused in names if unused not in found.uses}
         method = build(target, Pruner, "method")
         config["method"] = {"name": method.name, **method.settings()}
     for group in STAGE_GROUPS:

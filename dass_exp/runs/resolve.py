@@ -41,9 +41,12 @@ def resolve(config: RunConfig, context: RunContext) -> ResolvedRun:
         UserError: the run cannot start; nothing was loaded or written.
     """
     run = identify_run(config, context)
-    if run.finished_record() is not None:
-        return run
-    without_tasks = None
+    with run.naming_foreign_code(UserError):
+        return run if run.finished_record() is not None else _to_be_executed(run, context)
+
+
+def _to_be_executed(run: ResolvedRun, context: RunContext) -> ResolvedRun:
+    config, without_tasks = run.config, None
     if config.eval.zeroshot is not None:
         evaluation = dataclasses.replace(config.eval, zeroshot=None)
         without_tasks = dataclasses.replace(run, config=dataclasses.replace(config, eval=evaluation))

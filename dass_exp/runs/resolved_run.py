@@ -6,18 +6,21 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dass_exp.config.components import build
+from dass_exp.config.components import OURS, build
 from dass_exp.config.plugin_source import source_digest
 from dass_exp.config.settings import STAGE_GROUPS, RunConfig
 from dass_exp.data import assets
 from dass_exp.data.texts import Text
 from dass_exp.engine.prune import ENGINE_VERSION
 from dass_exp.engine.stages import Stages, build_stages
+from dass_exp.engine.verify import VerificationError
+from dass_exp.errors import naming
 from dass_exp.evaluate import EVALUATION_VERSION
 from dass_exp.evaluate.zeroshot import check_tasks, lm_eval_version
 from dass_exp.masks import Pattern
@@ -164,6 +167,22 @@ class ResolvedRun(Components):
             model, placement = dataclasses.replace(model, placement="resident"), None
         config = dataclasses.replace(self.config, model=model, rerun=False, repeat=0, save=None)
         return dataclasses.replace(self, config=config, method=Dense(), stages=Stages(), placement=placement)
+
+    def naming_foreign_code(self, kind: type[Exception]) -> AbstractContextManager[None]:
+        """Name the classes of other packages that the run uses in whatever they raise inside the context."""
+        settings = {
+            "method": self.method,
+            "pattern": self.pattern,
+            "calibration.text": self.calibration_text,
+            "eval.perplexity.text": self.evaluation_text,
+        }
+        kinds = {setting: type(part) for setting, part in settings.items() if part is not None}
+        foreign = [
+            f"{setting}._target_={part.__module__}.{part.__qualname__}"
+            for setting, part in kinds.items()
+            if part.__module__.partition(".")[0] not in OURS
+        ]
+        return naming(", ".join(foreign), kind, passing=(OSError, VerificationError)) if foreign else nullcontext()
 
     def sites(self, decoder: Decoder) -> Iterator[LinearSite]:
         """Yield the linears that it prunes."""

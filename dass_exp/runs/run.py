@@ -8,7 +8,7 @@ import torch
 from filelock import Timeout
 
 from dass_exp.config.settings import RunConfig
-from dass_exp.errors import UserError
+from dass_exp.errors import ForeignCodeError, UserError
 from dass_exp.models.save import locked
 from dass_exp.runs.context import RunContext
 from dass_exp.runs.execute import execute
@@ -75,7 +75,8 @@ def _find_or_execute(run: ResolvedRun, context: RunContext) -> tuple[Record, boo
             return record, True
         run.store.make_way(run.key)
         with run.store.recording_failure(run.key, describe_config(run.config, run, run.spec)):
-            result = _execute_in_work_folder(run, context)
+            with run.naming_foreign_code(ForeignCodeError):
+                result = _execute_in_work_folder(run, context)
             record = _write(run, result)
         _clean_up(run)
     run.tracker.track(record, run.config.results_dir)

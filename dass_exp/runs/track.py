@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dass_exp.errors import UserError
+from dass_exp.config.redact import redact, redact_text
+from dass_exp.errors import ForeignCodeError, NumericalError, UserError, naming
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class WandbTracker(Tracker):
             results,
             project=self.project,
             name=f"{config['model']['name']}-{config['method']['name']}-{pattern}-{record['key'][:6]}",
-            config={**config, **{name: record[name] for name in ("key", "protocol", "environment")}},
+            config=redact({**config, **{name: record[name] for name in ("key", "protocol", "environment")}}),
         )
         try:
             metrics = flat_metrics(record)
@@ -86,9 +87,9 @@ def track_table(title: str, tables: Mapping[str, list[list[Any]]], pictures: lis
         pictures: files of figures, of which the PNGs are logged.
         results: the results folder, for W&B's own files.
     """
-    import wandb
-
     with _failure_as_warning("files are"):
+        import wandb
+
         project = os.environ.get("WANDB_PROJECT", "dass_exp")
         run = _start_run(results, project=project, name=title, job_type="report")
         logged: dict[str, Any] = {name: wandb.Table(columns=rows[0], data=rows[1:]) for name, rows in tables.items()}
@@ -112,11 +113,12 @@ def _start_run(results: str, **settings: Any) -> Any:
 
 @contextmanager
 def _failure_as_warning(safe: str) -> Iterator[None]:
+    """Make one warning of whatever a tracker does, exits and panics included: it must not cost a result."""
     try:
-        yield
-    except Exception as error:  # noqa: BLE001 - whatever a tracker does, it must not cost a result
-        reason = " ".join(str(error).split())[:300]
-        log.warning("the tracker failed, the %s safe: %s: %s", safe, type(error).__name__, reason)
+        with naming(f"the tracker failed, the {safe} safe", ForeignCodeError):
+            yield
+    except (UserError, NumericalError, ForeignCodeError) as error:
+        log.warning("%s", redact_text(str(error)))
 
 
 def flat_metrics(record: dict[str, Any]) -> dict[str, float]:

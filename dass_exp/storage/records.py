@@ -11,6 +11,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from dass_exp.config.redact import redact
 from dass_exp.errors import DamagedFileError, NewerRecordError, UserError
 from dass_exp.storage.durable import now, read_json, refuse_links, remove_partial_files, write_json
 from dass_exp.storage.mask_file import MASKS, PackedMask, read_packed, write_masks
@@ -121,7 +122,7 @@ class RecordStore:
             write_masks(masks, self.masks(key))
         for name, content in attachments.items():
             write_json(folder / name, content)
-        write_json(self.path(key), record)
+        write_json(self.path(key), {**redact(record), "identity": record["identity"]})
         self.tidy(key)
         return self.path(key)
 
@@ -133,7 +134,8 @@ class RecordStore:
         except Exception as error:
             cause = {"error": str(error), "type": type(error).__name__, "traceback": traceback.format_exc()}
             with suppress(OSError):  # a full disk must not hide the error that it caused
-                write_json(self.runs / key / "failed.json", {"key": key, "created": now(), "config": config, **cause})
+                note = {"key": key, "created": now(), "config": config, **cause}
+                write_json(self.runs / key / "failed.json", redact(note))
             raise
 
 

@@ -193,7 +193,7 @@ BAD = [
     (f"{TASKS}=[]", [f"{TASKS}=[]:", "at least one"]),
     (f"{TASKS}=[piqa,piqa]", [f"{TASKS}=['piqa', 'piqa']:", "none twice"]),
     (f"eval=paper {TASKS}=[no_such_task]", [TASKS, "unknown task 'no_such_task'", "lm-eval"]),
-    ("eval.zeroshot.limit=0", ["eval.zeroshot.limit=0:", "at least 1"]),
+    ("eval.zeroshot.limit=0", ["eval.zeroshot.limit=0:", "at least 2"]),
     ("eval.zeroshot.data=foo", ["eval.zeroshot.data='foo':", "offline, hub"]),
     ("eval.perplexity.context=1", ["eval.perplexity.context=1:", "at least 2"]),
     ("eval.perplexity.max_windows=0", ["eval.perplexity.max_windows=0:", "at least 1"]),

@@ -36,10 +36,9 @@ def reference(weight: Tensor, inputs: Tensor, pattern: Pattern, method: ADMM) ->
             if isinstance(pattern, NM):
                 groups = scores.reshape(-1, pattern.m)
                 safe = torch.stack([best(group, pattern.n) for group in groups]).view(scores.shape)
-                sparsity = 1 - pattern.n / pattern.m
             else:
-                safe, sparsity = best(scores, scores.numel() - int(pattern.sparsity * scores.numel())), pattern.sparsity
-            left = scores.numel() - int(share * sparsity * scores.numel()) if share < 1 else int(safe.sum())
+                safe = best(scores, scores.numel() - int(pattern.sparsity * scores.numel()))
+            left = scores.numel() - int(share * int((~safe).sum()))
             keep = best(scores.masked_fill(safe, torch.inf), left).T
         z = (b + u) * keep
         u = u + b - z

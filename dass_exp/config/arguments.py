@@ -1,0 +1,92 @@
+"""The command line before Hydra reads it: former names, what is refused, and where the config comes from."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra._internal.utils import get_args_parser
+
+from dass_exp.config.redact import refuse_secrets
+from dass_exp.config.rerun import SavedRun, saved_run
+from dass_exp.errors import UserError
+from dass_exp.paths import project_root
+
+log = logging.getLogger(__name__)
+
+_MULTIRUN = ("-m", "--multirun")
+
+
+@dataclass(frozen=True)
+class ConfigSource:
+    """What the command line says about the config.
+
+    Args:
+        overrides: as typed.
+        folder: of the primary config; None for what Hydra finds itself.
+        saved: the run that is repeated.
+    """
+
+    overrides: tuple[str, ...] = ()
+    folder: Path | None = None
+    saved: SavedRun | None = None
+
+
+def prepare(arguments: list[str]) -> list[str]:
+    """Return the arguments as Hydra is to read them: present names, ``-m`` for a sweep, no launcher for a plan."""
+    arguments = [_present_name(argument) for argument in arguments]
+    arguments.sort(key=lambda argument: argument not in _MULTIRUN)  # Hydra reads no override behind an option
+    if _names_a_sweep(arguments) and not {*_MULTIRUN} & {*arguments}:
+        # the sweep's file says so too, but then Hydra hides mistakes in the overrides
+        arguments.insert(0, "--multirun")
+    if any(argument.lower() == "plan=true" for argument in arguments):  # nothing is run, so no launcher is needed
+        launcher = ("hydra/launcher=", "hydra.launcher.")
+        arguments = [text for text in arguments if not text.lstrip("+").startswith(launcher)]
+    return arguments
+
+
+def read(arguments: list[str]) -> ConfigSource:
+    """Read where the config comes from.
+
+    Raises:
+        UserError: an argument that would load a pickle, a secret, several sweeps, or a folder that Hydra cannot use.
+    """
+    options = get_args_parser().parse_args(arguments)
+    if options.experimental_rerun is not None:
+        raise UserError(
+            f"--experimental-rerun {options.experimental_rerun}: it loads a pickle, which can run any code; repeat the "
+            "run from its config instead: --config-path RUN/.hydra"
+        )
+    if "${" in (folder := str(Path.cwd())):
+        raise UserError(f"the working directory {folder}: Hydra reads ${{ as a reference; run from another folder")
+    overrides = list(options.overrides)
+    refuse_secrets(overrides, "typed overrides")
+    _check_sweeps(overrides)
+    if options.config_path is None or "://" in options.config_path:
+        return ConfigSource(tuple(overrides))
+    path = Path(options.config_path).absolute()
+    if (saved := saved_run(path, overrides)) is not None:
+        return ConfigSource(tuple(overrides), project_root() / "conf", saved)
+    return ConfigSource(tuple(overrides), path if path.is_dir() else None)
+
+
+def _check_sweeps(overrides: list[str]) -> None:
+    values = [value for name, _, value in (text.lstrip("+").partition("=") for text in overrides) if name == "sweeps"]
+    if len(values) > 1 or any(set(value) & set(",[]{}()") for value in values):
+        named = " ".join(f"sweeps={value}" for value in values)
+        raise UserError(f"{named}: one command runs one sweep; run a command for each")
+
+
+def _present_name(override: str) -> str:
+    """Translate the former name of an override."""
+    name, equals, value = override.partition("=")
+    if name.lstrip("+") != "sweeps/cells":
+        return override
+    log.warning("%s is now called variant", name)
+    return f"variant{equals}{value}"
+
+
+def _names_a_sweep(arguments: list[str]) -> bool:
+    names = [text.partition("=")[2] for text in arguments if text.startswith("sweeps=")]
+    paths = (Path(os.environ["DASS_EXP_ROOT"]) / "sweeps" / f"{name}.yaml" for name in names)
+    return any(path.is_file() and "mode: MULTIRUN" in path.read_text(encoding="utf-8") for path in paths)
