@@ -89,7 +89,7 @@ def prune(
         _check_length(model, tokens)
     if not chosen.prunes:
         return Pruned({}, [])
-    verification, masks = Verification(shape), _CollectMasks()
+    verification, masks = Verification(), _CollectMasks()
     options = EngineOptions(scope=scope, batch_size=batch_size, roles=roles, stages=stages)
     prune_model(model, tokens, chosen, shape, options, [verification, masks])
     return Pruned(masks.by_linear, verification.layers)

@@ -12,6 +12,8 @@ from dass_exp.methods.base import LinearView
 class Uniform(Allocation):
     """Give every block the pattern that was asked for, unchanged."""
 
+    active = False
+
     def check(self, pattern: Pattern) -> None:
         del pattern
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dass_exp.benchmark.floor import run_floor
-from dass_exp.engine.callbacks import BlockReport, Callback
+from dass_exp.engine.callbacks import BlockReport, Callback, LoopState
 from dass_exp.engine.prune import EngineOptions, prune_model
 from dass_exp.engine.verify import verify
 from dass_exp.masks import NM, Pattern
@@ -65,13 +65,16 @@ def restoring_weights(model: nn.Module, scope: str) -> Iterator[None]:
 class _TimedVerification(Callback):
     """Verify each block; add up the seconds of that, and those that the engine reports."""
 
-    def __init__(self, pattern: Pattern) -> None:
-        self._pattern = pattern
+    def __init__(self) -> None:
+        self._patterns: list[Pattern] = []
         self.seconds: Counter[str] = Counter()
+
+    def on_start(self, loop: LoopState) -> None:
+        self._patterns = loop.patterns
 
     def on_block_end(self, report: BlockReport) -> None:
         start = time.perf_counter()
-        verify(report, self._pattern)
+        verify(report, self._patterns[report.index])
         self.seconds.update({"verify": time.perf_counter() - start, **vars(report.seconds)})
 
 
@@ -84,7 +87,7 @@ def time_pruning(job: PruningJob, method: Pruner) -> dict[str, float]:
     """Prune and verify a model, then restore it. Returns seconds, ``total`` and by part, and ``peak_rss_bytes``."""
     options = EngineOptions(scope=job.scope, batch_size=job.batch_size)
     tokens = job.tokens if options.stages.calibrated(method) else None
-    verification = _TimedVerification(job.pattern)
+    verification = _TimedVerification()
     with restoring_weights(job.model, job.scope):
         memory = PeakMemory()
         pruning = partial(prune_model, job.model, tokens, method, job.pattern, options, callbacks=[verification])

@@ -23,7 +23,13 @@ PLACEMENTS = ("resident", "stream")
 ACTIVATION_CACHES = ("device", "cpu", "disk")
 SAMPLINGS = ("joined", "document")
 TASK_DATA = ("offline", "hub")
-STAGE_GROUPS = ("permute", "refine", "repair")  # what is done around a method; each is a config group and a folder
+# what is done around a method; each is a config group and a folder
+STAGE_GROUPS = ("allocation", "permute", "refine", "repair")
+    "allocation",
+    "permute",
+    "refine",
+    "repair",
+)  # what is done around a method; each is a config group and a folder
 
 
 MAX_SEED = 2**64 - 1  # of torch's generators
@@ -159,8 +165,9 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     method: Any = MISSING
     pattern: Any = MISSING
+    allocation: Any = field(default_factory=lambda: {"_target_": "dass_exp.allocation.uniform.Uniform"})
     permute: Any = field(default_factory=lambda: {"_target_": "dass_exp.permute.base.NoOrder"})
-    refine: Any = field(default_factory=lambda: {"_target_": "dass_exp.refine.base.NoRefinement"})
+    refine: Any = field(default_factory=lambda: {"_target_": "dass_exp.refine.none.NoRefinement"})
     repair: Any = field(default_factory=lambda: {"_target_": "dass_exp.repair.base.NoRepair"})
     scope: str = "mlp"
     seed: int = 0

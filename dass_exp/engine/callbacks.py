@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dass_exp.engine.capture import Batch
+from dass_exp.masks import Pattern
 from dass_exp.methods.base import LinearView, MaskResult
 from dass_exp.models.decoder import Decoder
 from dass_exp.repair.base import RepairError
@@ -73,11 +74,13 @@ class LoopState:
     Args:
         decoder: the model's blocks.
         batches: calibration batches in front of the first block; empty for a method that needs none.
+        patterns: of each block.
         first_block: index of the block at which the loop begins.
     """
 
     decoder: Decoder
     batches: list[Batch]
+    patterns: list[Pattern]
     first_block: int = 0
 
 

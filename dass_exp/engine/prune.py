@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from dass_exp.config.settings import SCOPES, CalibrationConfig, ExpertsConfig
 from dass_exp.engine.activation_cache import ON_DEVICE, ActivationCache, CachedTensor
 from dass_exp.engine.attention_replay import AttentionReplay
+from dass_exp.engine.budget import block_patterns
 from dass_exp.engine.callbacks import BlockReport, BlockSeconds, Callback, LoopState
 from dass_exp.engine.capture import Batch, capture, eval_mode
 from dass_exp.engine.observers import observe_inputs
 from dass_exp.engine.repair_passes import BlockInRepair, DenseOutputs
-from dass_exp.engine.stages import Stages, refine_masks, reorder_neurons
+from dass_exp.engine.stages import Stages, pruning_units, refine_masks, reorder_neurons
 from dass_exp.errors import NumericalError, UserError, one_of
 from dass_exp.masks import Pattern
-from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner
+from dass_exp.methods.base import Block, MaskResult, Pruner
 from dass_exp.models.decoder import Decoder, decoder_of
 from dass_exp.models.streamed import BlockLoader, BlocksInMemory
-from dass_exp.statistics import Statistic
 
 ENGINE_VERSION = 1  # part of every record's key: raise it when the engine's numbers change
 
@@ -102,14 +102,16 @@ def prune_model(
     with eval_mode(model):
         if options.returns_tuple is None:
             blocks.load(0)  # it is called once to see whether blocks return a tuple
-        loop = LoopState(decoder, _calibration_batches(model, decoder, tokens, method, options))
+        batches = _calibration_batches(model, decoder, tokens, method, options)
+        patterns = block_patterns(decoder, batches, options.stages.allocation, pattern, options.scope, blocks)
+        loop = LoopState(decoder, batches, patterns)
         for callback in callbacks:
             callback.on_start(loop)
         for index in range(loop.first_block, len(decoder.blocks)):
             blocks.load(index)
             for callback in callbacks:
                 callback.on_block_start(index)
-            report = _process_block(loop, index, method, pattern, options)
+            report = _process_block(loop, index, method, options)
             for callback in callbacks:
                 callback.on_block_end(report)
             del report  # with its statistics and masks, before those of the next block are collected
@@ -153,11 +155,9 @@ def _calibration_batches(
     return capture(model, list(decoder.blocks), tokens, options.batch_size, options.returns_tuple, options.cache)
 
 
-def _process_block(
-    loop: LoopState, index: int, method: Pruner, pattern: Pattern, options: EngineOptions
-) -> BlockReport:
+def _process_block(loop: LoopState, index: int, method: Pruner, options: EngineOptions) -> BlockReport:
     """Observe a dense block, prune it, and pass the batches on through the pruned one."""
-    start = time.perf_counter()
+    start, pattern = time.perf_counter(), loop.patterns[index]
     decoder, batches, stages, scope = loop.decoder, loop.batches, options.stages, options.scope
     module, name = decoder.blocks[index], decoder.names[index]
     runs_again = bool(batches) and (options.return_hidden or index + 1 < len(decoder.blocks))
@@ -170,12 +170,11 @@ def _process_block(
         with attention.recording(), outputs.recording() if outputs is not None else nullcontext():
             dense = deque(options.cache.store(_dense_pass(module, index, batch, attention)) for batch in batches)
     observed = time.perf_counter()
-    units = _pruning_units(decoder, index, scope, statistics, method) if method.prunes else []
+    units = pruning_units(decoder, index, scope, statistics, method.stat_of) if method.prunes else []
     starved = _handle_starved([unit for unit in units if unit.name != name], options.experts) if batches else ()
     linears = [linear for unit in units for linear in unit.linears]
     for linear in linears:
-        if linear.statistic is not None:
-            linear.statistic.check(linear.name)
+        linear.check_statistic()
     orders = _reorder(units, method, pattern, stages)
     weights = {linear.name: linear.weight.clone() for linear in linears} if stages.need_dense_weights else {}
     results = _choose_masks(units, method, pattern, weights, stages)
@@ -232,17 +231,6 @@ def _pass_on(module: nn.Module, index: int, batches: list[Batch], dense: deque[C
     if not (off < float("inf") and total < float("inf")):
         return float("nan")
     return float((off / total) ** 0.5) if total else 0.0
-
-
-def _pruning_units(
-    decoder: Decoder, index: int, scope: str, statistics: Mapping[str, Statistic], method: Pruner
-) -> list[Block]:
-    """Group the linears that are pruned together: those of the block, and those of each of its experts."""
-    units: dict[str, list[LinearView]] = {}
-    for site in decoder.sites(index, scope):
-        view = LinearView(site.name, site.role, site.matrix, statistics.get(site.source), method.stat_of(site.role))
-        units.setdefault(site.unit, []).append(view)
-    return [Block(name, linears) for name, linears in units.items()]
 
 
 def _handle_starved(experts: list[Block], config: ExpertsConfig) -> tuple[str, ...]:

@@ -1,20 +1,24 @@
 """The stages around a method, and what each of them does to a block."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from dass_exp.allocation.base import Allocation
+from dass_exp.allocation.uniform import Uniform
 from dass_exp.config.components import build
 from dass_exp.config.settings import STAGE_GROUPS
 from dass_exp.errors import UserError
 from dass_exp.masks import Pattern
 from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner, Stage
+from dass_exp.models.decoder import Decoder
 from dass_exp.models.families import GLU, PLAIN, READER_OF, ROLES_IN_SCOPE, Role
 from dass_exp.permute.base import NeuronOrder, NoOrder
-from dass_exp.refine.base import NoRefinement, Refinement
+from dass_exp.refine.base import Refinement
+from dass_exp.refine.none import NoRefinement
 from dass_exp.repair.base import NoRepair, Repair
 from dass_exp.statistics import Statistic
 
@@ -24,11 +28,13 @@ class Stages:
     """What is done to a block before and after its method has chosen masks; by default nothing.
 
     Args:
+        allocation: divides the sparsity among the blocks.
         permute: puts the intermediate neurons in order.
         refine: improves the masks.
         repair: changes the surviving weights.
     """
 
+    allocation: Allocation = field(default_factory=Uniform)
     permute: NeuronOrder = field(default_factory=NoOrder)
     refine: Refinement = field(default_factory=NoRefinement)
     repair: Repair = field(default_factory=NoRepair)
@@ -45,8 +51,12 @@ class Stages:
         return self.refine.active or self.repair.active
 
     def kinds(self, method: Pruner, role: Role) -> list[type[Statistic] | None]:
-        """Return the statistics that method and stages need at the input of the linear with this role."""
-        return [stage.stat_of(role) for stage in (method, *self.active.values())] if method.prunes else []
+        """Return the statistics that method and stages need at the input of the linear with this role.
+
+        Those of an allocation are not among them: it looks at the dense model before the first block is pruned.
+        """
+        stages = [stage for group, stage in self.active.items() if group != "allocation"]
+        return [stage.stat_of(role) for stage in (method, *stages)] if method.prunes else []
 
     def calibrated(self, method: Pruner) -> bool:
         """Whether calibration tokens are needed."""
@@ -57,6 +67,7 @@ class Stages:
         """Raise a UserError, with the reason, for a combination that a stage cannot serve. Needs no model."""
         if not method.prunes:
             return
+        self.allocation.check(pattern)
         if self.permute.active:
             self.permute.check(pattern)
             if not ROLES_IN_SCOPE[scope] & (GLU | PLAIN):
@@ -65,7 +76,8 @@ class Stages:
                     "pruned; choose scope=mlp or all, or permute=none"
                 )
         if self.refine.active:
-            self.refine.check(pattern)
+            for role in ROLES_IN_SCOPE[scope]:
+                self.refine.check(pattern, method.comparison_dim(role, pattern))
             if method.updates_weights:
                 raise UserError(
                     f"refine={self.refine.name} with method={method.name}: a mask is refined for dense surviving "
@@ -73,7 +85,30 @@ class Stages:
                 )
 
 
-KINDS: dict[str, type[Stage]] = dict(zip(STAGE_GROUPS, (NeuronOrder, Refinement, Repair), strict=True))
+KINDS: dict[str, type[Stage]] = dict(zip(STAGE_GROUPS, (Allocation, NeuronOrder, Refinement, Repair), strict=True))
+
+
+def pruning_units(
+    decoder: Decoder,
+    index: int,
+    scope: str,
+    statistics: Mapping[str, Statistic],
+    kind: Callable[[Role], type[Statistic] | None] = lambda role: None,
+) -> list[Block]:
+    """Group the linears that are pruned together: those of the block, and those of each of its experts.
+
+    Args:
+        decoder: of the model.
+        index: of the block.
+        scope: which linears.
+        statistics: by the source of an input.
+        kind: the statistic that the method has declared for a role.
+    """
+    units: dict[str, list[LinearView]] = {}
+    for site in decoder.sites(index, scope):
+        view = LinearView(site.name, site.role, site.matrix, statistics.get(site.source), kind(site.role))
+        units.setdefault(site.unit, []).append(view)
+    return [Block(name, linears) for name, linears in units.items()]
 
 
 def build_stages(nodes: Mapping[str, Any]) -> Stages:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dass_exp.engine.callbacks import BlockReport, Callback
+from dass_exp.engine.callbacks import BlockReport, Callback, LoopState
 from dass_exp.errors import NumericalError
 from dass_exp.masks import NM, Pattern
 from dass_exp.methods.base import LinearView, MaskResult
@@ -77,13 +77,16 @@ def verify(report: BlockReport, pattern: Pattern) -> list[Layer]:
 class Verification(Callback):
     """Verify every block as soon as it is pruned, and collect the results."""
 
-    def __init__(self, pattern: Pattern) -> None:
-        self._pattern = pattern
+    def __init__(self) -> None:
+        self._patterns: list[Pattern] = []
         self.layers: list[Layer] = []
         self.starved: list[str] = []
 
+    def on_start(self, loop: LoopState) -> None:
+        self._patterns = loop.patterns
+
     def on_block_end(self, report: BlockReport) -> None:
-        self.layers.extend(verify(report, self._pattern))
+        self.layers.extend(verify(report, self._patterns[report.index]))
         self.starved.extend(report.starved)
 
 

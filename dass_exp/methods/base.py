@@ -68,6 +68,11 @@ class LinearView:
             raise LookupError(f"{self.name}: no {kind.__name__} was collected; a stage declares it as `stat`")
         return cast(StatisticKind, part)
 
+    def check_statistic(self) -> None:
+        """Raise a NumericalError that names the linear if its statistic is not finite."""
+        if self.statistic is not None:
+            self.statistic.check(self.name)
+
     @property
     def tokens(self) -> int | None:
         """Number of tokens in the statistic; None without one."""

@@ -1,7 +1,6 @@
 """The base class of refinements: a better mask of the same pattern."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -31,14 +30,3 @@ class Refinement(Stage, ABC):
             result: the mask, and the axis along which its weights competed.
             pattern: of the mask; each of its groups keeps as many weights as before.
         """
-
-
-@dataclass
-class NoRefinement(Refinement):
-    """The masks stay as the method has chosen them."""
-
-    active = False
-
-    def refine(self, linear: LinearView, dense: Tensor, result: MaskResult, pattern: Pattern) -> Tensor:
-        del linear, dense, pattern
-        return result.keep

@@ -13,6 +13,8 @@ from dass_exp.refine.base import Refinement
 class NoRefinement(Refinement):
     """Leave every mask as the method has chosen it."""
 
+    active = False
+
     def refine(self, linear: LinearView, dense: Tensor, result: MaskResult, pattern: Pattern) -> Tensor:
         del linear, dense, pattern
         return result.keep

@@ -108,7 +108,7 @@ def _run_blocks(
     result = RunResult([], [], None, None, None, size, decoder.size, tokens, windows, {"prune_s": 0.0, "eval_s": 0.0})
     if not run.method.prunes and not run.streams:
         return result
-    stopwatch, verification, earlier = Stopwatch(), Verification(run.pattern), _earlier_state(run)
+    stopwatch, verification, earlier = Stopwatch(), Verification(), _earlier_state(run)
     done = earlier.blocks if earlier else 0
     options = EngineOptions(
         scope=run.config.scope,

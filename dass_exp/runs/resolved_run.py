@@ -172,6 +172,7 @@ class ResolvedRun(Components):
         """Name the classes of other packages that the run uses in whatever they raise inside the context."""
         settings = {
             "method": self.method,
+            **self.stages.active,
             "pattern": self.pattern,
             "calibration.text": self.calibration_text,
             "eval.perplexity.text": self.evaluation_text,
@@ -246,10 +247,10 @@ def identity_of(run: ResolvedRun) -> dict[str, Any]:
 
 def _plugin_code(run: ResolvedRun) -> dict[str, str]:
     """Return digests of the source of what plugins contribute to the numbers of a run."""
-    parts: dict[str, object] = {"method": run.method}
-    if "pattern" in run.method.uses:
+    parts: dict[str, object] = {"method": run.method, **run.stages.active}
+    if "pattern" in run.uses:
         parts["pattern"] = run.pattern
-    if "calibration" in run.method.uses:
+    if "calibration" in run.uses:
         parts["calibration.text"] = run.calibration_text
     if run.evaluation_text is not None:
         parts["eval.perplexity.text"] = run.evaluation_text
