@@ -80,6 +80,7 @@ class Workload:
     cache: str = "device"  # where activations wait: device, cpu or disk
     shared: bool = False  # whether other runs use the same model afterwards
     resumable: bool = False  # whether the state behind each block is kept
+    solver_bytes: tuple[int, int] = (10, 8)  # of the method
 
 
 def memory_needs(
@@ -121,11 +122,12 @@ def memory_needs(
 
 
 def _solver_bytes(sites: list[LinearSite], workload: Workload) -> int:
-    """Estimate pruning one block: scores, comparison and mask of a matrix; Gram matrices, two more to factorise one."""
+    """Estimate pruning one block: the work on its largest matrix, Gram matrices, and what is derived from one."""
     inputs = {site.source: site.matrix.in_features for site in sites}
-    total = 10 * max((site.matrix.out_features * site.matrix.in_features for site in sites), default=0)
+    per_weight, per_entry = workload.solver_bytes
+    total = per_weight * max((site.matrix.out_features * site.matrix.in_features for site in sites), default=0)
     if workload.stat is not None and issubclass(workload.stat, Gram):
-        total += 4 * sum(size**2 for size in inputs.values()) + 8 * max(inputs.values(), default=0) ** 2
+        total += 4 * sum(size**2 for size in inputs.values()) + per_entry * max(inputs.values(), default=0) ** 2
     return total
 
 
