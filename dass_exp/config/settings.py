@@ -25,12 +25,6 @@ SAMPLINGS = ("joined", "document")
 TASK_DATA = ("offline", "hub")
 # what is done around a method; each is a config group and a folder
 STAGE_GROUPS = ("allocation", "permute", "refine", "repair")
-    "allocation",
-    "permute",
-    "refine",
-    "repair",
-)  # what is done around a method; each is a config group and a folder
-
 
 MAX_SEED = 2**64 - 1  # of torch's generators
 MAX_THREADS = 1024

@@ -58,6 +58,11 @@ class Stages:
         stages = [stage for group, stage in self.active.items() if group != "allocation"]
         return [stage.stat_of(role) for stage in (method, *stages)] if method.prunes else []
 
+    def solver_bytes(self, method: Pruner) -> tuple[int, int]:
+        """Return the memory of the work on one matrix (:attr:`dass_exp.methods.base.Stage.solver_bytes`)."""
+        per_weight, per_entry = zip(*(stage.solver_bytes for stage in (method, *self.active.values())), strict=True)
+        return max(per_weight), max(per_entry)
+
     def calibrated(self, method: Pruner) -> bool:
         """Whether calibration tokens are needed."""
         stages = (method, *self.active.values()) if method.prunes else ()

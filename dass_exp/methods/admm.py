@@ -39,6 +39,7 @@ class ADMM(Pruner):
     mask_steps: int = 15
     damping: float = 0.1
     stat = Gram
+    solver_bytes = (36, 12)
 
     def __post_init__(self) -> None:
         whole_number("method.iterations", self.iterations, least=1)

@@ -39,6 +39,7 @@ class ALPS(Pruner):
     iterations: int = 300
     cg_steps: int = 10
     stat = Gram
+    solver_bytes = (48, 36)  # eigenvectors by way of float64
 
     def __post_init__(self) -> None:
         for name, allowed in (("damping", "a number of at least 0 (the paper: 0.01)"), ("rho", "a number above 0")):

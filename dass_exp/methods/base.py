@@ -139,11 +139,14 @@ class Stage:
     Attributes:
         stat: the statistic to collect at the input of each linear in the scope; None for a stage that needs none. A
             Gram matrix serves stages that ask for the norms, which are its diagonal.
+        solver_bytes: memory that the work on one matrix takes, for each of its weights and, if the statistic is a Gram
+            matrix, for each entry of one: what a run needs is compared with what is free before it begins.
         version: part of the key; raise it when the stage's numbers change.
         active: whether the stage does anything; False for the default of its group, which is not part of the key.
     """
 
     stat: ClassVar[type[Statistic] | None] = None
+    solver_bytes: ClassVar[tuple[int, int]] = (10, 8)
     version: ClassVar[int] = 1
     active: ClassVar[bool] = True
 

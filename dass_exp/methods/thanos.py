@@ -11,7 +11,7 @@ from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner, finite_
 from dass_exp.models.families import Role
 from dass_exp.statistics import Gram, one_thread
 
-_ROWS = 256  # solved together, to bound the memory
+_ROWS = 64  # solved together, to bound the memory
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Thanos(Pruner):
     blocksize: int = 256
     damping: float = 0.01
     stat = Gram
+    solver_bytes = (36, 24)
 
     def __post_init__(self) -> None:
         whole_number("method.blocksize", self.blocksize, least=1)

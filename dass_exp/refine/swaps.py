@@ -40,6 +40,7 @@ class Swaps(Refinement):
 
     sweeps: int = 10
     stat = Gram
+    solver_bytes = (48, 8)
 
     def __post_init__(self) -> None:
         whole_number("refine.sweeps", self.sweeps, least=1)

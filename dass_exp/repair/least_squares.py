@@ -37,6 +37,7 @@ class LeastSquares(Repair):
     damping: float = 0.01
     inputs: str = "pruned"
     stat = Gram
+    solver_bytes = (36, 12)
 
     def __post_init__(self) -> None:
         whole_number("repair.steps", self.steps, least=1)

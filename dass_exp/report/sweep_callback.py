@@ -42,13 +42,13 @@ class Sweep:
         numbers = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
         cells = [_noted(folder / str(number) / CELL) for number in numbers]
         cells = [cell for cell in cells if ended or cell["status"] != "unknown"]
+        failed = [cell for cell in cells if cell["status"] in ("failed", "unplanned", "unknown")]
+        cls.failed = len(failed)  # first: Hydra turns an error from here on into a warning
         if planned := [cell for cell in cells if cell["status"] == "planned"]:
             show_plan(planned)
         paths_of_records = dict.fromkeys(cell["record"] for cell in cells if cell["status"] == "done")
         if records := [record for path in paths_of_records if (record := _record(Path(path))) is not None]:
             _show(records, folder, OmegaConf.select(cls.started, "sweep.title"))
-        failed = [cell for cell in cells if cell["status"] in ("failed", "unplanned", "unknown")]
-        cls.failed = len(failed)
         for cell in failed:
             log.error("failed: %s: %s", " ".join(cell["overrides"]), cell["error"])
 
@@ -104,7 +104,11 @@ def _show(records: list[dict[str, Any]], folder: Path, title: str | None) -> Non
     calibrated = next((record for record in records if record["calibration"]), records[0])
     described = f"{caption(calibrated, records)} {settings_line(records)}"
     lines = [f"# {heading}", "", as_markdown(frame), "", described, "", *(f"- {note}" for note in notes), ""]
-    write_text(folder / "comparison.md", "\n".join(lines))
+    text = "\n".join(lines)
+    try:
+        kept = f"wrote {write_text(folder / 'comparison.md', text)}"
+    except OSError as error:
+        kept = f"comparison.md could not be written: {os_error_line(error)}"
     screen = console()
     screen.print(as_rich(frame, heading))
     screen.print(described)
@@ -112,4 +116,4 @@ def _show(records: list[dict[str, Any]], folder: Path, title: str | None) -> Non
         screen.print("What differs from the paper's protocol:")
         for note in notes:
             screen.print(f"  - {note}")
-    screen.print(f"wrote {folder / 'comparison.md'}", soft_wrap=True)
+    screen.print(kept, soft_wrap=True)

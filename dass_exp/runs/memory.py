@@ -84,6 +84,7 @@ class Workload:
     shared: bool = False  # whether other runs use the same model afterwards
     resumable: bool = False  # whether the state behind each block is kept
     stages: Stages = field(default_factory=Stages)  # around the method
+    solver_bytes: tuple[int, int] = (10, 8)  # of the method or a stage, whichever takes more
 
 
 def memory_needs(
@@ -125,10 +126,11 @@ def memory_needs(
 
 
 def _solver_bytes(sites: list[LinearSite], workload: Workload) -> int:
-    """Estimate pruning one block: scores, comparison and mask of a matrix; Gram matrices, two more to factorise one.
+    """Estimate pruning one block: the work on its largest matrix, Gram matrices, and what is derived from one.
 
-    Stages add the dense weights, and a repair six matrices like that under repair and a Gram matrix of its own.
+    Refinement and repair need the dense weights too.
     """
+    per_weight, per_entry = workload.solver_bytes
     inputs = {site.source: site.matrix.in_features for site in sites}
     of_gram = {
         site.source: site.matrix.in_features
@@ -136,13 +138,11 @@ def _solver_bytes(sites: list[LinearSite], workload: Workload) -> int:
         if any(kind is not None and issubclass(kind, Gram) for kind in workload.kinds(site.role))
     }
     sizes = [site.matrix.out_features * site.matrix.in_features for site in sites]
-    total = 10 * max(sizes, default=0) + 4 * sum(size**2 for size in of_gram.values())
-    if of_gram or workload.stages.repair.active:
-        total += 8 * max(inputs.values(), default=0) ** 2
+    total = per_weight * max(sizes, default=0) + 4 * sum(size**2 for size in of_gram.values())
+    if of_gram:
+        total += per_entry * max(inputs.values(), default=0) ** 2
     if workload.stages.need_dense_weights:
         total += sum(sizes) * workload.dtype.itemsize
-    if workload.stages.repair.active:
-        total += 24 * max(sizes, default=0)
     return total
 
 

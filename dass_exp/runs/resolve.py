@@ -124,6 +124,7 @@ def _needs(run: ResolvedRun, context: RunContext) -> MemoryNeeds:
         cache=config.calibration.cache,
         shared=context.shared,
         resumable=config.resume is not False,
+        solver_bytes=run.stages.solver_bytes(run.method),
     )
     calibration = (config.calibration.num_samples, config.calibration.seq_len) if run.calibrated else (0, 0)
     size = (len(windows.ids), scored.context) if scored is not None and windows is not None else (0, 0)

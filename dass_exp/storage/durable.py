@@ -134,7 +134,8 @@ def scratch_file(path: Path, durable: bool = True) -> Iterator[Path]:
         else:
             os.replace(scratch, path)
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):  # the error of the body must not be hidden by one of a disk that fails
+            scratch.unlink(missing_ok=True)
 
 
 def new_file_mode(folder: Path) -> int:
@@ -144,7 +145,8 @@ def new_file_mode(folder: Path) -> int:
         probe.touch()
         return stat.S_IMODE(probe.stat().st_mode)
     finally:
-        probe.unlink(missing_ok=True)
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
 
 
 def refuse_links(path: Path, root: Path) -> None:

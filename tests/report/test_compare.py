@@ -285,6 +285,15 @@ def test_a_damaged_record_is_named_and_the_others_are_compared(sweep, tmp_path, 
     assert compared & {*METHODS} == {*METHODS} - {"dense"}
 
 
+def test_a_comparison_that_cannot_be_written_is_shown_and_the_failures_count(sweep, tmp_path, capsys):
+    (tmp_path / "sweep" / "comparison.md").mkdir()
+    Comparison().on_multirun_end(sweep)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "745.00" in shown
+    assert "comparison.md could not be written" in shown
+    assert Sweep.failed == 1
+
+
 def test_a_cell_that_cannot_be_noted_is_one_line(tmp_path, caplog):
     (tmp_path / "0").write_text("a file where the folder should be")
     note_cell(tmp_path / "0", {"status": "done"})

@@ -368,6 +368,7 @@ def test_sizes_are_those_of_the_model(cell):
     assert needs.windows == 2 * 4 * 32 * 32 * 4
     assert needs.solver >= 4 * (32**2 + 64**2) + 8 * 64**2
     assert resolved(*cell, "method=dense").needs.solver == 0
+    assert resolved(*cell, "method=alps").needs.solver > needs.solver  # its solver holds more matrices at once
     on_disk = resolved(*cell, "calibration.cache=disk").needs
     assert (on_disk.activations, on_disk.windows) == (0, 0)
     default = resolved(*cell).needs
