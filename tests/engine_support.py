@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dass_exp.config.components import build, choice
 from dass_exp.config.settings import ExpertsConfig
-from dass_exp.engine.callbacks import BlockReport, Callback
+from dass_exp.engine.callbacks import BlockReport, Callback, LoopState
 from dass_exp.engine.prune import EngineOptions, prune_model
 from dass_exp.engine.verify import Layer, verify
 from dass_exp.masks import NM, Pattern
@@ -82,6 +82,7 @@ class Pruning:
 
     hidden: list[Tensor] = field(default_factory=list)
     reports: list[BlockReport] = field(default_factory=list)
+    patterns: list[Pattern] = field(default_factory=list)
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -109,6 +110,9 @@ class Reports(Callback):
 
     def __init__(self, pruning: Pruning, on_report: Callable[[BlockReport], None]) -> None:
         self._pruning, self._on_report = pruning, on_report
+
+    def on_start(self, loop: LoopState) -> None:
+        self._pruning.patterns = loop.patterns
 
     def on_block_end(self, report: BlockReport) -> None:
         self._pruning.reports.append(report)

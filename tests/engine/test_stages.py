@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import Counter
 
 import pytest
 import torch
 from engine_support import PRUNING, assert_same_state, prune_blocks, sites_of
-from support import CONF, contains
+from support import CONF, compose, contains
 
 from dass_exp.api import prune
 from dass_exp.config.components import choice
@@ -26,9 +27,10 @@ from dass_exp.permute.neurons import Neurons
 from dass_exp.repair.least_squares import LeastSquares
 
 CHOICES = [(group, path.stem) for group in KINDS for path in sorted((CONF / group).glob("*.yaml"))]
-ACTIVE = [(group, name) for group, name in CHOICES if name != "none"]
+ACTIVE = [(group, name) for group, name in CHOICES if build_stages({group: choice(group, name)}).active]
 # one method that only scores along neurons, one that scores along inputs, one that updates, one without statistics
 METHODS = [Dass(), Wanda(), SparseGPT(), Magnitude()]
+DEFAULTS = {"allocation": "uniform", "permute": "none", "refine": "none", "repair": "none"}
 each_family = pytest.mark.parametrize("family", sorted(FAMILIES))
 
 
@@ -46,9 +48,10 @@ def is_served(stages, method, pattern, scope):
 
 
 def test_each_group_has_a_default_that_does_nothing():
-    assert {group for group, name in CHOICES if name == "none"} == set(KINDS)
-    assert stages_of(*((group, "none") for group in KINDS)).active == {}
-    assert all(set(stages_of(chosen).active) == {chosen[0]} for chosen in ACTIVE)
+    assert [(group, name) for group, name in CHOICES if (group, name) not in ACTIVE] == list(DEFAULTS.items())
+    assert {group: str(compose().get(group)._target_) for group in DEFAULTS} == {
+        group: choice(group, name)["_target_"] for group, name in DEFAULTS.items()
+    }
 
 
 @each_family
@@ -56,7 +59,7 @@ def test_each_group_has_a_default_that_does_nothing():
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 @pytest.mark.parametrize("chosen", ACTIVE, ids="=".join)
 def test_contract(chosen, method, scope, family, tiny_model, tokens, attached):
-    stages, pattern = stages_of(chosen), NM(2, 4)
+    stages, pattern = stages_of(chosen), Unstructured(0.5) if chosen[0] == "allocation" else NM(2, 4)
     if not is_served(stages, method, pattern, scope):
         return
     model = tiny_model(family)
@@ -65,9 +68,17 @@ def test_contract(chosen, method, scope, family, tiny_model, tokens, attached):
     others = copy.deepcopy(others)
     options = {"scope": scope, "batch_size": 3, "min_tokens": 1, "return_hidden": True, "stages": stages}
     pruning = prune_blocks(model, tokens, method, pattern, **options)
-    layers = [layer for report in pruning.reports for layer in verify(report, pattern)]
+    layers = [layer for report in pruning.reports for layer in verify(report, pruning.patterns[report.index])]
     assert {layer.name for layer in layers} == {site.name for site in sites_of(model, scope)}
-    assert all(layer.zeros * 2 == layer.size and layer.excess == 0 for layer in layers)
+    assert all(layer.excess == 0 for layer in layers)
+    if chosen[0] == "allocation":
+        blocks: Counter[int] = Counter()
+        for report in pruning.reports:
+            blocks[report.index] += sum(int((~result.keep).sum()) for result in report.results.values())
+        assert abs(sum(blocks.values()) - sum(layer.size for layer in layers) / 2) <= len(layers)
+        assert len(set(blocks.values())) == 2  # the two blocks get different shares
+    else:
+        assert all(layer.zeros * 2 == layer.size for layer in layers)
     if stages.repair.active:
         assert all(layer.output_error <= layer.output_error_before * (1 + 1e-5) for layer in layers)
         assert any(layer.output_error < 0.99 * layer.output_error_before for layer in layers)
@@ -80,13 +91,14 @@ def test_contract(chosen, method, scope, family, tiny_model, tokens, attached):
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
-@pytest.mark.parametrize("chosen", ACTIVE, ids="=".join)
+@pytest.mark.parametrize("chosen", [one for one in ACTIVE if one[0] != "allocation"], ids="=".join)
 def test_the_batch_size_changes_no_weight(chosen, batch_size, family, tiny_model):
     weights = []
     tokens = torch.randint(64, (5, 60), generator=torch.Generator().manual_seed(2))  # enough for each expert
     for size in (batch_size, 5):
         model = tiny_model(family)
-        prune_blocks(model, tokens, Dass(), batch_size=size, min_tokens=1, stages=stages_of(chosen))
+        method = next(one for one in METHODS if is_served(stages_of(chosen), one, NM(2, 4), "mlp"))
+        prune_blocks(model, tokens, method, batch_size=size, min_tokens=1, stages=stages_of(chosen))
         weights.append([site.matrix.weight.clone() for site in sites_of(model, "mlp")])
     for one, other in zip(*weights, strict=True):
         assert torch.equal(one == 0, other == 0)
@@ -200,7 +212,7 @@ def test_no_method_is_left_with_a_larger_error(method, pattern, tiny_model, toke
 def test_stages_at_their_default_leave_weights_and_speed_alone(tiny_model, tokens):
     one, other = tiny_model("llama"), tiny_model("llama")
     prune(one, tokens, "dass")
-    prune(other, tokens, {"method": "dass", **dict.fromkeys(KINDS, "none")})
+    prune(other, tokens, {"method": "dass", **DEFAULTS})
     assert_same_state(one, other.state_dict())
 
 

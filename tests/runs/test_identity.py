@@ -63,7 +63,7 @@ GROUPS = {
     "repair._target_": "repair=least_squares",
 }
 OWN_TEST = {  # below, or in test_tiny.py
-    *("model.path", "model.revision", "model.device", "model.training_seed"),
+    *("allocation._target_", "model.path", "model.revision", "model.device", "model.training_seed"),
     *("calibration.text._target_", "eval.perplexity.text._target_"),
 }
 
@@ -109,6 +109,12 @@ def keys(mixture):
 def test_a_setting_changes_the_key_unless_its_field_says_that_it_has_no_effect(keys, mixture):
     base = key_with(mixture)
     assert {name for name, key in keys.items() if key == base} == WITHOUT_EFFECT
+
+
+def test_an_allocation_gives_a_key_of_its_own(tiny):
+    unstructured = [f"allocation={name}" for name in ("uniform", "owl", "alpha")]
+    assert len({key_with(tiny, "pattern=unstructured", one) for one in unstructured}) == 3
+    assert key_with(tiny, "pattern=unstructured", "allocation=uniform") == key_with(tiny, "pattern=unstructured")
 
 
 def test_each_setting_with_an_effect_gives_a_key_of_its_own(keys):
