@@ -43,9 +43,7 @@ def test_content_is_redacted_at_any_depth(monkeypatch):
     assert redact_text("get hf_AbCdEfGh123456 with api_key=abc seed=1") == "get *** with api_key=*** seed=1"
 
 
-@pytest.mark.parametrize(
-    "text", ["hf_transformers", "beginning-of-sequence token: never", "task-a", "tokens=5", "risk"]
-)
+@pytest.mark.parametrize("text", ["hf_transformers", "the token: never", "task-a", "tokens=5", "risk"])
 def test_plain_words_stay(text):
     assert redact_text(text) == text
 
