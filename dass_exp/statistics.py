@@ -161,18 +161,27 @@ class NormalisedGram:
         self._eigen: tuple[Tensor, Tensor] | None = None
 
     def inverse(self, ridge: float) -> Tensor:
-        """Return the inverse of ``matrix + ridge * identity``, ``ridge`` > 0, float32; computed once."""
+        """Return the inverse of ``matrix + ridge * identity``, ``ridge`` > 0, float32; computed once.
+
+        Raises:
+            NumericalError: the sum is not positive definite, or not finite.
+        """
         if ridge not in self._inverses:
             with one_thread(self.matrix.device):
                 damped = self.matrix.clone()
                 damped.diagonal().add_(ridge)
-                self._inverses[ridge] = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+                lower, info = torch.linalg.cholesky_ex(damped)
+                if info.item() or not bool(torch.isfinite(lower.diagonal()).all()):
+                    raise NumericalError(f"the Gram matrix cannot be inverted with a ridge of {ridge:.3g}")
+                self._inverses[ridge] = torch.cholesky_inverse(lower)
         return self._inverses[ridge]
 
     @property
     def eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues [in_features] and eigenvectors [in_features, in_features], float32, by way of float64."""
         if self._eigen is None:
+            if not bool(torch.isfinite(self.matrix).all()):
+                raise NumericalError("the normalised Gram matrix holds numbers that are not finite; lower the damping")
             with one_thread(self.matrix.device):
                 values, vectors = torch.linalg.eigh(self.matrix.double())
             self._eigen = values.clamp_min_(0).float(), vectors.float()

@@ -225,6 +225,14 @@ def test_a_normalised_gram_matrix_has_a_unit_diagonal_a_ridge_inverse_and_its_ei
     assert stat.normalised(damping) is not normalised
 
 
+def test_a_ridge_or_damping_beyond_float32_is_an_error_of_ours():
+    stat = observed(Gram, torch.randn(1, 8, 4, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(NumericalError, match="cannot be inverted with a ridge of"):
+        stat.normalised().inverse(1e300)
+    with pytest.raises(NumericalError, match="lower the damping"):
+        _ = stat.normalised(1e300).eigen
+
+
 def test_a_normalised_gram_matrix_does_not_depend_on_the_number_of_threads():
     inputs = torch.randn(64, 32, 300, generator=torch.Generator().manual_seed(0))
     derived = []

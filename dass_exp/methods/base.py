@@ -212,12 +212,17 @@ class Pruner(Stage, ABC):
         """Prune every linear of ``block`` in place and return the results by the linear's name.
 
         Raises:
-            NumericalError: a score or weight is not finite; the message names the linear.
+            NumericalError: a score or weight is not finite, or a matrix is singular; the message names the linear.
         """
         results = {}
         for number, linear in enumerate(block.linears):
             start = time.perf_counter()
-            results[linear.name] = self.prune_linear(linear, block, pattern)
+            try:
+                results[linear.name] = self.prune_linear(linear, block, pattern)
+            except NumericalError as error:
+                if str(error).startswith(linear.name):
+                    raise
+                raise NumericalError(f"{linear.name}: {error}") from error
             results[linear.name].seconds = time.perf_counter() - start
             if self.stat is not None and all(other.stat is not linear.stat for other in block.linears[number + 1 :]):
                 linear.stat.release()

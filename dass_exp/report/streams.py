@@ -62,6 +62,7 @@ class Output:
 
 def protect() -> None:
     """Make both streams drop what they cannot write, and escape characters that their encoding lacks."""
+    _open_missing()
     logging.raiseExceptions = False  # a log line that cannot be written is no second error
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

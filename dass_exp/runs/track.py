@@ -102,6 +102,7 @@ def _start_run(results: str, **settings: Any) -> Any:
 
     folder = Path(results).resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb"))  # else it copies tables below the home folder first
     return wandb.init(
         mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
         dir=str(folder),

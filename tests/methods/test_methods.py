@@ -15,14 +15,16 @@ from dass_exp import prune
 from dass_exp.engine.verify import verify
 from dass_exp.errors import NumericalError, UserError
 from dass_exp.masks import NM, Pattern, TransposableNM, Unstructured
+from dass_exp.methods.admm import ADMM
 from dass_exp.methods.base import Block, LinearView, ScorePruner
 from dass_exp.methods.dass import Dass
 from dass_exp.methods.magnitude import Magnitude
 from dass_exp.methods.sparsegpt import SparseGPT
+from dass_exp.methods.thanos import Thanos
 from dass_exp.methods.wanda import Wanda
 from dass_exp.models.decoder import Matrix, decoder_of
 from dass_exp.models.families import DOWN, FAMILIES, FC1, FC2, GATE, INPUT_OF, SCOPES, UP, Q, Role
-from dass_exp.statistics import InputNorm
+from dass_exp.statistics import Gram, InputNorm
 
 VARIANTS = [*PRUNING, Dass(alpha=0.0), Dass(granularity="output")]
 PATTERNS = [NM(2, 4), NM(4, 8), TransposableNM(2, 4), Unstructured(0.5)]
@@ -180,6 +182,13 @@ def test_a_weight_that_is_not_finite_stops_the_run_with_its_name(method):
     for linear in block.linears:
         with pytest.raises(NumericalError, match=f"^{linear.name}: "):
             method.prune_linear(linear, block, NM(2, 4))
+
+
+@pytest.mark.parametrize("method", [SparseGPT(damping=1e300), Thanos(damping=1e300), ADMM(damping=1e300)], ids=repr)
+def test_a_matrix_that_cannot_be_factorised_stops_the_run_with_the_name_of_its_linear(method):
+    block = block_of({Q: torch.ones(4, 8)}, {}, Gram)
+    with pytest.raises(NumericalError, match=f"^{block.linears[0].name}: "):
+        method.prune_block(block, NM(2, 4))
 
 
 def test_a_method_that_asks_for_no_statistic_gets_none():
