@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import contains, tiny_tokenizer
+from support import contains, settings_of, tiny_overrides, tiny_tokenizer
 
 from dass_exp.config.settings import ModelConfig
 from dass_exp.errors import UserError
 from dass_exp.models.load import bos_policy, identify, load_model, load_streamed, load_tokenizer
+from dass_exp.runs.context import RunContext
+from dass_exp.runs.resolve import resolve
 
 EMBEDDING, UP = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"
 
@@ -110,10 +111,12 @@ def test_buffers_that_are_no_weights_may_be_whole_numbers(folder):
     load_model(identified(folder))
 
 
-def test_tokens_without_an_embedding_are_named_and_only_a_text_with_one_is_refused(folder, caplog):
+@pytest.mark.usefixtures("short_texts")
+def test_tokens_without_an_embedding_that_no_text_holds_are_named_once(folder, results, caplog):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([f"<{number}>" for number in range(200)])
     tokenizer.save_pretrained(folder)
-    with caplog.at_level(logging.WARNING):
-        load_tokenizer(identified(folder))
+    context = RunContext()
+    for method in ("dass", "wanda"):
+        resolve(settings_of(*tiny_overrides(folder, results), f"method={method}"), context)
     assert contains(caplog.text.strip(), [str(folder), f"{len(tokenizer)} tokens", "its embedding 512"])
