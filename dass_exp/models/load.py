@@ -123,6 +123,8 @@ def load_streamed(spec: ModelSpec) -> tuple[nn.Module, StreamedBlocks]:
 def skeleton(spec: ModelSpec) -> nn.Module:
     """Build the model on the meta device: its modules and shapes without weights, for checks before loading."""
     with quiet_libraries(), readable_errors(spec.source):
+        if spec.config.get_text_config().hidden_size < 1:
+            raise UserError(f"model.path={spec.source}: its config.json says that hidden_size is 0; fetch it again")
         if Path(spec.source).is_dir():
             layers, stored = spec.config.get_text_config().num_hidden_layers, len(Shards(Path(spec.source)).names)
             if not 0 < layers <= stored:  # building millions of them would take all memory

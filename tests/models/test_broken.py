@@ -64,6 +64,7 @@ HARMS = {
     "layers in words": (config(num_hidden_layers="two"), ["num_hidden_layers"]),
     "a million layers": (config(num_hidden_layers=10**6), ["1000000 layers", "holds 21 tensors"]),
     "no layer": (config(num_hidden_layers=0), ["0 layers"]),
+    "no width": (config(hidden_size=0), ["hidden_size"]),
     "heads": (config(num_attention_heads=5), ["number of attention heads (5)"]),
     "dtype": (config(dtype="float99"), ["float99"]),
     "quantisation": (config(quantization_config="x"), []),
