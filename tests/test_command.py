@@ -170,6 +170,15 @@ def test_a_mistake_is_one_line(dass_exp, work, tiny, typed):
     refusal(dass_exp(*shared, *typed.split()), *MISTAKES[typed])
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_setting_that_a_launcher_refuses_is_no_loss_of_cells(dass_exp, tiny):
+    shared = tiny_overrides(tiny, Path("results"))
+    done = dass_exp("-m", "seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=0", *shared)
+    assert done.code == 2, done.err
+    assert "n_jobs" in done.err
+    assert "squeue" not in done.err
+
+
 def test_a_working_directory_that_hydra_reads_as_a_reference_is_refused(dass_exp, work, monkeypatch):
     (work / "${x}").mkdir()
     monkeypatch.chdir(work / "${x}")

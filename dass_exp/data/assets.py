@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
 from dass_exp.errors import DamagedFileError, UserError
 from dass_exp.paths import cache_dir
-from dass_exp.storage.checksum import digest_once
+from dass_exp.storage.checksum import digest_once, require_regular
 from dass_exp.storage.durable import write_text
 
 log = logging.getLogger(__name__)
@@ -167,22 +168,29 @@ def damage_in(folder: Path) -> str:
     if not folder.exists():
         return ""
     try:
-        noted = folder / DIGESTS
-        digests = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else _first_digests(folder)
+        digests = _read_object(folder / DIGESTS) if (folder / DIGESTS).exists() else _first_digests(folder)
         wrong = [name for name, digest in digests.items() if digest_once(folder / name) != digest]
-    except (OSError, ValueError, AttributeError) as error:  # a pipe in place of a file is a ValueError
+    except (OSError, ValueError) as error:  # a pipe in place of a file is a ValueError
         return f"{folder} is damaged ({' '.join(str(error).split())})"
     return f"{folder / wrong[0]} is damaged" if wrong else ""
 
 
 def _first_digests(folder: Path) -> dict[str, str]:
     """Note the checksums of a folder whose files still have the sizes that an earlier version noted."""
-    sizes = json.loads((folder / SIZES).read_text(encoding="utf-8"))
+    sizes = _read_object(folder / SIZES)
     if wrong := [name for name, size in sizes.items() if (folder / name).stat().st_size != size]:
         raise DamagedFileError(f"{wrong[0]} has another size than it had")
     with suppress(OSError):  # a cache that cannot be written to serves as it did
         return _note_digests(folder, (folder / name for name in sizes))
     return {name: digest_once(folder / name) for name in sizes}
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    require_regular(path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise DamagedFileError(f"{path} holds no object")
+    return content
 
 
 def _note_digests(folder: Path, files: Iterable[Path]) -> dict[str, str]:

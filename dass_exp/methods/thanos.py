@@ -73,17 +73,17 @@ class Thanos(Pruner):
                 keep[:, columns] = lowest[:, :width]
                 left -= int((~keep[:, columns]).sum())
             removed = _removed(weight[:, columns], keep[:, columns], root[columns, columns])
-            weight[:, columns] = (weight[:, columns] - removed).mul_(keep[:, columns])
+            weight[:, columns] = (weight[:, columns] - removed).mul_(keep[:, columns])  # rounded once
             with one_thread(weight.device):
                 spread = torch.linalg.solve_triangular(root[rest, rest], root[columns, rest], upper=True, left=False)
-            weight[:, rest] += removed @ spread
+            weight[:, rest] += removed.float() @ spread
         finite_range(weight, linear.name)
         linear.write(weight)
         return MaskResult(keep, dim, low, high, damping_retries=factor.retries)
 
 
 def _removed(weight: Tensor, keep: Tensor, root: Tensor) -> Tensor:
-    """Return what the optimal update takes from each weight of a block, [out, columns].
+    """Return what the optimal update takes from each weight of a block, float64 [out, columns].
 
     Args:
         weight: [out, columns], current.
@@ -95,7 +95,7 @@ def _removed(weight: Tensor, keep: Tensor, root: Tensor) -> Tensor:
         half = torch.linalg.solve_triangular(root.double(), identity, upper=True)
         inverse = half.T @ half
         parts = zip(weight.double().split(_ROWS), keep.split(_ROWS), strict=True)
-        return torch.cat([_solve_rows(part, mask, inverse) for part, mask in parts]).to(weight.dtype)
+        return torch.cat([_solve_rows(part, mask, inverse) for part, mask in parts])
 
 
 def _solve_rows(weight: Tensor, keep: Tensor, inverse: Tensor) -> Tensor:

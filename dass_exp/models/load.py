@@ -1,7 +1,6 @@
 """Identify a model, and load it and its tokenizer."""
 
 import functools
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,6 @@ from dass_exp.models.locate import ModelSource, files_of, locate, quiet_librarie
 from dass_exp.models.shards import INDEX, SINGLE, Shards
 from dass_exp.models.streamed import StreamedBlocks, empty_model
 from dass_exp.models.weight_names import check_unquantised
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +79,9 @@ def identify(config: ModelConfig) -> ModelSpec:
 
 
 def load_tokenizer(spec: ModelSpec) -> Any:
-    """Load the model's tokenizer, or raise a UserError; warn if some of its tokens have no embedding."""
+    """Load the model's tokenizer, or raise a UserError."""
     with quiet_libraries(), readable_errors(spec.source):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(spec.source, **spec.hub_options)
-        if len(tokenizer) > spec.vocabulary:
-            problem = f"its tokenizer has {len(tokenizer)} tokens and its embedding {spec.vocabulary}"
-            log.warning("model.path=%s: %s; a text that holds one of the others is refused", spec.source, problem)
-    return tokenizer
+        return transformers.AutoTokenizer.from_pretrained(spec.source, **spec.hub_options)
 
 
 def load_model(spec: ModelSpec) -> nn.Module:
@@ -130,6 +123,8 @@ def load_streamed(spec: ModelSpec) -> tuple[nn.Module, StreamedBlocks]:
 def skeleton(spec: ModelSpec) -> nn.Module:
     """Build the model on the meta device: its modules and shapes without weights, for checks before loading."""
     with quiet_libraries(), readable_errors(spec.source):
+        if spec.config.get_text_config().hidden_size < 1:
+            raise UserError(f"model.path={spec.source}: its config.json says that hidden_size is 0; fetch it again")
         if Path(spec.source).is_dir():
             layers, stored = spec.config.get_text_config().num_hidden_layers, len(Shards(Path(spec.source)).names)
             if not 0 < layers <= stored:  # building millions of them would take all memory

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dass_exp.errors import UserError
+from dass_exp.errors import UserError, one_line
 from dass_exp.storage.checksum import require_regular
 
 INDEX = "model.safetensors.index.json"
@@ -99,5 +99,7 @@ def _opened(folder: Path, file: str) -> Iterator[Any]:
         with safe_open(folder / file, framework="pt") as shard:
             yield shard
     except (OSError, SafetensorError) as error:
-        reason = f"is damaged ({' '.join(str(error).split())})" if (folder / file).exists() else "is missing"
+        reason = f"is damaged ({one_line(error)})" if (folder / file).exists() else "is missing"
         raise UserError(f"model.path={folder}: {file} {reason}; fetch it again") from error
+    except (RuntimeError, MemoryError) as error:  # such as a limit of the memory
+        raise UserError(f"model.path={folder}: {file} cannot be read ({one_line(error)})") from error

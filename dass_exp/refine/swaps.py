@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dass_exp.errors import UserError, whole_number
-from dass_exp.masks import NM, Pattern, TransposableNM
+from dass_exp.masks import NM, Pattern, TransposableNM, remove_lowest
 from dass_exp.methods.base import LinearView, MaskResult
 from dass_exp.refine.base import Refinement
 from dass_exp.statistics import Gram
@@ -92,7 +92,7 @@ class _Layer:
 
     def sweep_columns(self, pattern: Pattern) -> None:
         """Give one column after the other its best mask, all others given; its weights compete with each other."""
-        products = self._products()
+        products, zeros = self._products(), (~self.keep).sum(0).tolist()
         for strip in _ranges(0, len(self.gram), _STRIP):
             before = self.keep[:, strip].clone()
             for column in _ranges(strip.start, strip.stop, 1):
@@ -100,7 +100,10 @@ class _Layer:
                 alone = weight.square() * self.gram[column, column]
                 cross = 2 * weight * products[:, column] - 2 * alone * ~start  # without the column's own part
                 reluctance = (_TOLERANCE * (alone + cross.abs()) + _TINY) * start
-                self.keep[:, column] = pattern.keep(alone + cross + reluctance, 0)
+                cost = alone + cross + reluctance  # of a removal
+                whole = not isinstance(pattern, NM)  # the number may differ from column to column
+                mask = remove_lowest(cost, zeros[column.start], 0) if whole else pattern.keep(cost, 0)
+                self.keep[:, column] = mask
                 self._update(products, column, start, slice(column.stop, strip.stop))
             self._update(products, strip, before, slice(strip.stop, None))
 

@@ -11,7 +11,7 @@ import yaml
 
 from dass_exp.errors import UserError, one_of, os_error_line
 from dass_exp.paths import project_root
-from dass_exp.report import published
+from dass_exp.report import published, streams
 from dass_exp.report.compare import footnotes
 from dass_exp.report.compare_two import compare_records
 from dass_exp.report.figures import draw, draw_layers
@@ -35,6 +35,7 @@ _SWITCHES = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exit code 2: the arguments are wrong or there is nothing to report; 1: a table was refused."""
+    streams.protect()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("fontTools", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

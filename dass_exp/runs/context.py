@@ -1,6 +1,7 @@
 """Load model, tokenizer and tokens of a run on first use, and share them between the runs of one process."""
 
 import json
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -19,6 +20,8 @@ from dass_exp.models import load
 from dass_exp.models.decoder import decoder_of
 from dass_exp.runs.memory import available_memory
 from dass_exp.runs.resolved_run import ResolvedRun
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -136,6 +139,16 @@ class RunContext:
     def tokenizer(self, run: ResolvedRun) -> Any:
         """Return the tokenizer of a run's model."""
         return self.find(run.config.model)[1]
+
+    def warn_of_tokens(self, run: ResolvedRun) -> None:
+        """Warn, once a model, if its tokenizer has tokens without an embedding; a text that holds one is refused."""
+
+        def warn() -> None:
+            if (size := len(self.tokenizer(run))) > run.spec.vocabulary:
+                problem = f"has {size} tokens and its embedding {run.spec.vocabulary}; no text holds one of the others"
+                log.warning("model.path=%s: its tokenizer %s", run.spec.source, problem)
+
+        self.cache.get(("tokens", run.spec.identity), warn)
 
     def skeleton(self, run: ResolvedRun) -> nn.Module:
         """Return the model on the meta device: modules and shapes without weights."""

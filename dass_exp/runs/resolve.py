@@ -91,6 +91,7 @@ def place(run: ResolvedRun, context: RunContext, requested: str | None = None) -
         level = logging.WARNING if requested == "auto" else logging.INFO
         log.log(level, "model.placement=%s: %s", requested, reason)
     context.calibration(run)  # last: the tokens of a run that does not fit would fill the memory themselves
+    context.warn_of_tokens(run)
     return dataclasses.replace(run, placement=placement, needs=needs)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -217,6 +218,9 @@ def test_an_interrupted_conversion_leaves_no_folder(model, cache, interruption):
         lambda folder: (folder / "model.safetensors").write_bytes(b"wei"),
         lambda folder: (folder / "digests.json").unlink(),
         lambda folder: (folder / "digests.json").write_text("{"),
+        lambda folder: (folder / "digests.json").write_text("[]"),
+        lambda folder: ((folder / "digests.json").unlink(), os.mkfifo(folder / "digests.json")),
+        lambda folder: ((folder / "config.json").unlink(), os.mkfifo(folder / "config.json")),
     ],
 )
 def test_an_incomplete_converted_model_is_converted_again(model, damage):

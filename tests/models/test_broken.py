@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import contains, tiny_tokenizer
+from support import contains, settings_of, tiny_overrides, tiny_tokenizer
 
 from dass_exp.config.settings import ModelConfig
 from dass_exp.errors import UserError
 from dass_exp.models.load import bos_policy, identify, load_model, load_streamed, load_tokenizer
+from dass_exp.runs.context import RunContext
+from dass_exp.runs.resolve import resolve
 
 EMBEDDING, UP = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"
 
@@ -63,6 +64,7 @@ HARMS = {
     "layers in words": (config(num_hidden_layers="two"), ["num_hidden_layers"]),
     "a million layers": (config(num_hidden_layers=10**6), ["1000000 layers", "holds 21 tensors"]),
     "no layer": (config(num_hidden_layers=0), ["0 layers"]),
+    "no width": (config(hidden_size=0), ["hidden_size"]),
     "heads": (config(num_attention_heads=5), ["number of attention heads (5)"]),
     "dtype": (config(dtype="float99"), ["float99"]),
     "quantisation": (config(quantization_config="x"), []),
@@ -110,10 +112,12 @@ def test_buffers_that_are_no_weights_may_be_whole_numbers(folder):
     load_model(identified(folder))
 
 
-def test_tokens_without_an_embedding_are_named_and_only_a_text_with_one_is_refused(folder, caplog):
+@pytest.mark.usefixtures("short_texts")
+def test_tokens_without_an_embedding_that_no_text_holds_are_named_once(folder, results, caplog):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([f"<{number}>" for number in range(200)])
     tokenizer.save_pretrained(folder)
-    with caplog.at_level(logging.WARNING):
-        load_tokenizer(identified(folder))
+    context = RunContext()
+    for method in ("dass", "wanda"):
+        resolve(settings_of(*tiny_overrides(folder, results), f"method={method}"), context)
     assert contains(caplog.text.strip(), [str(folder), f"{len(tokenizer)} tokens", "its embedding 512"])
