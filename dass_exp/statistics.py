@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,12 @@ class Statistic(ABC):
         """Add one sequence, float32 [tokens, in_features]."""
 
     @classmethod
+    def of_unit(cls, features: int, device: torch.device, unit: Any) -> "Statistic":
+        """Create the statistic at an input of a block or expert (:class:`dass_exp.models.decoder.Unit`)."""
+        del unit
+        return cls(features, device)
+
+    @classmethod
     def replaces(cls, kind: type["Statistic"]) -> bool:
         """Whether this statistic gives everything that one of type ``kind`` gives."""
         return issubclass(cls, kind)
@@ -58,6 +65,9 @@ class Statistic(ABC):
     def reorder(self, order: Tensor) -> None:
         """Put the input features into another order: feature j becomes the former feature ``order[j]``."""
         raise NotImplementedError(f"the features of {type(self).__name__} cannot be reordered")
+
+    def reorder_outputs(self, order: Tensor) -> None:  # noqa: B027
+        """Put the output features of the linears that read the input into another order, where the sums know them."""
 
     def release(self) -> None:  # noqa: B027
         """Free whatever was derived from the sum; it is computed again on demand."""
@@ -292,9 +302,9 @@ class Gram(Statistic):
 class Several(Statistic):
     """Statistics of several types, collected together."""
 
-    def __init__(self, kinds: Sequence[type[Statistic]], features: int, device: torch.device) -> None:
+    def __init__(self, parts: Sequence[Statistic], features: int, device: torch.device) -> None:
         super().__init__(features, device)
-        self.parts = [kind(features, device) for kind in kinds]
+        self.parts = parts
 
     def _add(self, sequence: Tensor) -> None:
         for part in self.parts:
@@ -311,6 +321,10 @@ class Several(Statistic):
         for part in self.parts:
             part.reorder(order)
 
+    def reorder_outputs(self, order: Tensor) -> None:
+        for part in self.parts:
+            part.reorder_outputs(order)
+
     def release(self) -> None:
         for part in self.parts:
             part.release()
@@ -326,9 +340,10 @@ def needed_kinds(kinds: Iterable[type[Statistic] | None]) -> list[type[Statistic
     return [kind for kind in wanted if not any(other is not kind and other.replaces(kind) for other in wanted)]
 
 
-def new_statistic(kinds: Sequence[type[Statistic]], features: int, device: torch.device) -> Statistic:
-    """Create a statistic of these types, of which there is at least one."""
-    return kinds[0](features, device) if len(kinds) == 1 else Several(kinds, features, device)
+def new_statistic(kinds: Sequence[type[Statistic]], features: int, device: torch.device, unit: Any) -> Statistic:
+    """Create a statistic of these types, of which there is at least one, at an input of a block or expert."""
+    parts = [kind.of_unit(features, device, unit) for kind in kinds]
+    return parts[0] if len(parts) == 1 else Several(parts, features, device)
 
 
 def _to_feedback(upper: Tensor, tile: int) -> Tensor:

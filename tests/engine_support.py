@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from dass_exp.engine.prune import EngineOptions, prune_model
 from dass_exp.engine.verify import Layer, verify
 from dass_exp.masks import NM, Pattern
 from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner
-from dass_exp.models.decoder import LinearSite, Matrix, decoder_of
+from dass_exp.models.decoder import LinearSite, Matrix, Unit, decoder_of
 from dass_exp.models.families import INPUT_OF, PLAIN, Q, Role
 from dass_exp.statistics import Gram, InputNorm, Statistic
 
@@ -31,17 +32,26 @@ FLAT_ROLES = {**{role.value: role.value for role in Role if role not in PLAIN}, 
 engine_options = EngineOptions
 
 
-def block_of(weights: Mapping[Role, object], norms: Mapping[str, list[float]], stat: type = InputNorm) -> Block:
-    """A block with these weights, whose inputs had these norms (by :data:`INPUT_OF`); ones where none are given."""
-    views = []
+def block_of(
+    weights: Mapping[Role, object], norms: Mapping[str, list[float]], stat: type | Pruner = InputNorm
+) -> Block:
+    """A block with these weights, whose inputs had these norms (by :data:`INPUT_OF`); ones where none are given.
+
+    ``stat`` is the type of its statistics, or the method that says which it needs.
+    """
+    views, matrices = [], {}
     for role, rows in weights.items():
         weight = torch.as_tensor(rows)
         module = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         module.weight.data = weight.clone()
-        statistic = stat(weight.shape[1], weight.device)
+        matrices[role] = Matrix.of(module)
+    unit = Unit(matrices, SimpleNamespace(hidden_act="silu"))
+    for role, matrix in matrices.items():
+        kind = (stat.stat_of(role) or InputNorm) if isinstance(stat, Pruner) else stat
+        statistic = kind.of_unit(matrix.in_features, matrix.weight.device, unit)
         # a single token: the size of each feature is its norm
-        statistic.update(torch.tensor([norms.get(INPUT_OF[role]) or [1.0] * weight.shape[1]]))
-        views.append(LinearView(role.value, role, Matrix.of(module), statistic))
+        statistic.update(torch.tensor([norms.get(INPUT_OF[role]) or [1.0] * matrix.in_features]))
+        views.append(LinearView(role.value, role, matrix, statistic))
     return Block("block", views)
 
 

@@ -37,6 +37,7 @@ def observe_inputs(
     Yields the statistics by :attr:`dass_exp.models.decoder.LinearSite.source`; inputs of which none is needed are left
     out.
     """
+    units = decoder.units(index, scope)
     wanted: dict[str, list[type[Statistic] | None]] = {}
     for site in decoder.sites(index, scope):
         wanted.setdefault(site.source, []).extend(kinds(site.role))
@@ -48,7 +49,9 @@ def observe_inputs(
             if not needed or site.source in stats:
                 continue
             matrix = site.matrix
-            stat = stats[site.source] = new_statistic(needed, matrix.in_features, matrix.parameter.device)
+            stat = stats[site.source] = new_statistic(
+                needed, matrix.in_features, matrix.parameter.device, units[site.unit]
+            )
             if matrix.expert is None:
                 hook = _update_hook(stat, tokens)
                 stack.enter_context(matrix.module.register_forward_pre_hook(hook, with_kwargs=True))

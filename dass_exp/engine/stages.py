@@ -151,6 +151,9 @@ def reorder_neurons(unit: Block, order: NeuronOrder, method: Pruner, pattern: Pa
     new = order.order(importance, pattern)
     for linear in writers:
         linear.matrix.reorder_outputs(new)
+    for statistic in {id(linear.statistic): linear.statistic for linear in writers}.values():
+        if statistic is not None:
+            statistic.reorder_outputs(new)
     for linear in readers:
         linear.matrix.reorder_inputs(new)
         if linear.statistic is not None:

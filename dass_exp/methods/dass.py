@@ -30,10 +30,13 @@ class Dass(ScorePruner):
             magnitude per column.
         granularity: ``input``, weights of one input column compete (the paper); ``output``, weights of one output row
             compete. There norm(y) is constant: row-wise magnitude for every alpha (the paper's ablation).
+        input_norm: multiply the score of gate and up by norm(x), the input, as Wanda does. Not in the paper: within an
+            input column it is constant, so it matters to patterns along both axes, and to the order of neurons.
     """
 
     alpha: float = 0.5
     granularity: str = "input"
+    input_norm: bool = False
     stat = InputNorm
 
     def __post_init__(self) -> None:
@@ -43,9 +46,13 @@ class Dass(ScorePruner):
             raise UserError(f"method.alpha={self.alpha!r}: expected {allowed}")
         self.alpha = value
         one_of("method.granularity", self.granularity, ("input", "output"))
+        if not isinstance(self.input_norm, bool):
+            raise UserError(f"method.input_norm={self.input_norm!r}: expected true or false")
 
     def settings(self) -> dict[str, Any]:
-        return {"granularity": self.granularity} if self.granularity == "output" else super().settings()
+        settings = {"granularity": self.granularity} if self.granularity == "output" else super().settings()
+        settings.pop("input_norm", None)
+        return settings | ({"input_norm": True} if self.input_norm else {})
 
     def remark(self, roles: Collection[Role]) -> str:
         if FC1 not in roles:
@@ -55,10 +62,11 @@ class Dass(ScorePruner):
     def score(self, linear: LinearView, block: Block) -> Tensor:
         if linear.role not in READER_OF:
             return linear.weight.abs() * linear.stat.norm
+        weight = linear.weight.abs() * linear.stat.norm if self.input_norm else linear.weight.abs()
         if self.granularity == "output":
             # norm(y) is one number per row: multiplying by it could change the ranking only by rounding
-            return linear.weight.abs()
-        return linear.weight.abs() * block.stat(READER_OF[linear.role]).norm.pow(self.alpha)[:, None]
+            return weight
+        return weight * block.stat(READER_OF[linear.role]).norm.pow(self.alpha)[:, None]
 
     def comparison_dim(self, role: Role, pattern: Pattern) -> int | None:
         del pattern

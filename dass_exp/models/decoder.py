@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from dass_exp.errors import UserError
@@ -28,6 +30,29 @@ from dass_exp.models.families import (
 )
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is pruned together: the matrices of a block or of an expert that are in the scope."""
+
+    matrices: Mapping[Role, Matrix]
+    config: Any = field(repr=False)  # of the model
+
+    @property
+    def activation(self) -> Callable[[Tensor], Tensor]:
+        """The activation function of the MLP; a UserError if the model's config names none that transformers knows."""
+        fields = ("hidden_activation", "hidden_act", "activation_function")
+        name = next(filter(None, (getattr(self.config, name, None) for name in fields)), None)
+        if name not in ACT2FN:
+            raise UserError(f"the model's config names no activation of its MLP that transformers knows: {name!r}")
+        activation: Callable[[Tensor], Tensor] = ACT2FN[name]
+        return activation
+
+    def apply(self, role: Role, inputs: Tensor) -> Tensor:
+        """Return what the linear with this role gives for float32 inputs [tokens, in_features], in float32."""
+        matrix = self.matrices[role]
+        return linear(inputs, matrix.weight.float(), None if matrix.bias is None else matrix.bias.float())
 
 
 @dataclass(frozen=True)
@@ -72,6 +97,13 @@ class Decoder:
             yield LinearSite(path if rows is None else f"{path}.{role.value}", role, matrix, INPUT_OF[role], name)
         if experts is not None and layout is not None and ROLES_IN_SCOPE[scope] & GLU:
             yield from _expert_sites(f"{name}.{layout.path}", experts, layout)
+
+    def units(self, index: int, scope: str) -> dict[str, Unit]:
+        """Return what is pruned together in block ``index``, by name."""
+        matrices: dict[str, dict[Role, Matrix]] = {}
+        for site in self.sites(index, scope):
+            matrices.setdefault(site.unit, {})[site.role] = site.matrix
+        return {name: Unit(parts, self.config) for name, parts in matrices.items()}
 
     def attention(self, index: int) -> nn.Module | None:
         """Return the module of block ``index`` that holds its attention and nothing of its MLP; None without one."""
@@ -206,20 +238,24 @@ class Matrix:
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias of these output features [out_features], to be written in place; None without one."""
-        bias = getattr(self.module, "bias", None)
-        return bias.detach() if isinstance(bias, Tensor) and self.expert is None else None
+        """The bias of these output features, [out_features], sharing the model's memory if they are a slice."""
+        whole = self._whole_bias()
+        return whole if whole is None or self.rows is None else whole[self._index()]
 
     def reorder_outputs(self, order: Tensor) -> None:
         """Put the output features, with their bias, into another order: i becomes the former ``order[i]``."""
         self.write(self.weight[order])
-        if (bias := self.bias) is not None:
+        if (bias := self._whole_bias()) is not None:
             index = slice(None) if self.rows is None else self._index()
             bias[index] = bias[index][order]
 
     def reorder_inputs(self, order: Tensor) -> None:
         """Put the input features into another order: j becomes the former ``order[j]``."""
         self.write(self.weight[:, order])
+
+    def _whole_bias(self) -> Tensor | None:
+        bias = getattr(self.module, "bias", None)
+        return bias.detach() if isinstance(bias, Tensor) and self.expert is None else None
 
     def _whole(self) -> Tensor:
         tensor = self.parameter.detach()  # shares the model's memory

@@ -121,10 +121,11 @@ def test_a_starved_expert_is_reported_and_ranked_as_if_its_inputs_were_alike(met
     report = prune_blocks(model, many, method, min_tokens=1).reports[0]
     assert report.starved == (name,)
     assert {layer.tokens for layer in verify(report, NM(2, 4)) if layer.name.startswith(name)} == {0}
-    views = []
+    views, unit = [], decoder_of(tiny_model("mixtral")).units(0, "mlp")[name]
     for site in sites_of(tiny_model("mixtral"), "mlp"):
         if site.unit == name:
-            stat = method.stat(site.matrix.in_features, torch.device("cpu"))
+            kind = method.stat_of(site.role)
+            stat = kind.of_unit(site.matrix.in_features, torch.device("cpu"), unit)
             stat.reset_to_uniform()
             views.append(LinearView(site.name, site.role, site.matrix, stat))
     expected = method.prune_block(Block(name, views), NM(2, 4))

@@ -153,7 +153,7 @@ WEIGHTS = {"ones": torch.ones(8, 8), "zeros": torch.zeros(8, 8), "row": ROW_OF_Z
 def test_ties_and_zeros_still_give_the_exact_sparsity(method, pattern, weight, norms):
     """Equal weights; a matrix, row or column of zeros; inputs that never fire."""
     weights = dict.fromkeys(Role, WEIGHTS[weight])
-    block = block_of(weights, dict.fromkeys(INPUT_OF.values(), norms), method.stat or InputNorm)
+    block = block_of(weights, dict.fromkeys(INPUT_OF.values(), norms), method)
     results = method.prune_block(block, pattern)
     assert len(results) == len(Role)
     for linear in block.linears:
@@ -178,7 +178,7 @@ def test_removed_weights_are_zero_and_a_score_leaves_the_others_bit_for_bit(meth
 def test_a_weight_that_is_not_finite_stops_the_run_with_its_name(method):
     weight = torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
     weight[3, 5] = float("nan")
-    block = block_of(dict.fromkeys(Role, weight), {}, method.stat or InputNorm)
+    block = block_of(dict.fromkeys(Role, weight), {}, method)
     for linear in block.linears:
         with pytest.raises(NumericalError, match=f"^{linear.name}: "):
             method.prune_linear(linear, block, NM(2, 4))
