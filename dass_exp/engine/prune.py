@@ -21,7 +21,7 @@ from dass_exp.engine.budget import block_patterns
 from dass_exp.engine.callbacks import BlockReport, BlockSeconds, Callback, LoopState
 from dass_exp.engine.capture import Batch, capture, eval_mode
 from dass_exp.engine.observers import observe_inputs
-from dass_exp.engine.repair_passes import BlockInRepair, DenseOutputs
+from dass_exp.engine.repair_passes import BlockInRepair, DensePass
 from dass_exp.engine.stages import Stages, pruning_units, refine_masks, reorder_neurons
 from dass_exp.errors import NumericalError, UserError, one_of
 from dass_exp.masks import Pattern
@@ -161,13 +161,12 @@ def _process_block(loop: LoopState, index: int, method: Pruner, options: EngineO
     decoder, batches, stages, scope = loop.decoder, loop.batches, options.stages, options.scope
     module, name = decoder.blocks[index], decoder.names[index]
     runs_again = bool(batches) and (options.return_hidden or index + 1 < len(decoder.blocks))
-    follows_inputs = bool(batches) and stages.repair.follows_inputs
-    replayed = decoder.attention(index) if (runs_again or follows_inputs) and scope == "mlp" else None
-    outputs = DenseOutputs(decoder, index, scope, options.cache) if follows_inputs else None
+    replayed = decoder.attention(index) if (runs_again or stages.repair.active) and scope == "mlp" else None
+    before = DensePass(decoder, index, scope, stages.repair, options.cache)
     kinds, tokens = partial(stages.kinds, method), batches[0].tokens if batches else 0
     with observe_inputs(decoder, index, scope, kinds, tokens) as statistics:
         attention = AttentionReplay(replayed, statistics, options.cache)
-        with attention.recording(), outputs.recording() if outputs is not None else nullcontext():
+        with attention.recording(), before.recording():
             dense = deque(options.cache.store(_dense_pass(module, index, batch, attention)) for batch in batches)
     observed = time.perf_counter()
     units = pruning_units(decoder, index, scope, statistics, method.stat_of) if method.prunes else []
@@ -178,7 +177,7 @@ def _process_block(loop: LoopState, index: int, method: Pruner, options: EngineO
     orders = _reorder(units, method, pattern, stages)
     weights = {linear.name: linear.weight.clone() for linear in linears} if stages.need_dense_weights else {}
     results = _choose_masks(units, method, pattern, weights, stages)
-    block = BlockInRepair(decoder, index, batches, linears, (weights, results), outputs, attention)
+    block = BlockInRepair(before, batches, linears, weights, results, attention)
     repaired = stages.repair.repair(block) if batches else {}
     pruned, error = time.perf_counter(), None
     if runs_again:

@@ -13,10 +13,11 @@ from dass_exp.engine.attention_replay import AttentionReplay
 from dass_exp.engine.capture import Batch, replaced_forward
 from dass_exp.methods.base import LinearView, MaskResult
 from dass_exp.models.decoder import Decoder
-from dass_exp.models.families import DOWN, FC2, GATE, UP, O, Role
-from dass_exp.repair.base import Regression
+from dass_exp.models.families import DOWN, FC2, GATE, READER_OF, UP, O, Role
+from dass_exp.repair.base import Regression, Repair
 from dass_exp.statistics import Gram
 
+_WRITERS = READER_OF.keys()
 READERS = (O, DOWN, FC2)  # roles whose inputs other linears of the same block have computed
 
 
@@ -40,35 +41,50 @@ class RegressionSums:
         return Regression(self.gram.matrix, self.cross, self.energy)
 
 
-class DenseOutputs:
-    """Records what linears give in the dense block, batch by batch: the targets of repairs on later inputs.
+class DensePass:
+    """What repairs need of a block while it is dense: outputs of linears, the targets of later regressions, and inputs.
 
-    Those of experts are not recorded: they are computed again from the dense weights.
+    The outputs of experts are not recorded: they are computed again from the dense weights.
 
     Args:
         decoder: of the model.
         index: of the block.
-        scope: whose linears are recorded.
-        cache: where outputs wait.
+        scope: what is pruned.
+        repair: says what it needs.
+        cache: where activations wait.
     """
 
-    def __init__(self, decoder: Decoder, index: int, scope: str, cache: ActivationCache) -> None:
-        self._cache = cache
-        self._modules: dict[str, nn.Module] = {}
-        for site in decoder.sites(index, scope):
-            if site.role in READERS and site.matrix.expert is None:
-                self._modules[site.name] = site.matrix.module
-        self.by_linear: dict[str, list[CachedTensor]] = {name: [] for name in self._modules}
+    def __init__(self, decoder: Decoder, index: int, scope: str, repair: Repair, cache: ActivationCache) -> None:
+        self.decoder, self.index, self._cache = decoder, index, cache
+        units = decoder.units(index, scope)
+        self.units = {name: unit for name, unit in units.items() if _WRITERS & unit.matrices.keys()}
+        self.outputs: dict[str, list[CachedTensor]] | None = None
+        self.inputs: list[CachedTensor] = []  # of the MLP, by batch
+        self.routes: list[CachedTensor] = []  # the experts chosen for each token
+        self._hooks: list[tuple[nn.Module, Callable[..., None], bool]] = []
+        if repair.follows_inputs:
+            readers = [site for site in decoder.sites(index, scope) if site.role in READERS]
+            self.outputs = {site.name: [] for site in readers if site.matrix.expert is None}
+            for site in readers:
+                if site.matrix.expert is None:
+                    self._hooks.append((site.matrix.module, self._output_hook(self.outputs[site.name]), False))
+        if repair.needs_mlp_inputs and self.units:
+            unit = next(iter(self.units.values()))
+            first = unit.matrices[next(role for role in unit.matrices if role in _WRITERS)]
+            self._hooks.append((first.module, self._record_inputs, True))
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record while the dense block runs."""
         with ExitStack() as stack:
-            for name, module in self._modules.items():
-                stack.enter_context(module.register_forward_hook(self._hook(self.by_linear[name])))
+            for module, hook, before in self._hooks:
+                if before:
+                    stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+                else:
+                    stack.enter_context(module.register_forward_hook(hook))
             yield
 
-    def _hook(self, outputs: list[CachedTensor]) -> Callable[[nn.Module, Any, Tensor], None]:
+    def _output_hook(self, outputs: list[CachedTensor]) -> Callable[..., None]:
         def record(module: nn.Module, args: Any, output: Tensor) -> None:
             del args
             bias = getattr(module, "bias", None)
@@ -76,36 +92,55 @@ class DenseOutputs:
 
         return record
 
+    def _record_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        del module
+        values = [*args, *kwargs.values()]
+        self.inputs.append(self._cache.store(values[0]))
+        if len(values) > 1:  # experts: hidden states, the chosen experts, their weights
+            self.routes.append(self._cache.store(values[1]))
+
 
 class BlockInRepair:
     """A pruned block as repairs see it (:class:`dass_exp.repair.base.PrunedBlock`).
 
     Args:
-        decoder, index: of the block.
+        before: what was recorded while the block was dense.
         batches: calibration batches in front of it.
         linears: that were pruned.
-        pruned: their weights before pruning, and their masks, by name.
-        outputs: what the dense block's linears gave; None if all regressions are on the dense block's inputs.
+        dense: their weights before pruning, by name.
+        results: their masks, by name.
         attention: replays the attention if it is not pruned.
     """
 
     def __init__(
         self,
-        decoder: Decoder,
-        index: int,
+        before: DensePass,
         batches: Sequence[Batch],
         linears: Sequence[LinearView],
-        pruned: tuple[Mapping[str, Tensor], Mapping[str, MaskResult]],
-        outputs: DenseOutputs | None,
+        dense: Mapping[str, Tensor],
+        results: Mapping[str, MaskResult],
         attention: AttentionReplay,
     ) -> None:
-        self._decoder, self._index, self._batches = decoder, index, batches
-        self._dense, self._results = pruned
-        self._outputs, self._attention = outputs, attention
+        self._before, self._batches = before, batches
+        self._dense, self._results, self._attention = dense, results, attention
         order = list(Role)
         self.linears = sorted(linears, key=lambda linear: order.index(linear.role))
+        self.units = before.units
         self._current: dict[str, Regression] = {}
         self._collected: Role | None = None
+
+    def mlp_inputs(self, unit: str) -> list[Tensor]:
+        """Return the inputs of an MLP, one [tokens, features] for each calibration sequence; empty without an MLP."""
+        expert = next(iter(self.units[unit].matrices.values())).expert
+        tokens, sequences = self._batches[0].tokens, []
+        for number, cached in enumerate(self._before.inputs):
+            inputs = cached.load()
+            parts = list(inputs.reshape(-1, tokens, inputs.shape[-1]))
+            if expert is not None:
+                chosen = (self._before.routes[number].load() == expert).any(1).view(len(parts), tokens)
+                parts = [part[where] for part, where in zip(parts, chosen, strict=True)]
+            sequences += [part for part in parts if len(part)]
+        return sequences
 
     def dense(self, linear: LinearView) -> Tensor:
         """Return the weight before pruning, [out, in], in the model's dtype."""
@@ -117,7 +152,7 @@ class BlockInRepair:
 
     def regression(self, linear: LinearView) -> Regression:
         """Return the problem of a linear on the inputs that reach it now."""
-        if self._outputs is None or linear.role not in READERS:
+        if self._before.outputs is None or linear.role not in READERS:
             return Regression.on_same_inputs(linear.statistic_of(Gram).matrix, self.dense(linear))
         if linear.statistic is not None and linear.statistic.uniform:  # an expert that few tokens have reached
             identity = torch.eye(linear.matrix.in_features, device=linear.matrix.parameter.device)
@@ -133,6 +168,7 @@ class BlockInRepair:
         sums = {linear.name: RegressionSums(linear) for linear in linears}
         plain = [linear for linear in linears if linear.matrix.expert is None]
         routed = [linear for linear in linears if linear.matrix.expert is not None]
+        block = self._before.decoder.blocks[self._before.index]
         with ExitStack() as stack:
             stack.enter_context(self._attention.replaying(again=True))
             for linear in plain:
@@ -141,12 +177,12 @@ class BlockInRepair:
             if routed:
                 stack.enter_context(replaced_forward(routed[0].matrix.module, self._collecting_experts(routed, sums)))
             for batch in self._batches:
-                batch.run_block(self._decoder.blocks[self._index], self._index)
+                batch.run_block(block, self._before.index)
         return {name: entry.regression() for name, entry in sums.items()}
 
     def _collecting(self, linear: LinearView, sums: RegressionSums) -> Callable[[Tensor], Tensor]:
         """Return a forward that collects the inputs of a linear; its output, which nobody reads, is zero."""
-        outputs = iter(self._outputs.by_linear[linear.name] if self._outputs is not None else ())
+        outputs = iter((self._before.outputs or {})[linear.name])
         features = linear.matrix.out_features
 
         def forward(inputs: Tensor) -> Tensor:
@@ -163,7 +199,7 @@ class BlockInRepair:
         self, linears: Sequence[LinearView], sums: Mapping[str, RegressionSums]
     ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """Return a forward of the experts' module that collects at each one's down; its output is zero."""
-        module, table = linears[0].matrix.module, self._decoder.family.experts
+        module, table = linears[0].matrix.module, self._before.decoder.family.experts
         apply_gate: Callable[[Tensor], Tensor] = module._apply_gate  # type: ignore[assignment]
         views = {(linear.matrix.expert, linear.role): linear for linear in self.linears}
         tokens = self._batches[0].tokens

@@ -111,7 +111,7 @@ def pruning_units(
     """
     units: dict[str, list[LinearView]] = {}
     for site in decoder.sites(index, scope):
-        view = LinearView(site.name, site.role, site.matrix, statistics.get(site.source), kind(site.role))
+        view = LinearView(site.name, site.role, site.matrix, statistics.get(site.source), kind(site.role), site.unit)
         units.setdefault(site.unit, []).append(view)
     return [Block(name, linears) for name, linears in units.items()]
 

@@ -30,6 +30,7 @@ class LinearView:
         matrix: where the weight is stored.
         statistic: of the input; None where no stage needs one.
         kind: the type of statistic that the method has declared as ``stat``.
+        unit: name of the block or expert that it is pruned with.
         write_s: seconds spent writing the weight.
     """
 
@@ -38,6 +39,7 @@ class LinearView:
     matrix: Matrix
     statistic: Statistic | None
     kind: type[Statistic] | None = None
+    unit: str = ""
     write_s: float = 0.0
 
     @property

@@ -49,10 +49,14 @@ class Unit:
         activation: Callable[[Tensor], Tensor] = ACT2FN[name]
         return activation
 
-    def apply(self, role: Role, inputs: Tensor) -> Tensor:
-        """Return what the linear with this role gives for float32 inputs [tokens, in_features], in float32."""
+    def apply(self, role: Role, inputs: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Return what the linear with this role gives for float32 inputs [tokens, in_features], in float32.
+
+        ``weight``, float32 [out_features, in_features], replaces the model's.
+        """
         matrix = self.matrices[role]
-        return linear(inputs, matrix.weight.float(), None if matrix.bias is None else matrix.bias.float())
+        weight = matrix.weight.float() if weight is None else weight
+        return linear(inputs, weight, None if matrix.bias is None else matrix.bias.float())
 
 
 @dataclass(frozen=True)

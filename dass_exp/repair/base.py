@@ -1,12 +1,14 @@
 """The base class of repairs, and what they need to know of a pruned block."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from dass_exp.methods.base import LinearView, Stage
+from dass_exp.models.decoder import Unit
 
 
 class RepairError(NamedTuple):
@@ -54,6 +56,13 @@ class PrunedBlock(Protocol):
     def linears(self) -> list[LinearView]:
         """The pruned linears, in the order in which the block computes them."""
 
+    @property
+    def units(self) -> Mapping[str, Unit]:
+        """The MLPs of the block, one or those of its experts, by name."""
+
+    def mlp_inputs(self, unit: str) -> list[Tensor]:
+        """Return the inputs of an MLP, one [tokens, features] for each calibration sequence; empty without an MLP."""
+
     def dense(self, linear: LinearView) -> Tensor:
         """Return the weight before pruning, [out, in], in the model's dtype."""
 
@@ -73,6 +82,11 @@ class Repair(Stage, ABC):
     @property
     def follows_inputs(self) -> bool:
         """Whether the regressions of linears behind other pruned linears are needed on the inputs they get now."""
+        return False
+
+    @property
+    def needs_mlp_inputs(self) -> bool:
+        """Whether the inputs of the MLPs have to be kept until the block is done."""
         return False
 
     @abstractmethod

@@ -79,7 +79,9 @@ def test_contract(chosen, method, scope, family, tiny_model, tokens, attached):
     else:
         assert all(layer.zeros * 2 == layer.size for layer in layers)
     if stages.repair.active:
-        assert all(layer.output_error <= layer.output_error_before * (1 + 1e-5) for layer in layers)
+        # reconstruction of a whole MLP may give up some of gate and up for its output, which is that of down
+        last = [layer for layer in layers if chosen[1] != "block" or layer.role in ("down", "fc2", "o")]
+        assert all(layer.output_error <= layer.output_error_before * (1 + 1e-5) for layer in last)
         assert any(layer.output_error < 0.99 * layer.output_error_before for layer in layers)
     else:
         assert all(layer.output_error is None for layer in layers)

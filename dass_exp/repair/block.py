@@ -1,0 +1,126 @@
+"""Reconstruct the output of an MLP by gradient steps on its surviving weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from dass_exp.errors import NumericalError, UserError, finite_number, whole_number
+from dass_exp.methods.base import LinearView
+from dass_exp.models.decoder import Unit
+from dass_exp.models.families import DOWN, FC1, FC2, GATE, UP, Role
+from dass_exp.repair.base import PrunedBlock, RepairError
+from dass_exp.repair.least_squares import LeastSquares
+
+
+@dataclass
+class MlpReconstruction(LeastSquares):
+    """Least squares first, then Adam on the squared error of the MLP's output, gate, up and down together.
+
+    The inputs are those that reach the MLP behind the pruned blocks before it, the targets what its dense weights give
+    for them, as in EBFT (arXiv 2402.12419) and in block reconstruction (arXiv 2510.14444, whose best variant takes
+    attention and MLP apart). Each step sees one sequence, in the order of the calibration set; the learning rate falls
+    to zero along a cosine. Weights are updated in float32. If the error did not fall, the weights of the least squares
+    stay. Attention linears in the scope are repaired by least squares only.
+
+    Args:
+        epochs: passes over the calibration sequences.
+        lr: of Adam, relative to the root mean square of the surviving weights of each linear.
+    """
+
+    epochs: int = 3
+    lr: float = 0.02
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole_number("repair.epochs", self.epochs, least=1)
+        allowed = "a number above 0 (such as 0.02)"
+        value = finite_number("repair.lr", self.lr, allowed)
+        if value <= 0:
+            raise UserError(f"repair.lr={self.lr!r}: expected {allowed}")
+        self.lr = value
+
+    @property
+    def name(self) -> str:
+        return "block"
+
+    @property
+    def needs_mlp_inputs(self) -> bool:
+        return True
+
+    def repair(self, block: PrunedBlock) -> dict[str, RepairError]:
+        errors = super().repair(block)
+        for name, unit in block.units.items():
+            views = {linear.role: linear for linear in block.linears if linear.unit == name}
+            if (last := views.get(DOWN) or views.get(FC2)) is None or not block.mlp_inputs(name):
+                continue
+            after = self._reconstruct(unit, views, block, block.mlp_inputs(name))
+            errors[last.name] = errors[last.name]._replace(after=after)
+        return errors
+
+    def _reconstruct(
+        self, unit: Unit, views: Mapping[Role, LinearView], block: PrunedBlock, inputs: list[Tensor]
+    ) -> float:
+        """Train the surviving weights of one MLP, and return the relative L2 error of its output afterwards."""
+        mlp = {role: view for role, view in views.items() if role in (GATE, UP, DOWN, FC1, FC2)}
+        dense = {role: block.dense(view).float() for role, view in mlp.items()}
+        keep = {role: block.keep(view) for role, view in mlp.items()}
+        start = {role: view.weight.float().clone() for role, view in mlp.items()}
+        weights = {role: weight.clone().requires_grad_() for role, weight in start.items()}
+        groups = [{"params": [weight], "lr": self.lr * _scale(weight, keep[role])} for role, weight in weights.items()]
+        optimizer = torch.optim.Adam(groups)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs * len(inputs))
+        before = _relative_error(unit, start, dense, inputs)
+        for _ in range(self.epochs):
+            for sequence in inputs:
+                target = mlp_output(unit, dense, sequence.float())
+                with torch.enable_grad():
+                    loss = mse_loss(mlp_output(unit, weights, sequence.float()), target)
+                    loss.backward()
+                for role, weight in weights.items():
+                    if weight.grad is not None:
+                        weight.grad *= keep[role]
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+        rounded = {role: weight.detach().to(mlp[role].weight.dtype).float() for role, weight in weights.items()}
+        after = _relative_error(unit, rounded, dense, inputs)
+        if not after < before:
+            return before
+        for role, view in mlp.items():
+            view.write(rounded[role])
+        return after
+
+
+def mlp_output(unit: Unit, weights: Mapping[Role, Tensor], inputs: Tensor) -> Tensor:
+    """Compute what an MLP with these weights gives for inputs [tokens, features], without the bias of its last linear.
+
+    Args:
+        unit: gives the activation and the biases.
+        weights: float32 [out, in] by role: gate, up and down, or the two of a plain MLP.
+        inputs: float32.
+    """
+    outputs = {role: unit.apply(role, inputs, weights[role]) for role in weights if role not in (DOWN, FC2)}
+    if FC1 in outputs:
+        return unit.activation(outputs[FC1]) @ weights[FC2].T
+    return (unit.activation(outputs[GATE]) * outputs[UP]) @ weights[DOWN].T
+
+
+def _scale(weight: Tensor, keep: Tensor) -> float:
+    size = keep.sum().clamp_min(1)
+    return float((weight.detach().square().sum() / size).sqrt())
+
+
+def _relative_error(
+    unit: Unit, weights: Mapping[Role, Tensor], dense: Mapping[Role, Tensor], inputs: list[Tensor]
+) -> float:
+    off = total = 0.0
+    for sequence in inputs:
+        target = mlp_output(unit, dense, sequence.float())
+        off += float((mlp_output(unit, weights, sequence.float()) - target).square().sum())
+        total += float(target.square().sum())
+    if not off < float("inf"):
+        raise NumericalError("the output of an MLP in reconstruction holds numbers that are not finite")
+    return (off / total) ** 0.5 if total else 0.0
