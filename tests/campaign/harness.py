@@ -47,9 +47,9 @@ class Result:
 
     @property
     def messages(self) -> list[str]:
-        """The lines on standard error but those that say what the run is doing."""
-        lines = (line for line in self.stderr.splitlines() if line.strip())
-        return [line for line in lines if not line.endswith(" ...") and not line.startswith(DOING)]
+        """The different lines on standard error but those that say what the run is doing."""
+        lines = dict.fromkeys(line for line in self.stderr.splitlines() if line.strip())
+        return [line for line in lines if not re.fullmatch(r"[^:]* \.\.\.", line) and not line.startswith(DOING)]
 
 
 class Server:
@@ -309,7 +309,14 @@ def try_all(campaign: Campaign, record: Callable[[str, object], None], kind: str
         chosen = cases[:: stride or int(WHAT)]
     else:
         chosen = [case for case in cases if WHAT in case.name]
-    broken = {case.name: problems for case in chosen if (problems := campaign.problems(case))}
+    broken: dict[str, list[str]] = {}
+    for case in chosen:
+        if problems := campaign.problems(case):
+            broken[case.name] = problems
+            with (campaign.folder / "broken.log").open("a", encoding="utf-8", errors="replace") as log:
+                log.write(
+                    f"{kind}: {case.name}: " + "\n    ".join(problems) + "\n"
+                )  # to be read while others are tried
     record("campaign", [kind, len(cases), len(chosen), len(chosen) - len(broken)])
     listed = "\n".join(f"{name}: " + "\n    ".join(problems) for name, problems in broken.items())
     assert not broken, f"{len(broken)} of {len(chosen)} cases do not hold:\n{listed}"
@@ -350,7 +357,7 @@ def _hang_or_trouble(result: Result) -> list[str]:
 
 
 def _changed(before: dict[str, str], after: dict[str, str]) -> list[str]:
-    ours = re.compile(r"^(job-|home/\.cache|home/\.config|home/\.netrc)")
+    ours = re.compile(r"^(job-|home/\.cache|home/\.config|home/\.local/share/wandb|home/\.netrc)")
     return sorted(name for name in {*before, *after} if before.get(name) != after.get(name) and not ours.match(name))
 
 
