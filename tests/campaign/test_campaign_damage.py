@@ -53,7 +53,7 @@ def test_activations_that_wait_on_the_disk(campaign, hold):
     argv = campaign.base(*STREAM, "calibration.cache=disk", "calibration.batch_size=1", "save_masks=true")
     cases = []
     for at in range(20, len(campaign.operations(argv)), 5):
-        fault = {"kind": "flip", "at": at, "path": "@/work/results/runs/*/work/**/*.safetensors"}
+        fault = {"kind": "flip", "at": at, "path": "@/work/results/runs/*/work/**/0*.safetensors"}
         cases.append(Case(f"flip-{at}", argv, job={"fault": fault}, codes=[0, 1, 2], same_as=argv, words=["work"]))
     hold("damaged state", cases)
 
