@@ -148,7 +148,7 @@ def finish_forward(
     with ExitStack() as stack:
         for block in blocks:
             stack.enter_context(replaced_forward(block, block_forward))
-        output = trunk(input_ids=ids.to(hidden.device), use_cache=False, return_dict=True)
+        output = trunk(input_ids=ids.to(hidden.device), use_cache=False)
     result: Tensor = output.logits if logits else output.last_hidden_state
     return result
 

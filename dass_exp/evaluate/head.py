@@ -14,9 +14,7 @@ MAX_LOGITS = 1 << 25  # logits computed at a time: 128 MiB in float32, whatever 
 
 def last_hidden(model: Any, ids: Tensor) -> Tensor:
     """Return the input of the head, [sequences, tokens, features], for ``ids``, int64 [sequences, tokens]."""
-    hidden: Tensor = getattr(model, "base_model", model)(
-        input_ids=ids, use_cache=False, return_dict=True
-    ).last_hidden_state
+    hidden: Tensor = getattr(model, "base_model", model)(input_ids=ids, use_cache=False).last_hidden_state
     return hidden
 
 
@@ -26,7 +24,7 @@ def check_head(model: Any, ids: Tensor) -> None:
     Compared on the first eight tokens of ``ids``, int64 [sequences, tokens].
     """
     ids = ids[:1, :8].to(next(model.parameters()).device)
-    compare_head(model, model(input_ids=ids, use_cache=False, return_dict=True).logits, last_hidden(model, ids))
+    compare_head(model, model(input_ids=ids, use_cache=False).logits, last_hidden(model, ids))
 
 
 def compare_head(model: Any, logits: Tensor, hidden: Tensor) -> None:
