@@ -56,47 +56,38 @@ class Server:
     """The client of server.py."""
 
     def __init__(self, folder: Path) -> None:
-        self._errors = (folder / "server.log").open("w")
-        self._folder = folder
-        self._process = self._start(["torch", "transformers", "hydra", "dass_exp.runs.run"])
-
-    def _start(self, modules: list[str]) -> subprocess.Popen[str]:
-        listing, home = self._folder / "modules.json", self._folder / "home"
-        listing.write_text(json.dumps(modules))
-        home.mkdir(exist_ok=True)
+        self._errors, self._folder, home = (folder / "server.log").open("w"), folder, folder / "home"
+        home.mkdir()
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         env = {**os.environ, "PYTHONPATH": path, "HOME": str(home), "HF_HOME": str(home), "DASS_EXP_ROOT": str(ROOT)}
         env |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-        call, pipe = [sys.executable, str(Path(__file__).with_name("server.py")), str(listing)], subprocess.PIPE
-        process = subprocess.Popen(
-            call, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, env=env, cwd=self._folder
+        call, pipe = [sys.executable, str(Path(__file__).with_name("server.py"))], subprocess.PIPE
+        self._process = subprocess.Popen(
+            call, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, env=env, cwd=folder
         )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n", (self._folder / "server.log").read_text()
-        return process
+        self._ask({"modules": ["torch", "transformers", "hydra", "dass_exp.runs.run"]})
 
-    def run(self, *jobs: dict[str, Any]) -> list[Result]:
-        """Run jobs at the same time."""
+    def _ask(self, request: Any) -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(jobs) + "\n")
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         reply = self._process.stdout.readline()
         assert reply, f"the server has ended: {(self._folder / 'server.log').read_text()[-2000:]}"
-        return [Result(**result) for result in json.loads(reply)]
+        return json.loads(reply)
+
+    def run(self, *jobs: dict[str, Any]) -> list[Result]:
+        """Run jobs at the same time."""
+        return [Result(**result) for result in self._ask(jobs)]
 
     def preload(self, job: dict[str, Any]) -> None:
-        """Start again with all modules that a job imports."""
+        """Let the server import all modules that a job imports."""
         listing = self._folder / "modules.json"
         save = f"open({str(listing)!r}, 'w').write(json.dumps(list(sys.modules)))"
-        write = f"import atexit, json, sys\natexit.register(lambda: {save})"
-        (result,) = self.run({**job, "prelude": write})
+        (result,) = self.run({**job, "prelude": f"import atexit, json, sys\natexit.register(lambda: {save})"})
         assert result.code == 0, result.stderr
-        modules = [
-            name for name in json.loads(listing.read_text()) if name.split(".")[0] != "__main__" and name not in _RUN
-        ]
-        self.close()
-        self._process = self._start(modules)
+        modules = [name for name in json.loads(listing.read_text()) if name != "__main__" and name not in _RUN]
+        self._ask({"modules": modules})
 
     def close(self) -> None:
         """End the server."""
