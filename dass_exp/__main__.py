@@ -173,6 +173,9 @@ def _explain(error: BaseException) -> int:
     reason = " ".join(" ".join(str(part).partition("Config search path")[0].split()) for part in parts)
     if isinstance(error, OSError) and not isinstance(error, HydraException):
         reason = _one_line(error)
+    typed = [text for text in sys.argv[1:] if "=" in text]
+    if typed and not any(text.lstrip("+~").partition("=")[0] in reason for text in typed):
+        reason = f"{reason} (in one of: {' '.join(typed)})"  # such as a setting inside a node that is null
     log.error("%s", mistake or redact_text(reason) or one_line(error))
     if mistake or not Sweep.started or isinstance(error, (HydraException, OmegaConfBaseException, UserError)):
         return 2

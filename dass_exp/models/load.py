@@ -102,6 +102,7 @@ def load_model(spec: ModelSpec) -> nn.Module:
             raise UserError(f"model.path={spec.source}: its checkpoint has no {tensors}; fetch it again")
         if getattr(model, "hf_quantizer", None) is None:  # transformers ignores a quantisation that it does not know
             _check_numbers(spec, model)
+    model.config.return_dict = True  # whatever its file says: outputs are read by name
     _check_finite(model, spec)
     return model.to(spec.device).eval()
 
@@ -116,6 +117,7 @@ def load_streamed(spec: ModelSpec) -> tuple[nn.Module, StreamedBlocks]:
         model, weight_names = empty_model(build, shards, spec.device, spec.dtype, spec.roles)
         if (shards.folder / "generation_config.json").is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(shards.folder)
+    model.config.return_dict = True
     _check_finite(model, spec)
     return model, StreamedBlocks(model, weight_names, spec.device, roles=spec.roles)
 

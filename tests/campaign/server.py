@@ -1,6 +1,7 @@
 """A process that imports everything once and forks one child per run of a command: a run costs half a second.
 
-It reads lists of jobs as lines of JSON, runs the jobs of one list at the same time, and answers with a list.
+It reads lists of jobs as lines of JSON, runs the jobs of one list at the same time, and answers with a list. A mapping
+with ``modules`` makes it import these.
 
 A job: ``argv``, ``cwd``, ``env`` (the whole environment), ``module`` (what ``python -m`` would run), ``path`` (before
 ``sys.path``), ``prelude`` (Python that the child executes first), ``fault`` (see :class:`FaultyFiles`), ``limits`` (of
@@ -238,30 +239,30 @@ class Child:
         return text
 
 
-def _import_everything(modules: list[str]) -> None:
+def _import_all(modules: list[str]) -> None:
     for name in modules:
         with suppress(Exception):
             importlib.import_module(name)
-
-
-def serve(modules: list[str]) -> dict[str, Any]:
-    """Answer lists of jobs until standard input ends; in a child, return its job."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    _import_everything(modules)
-    import torch
-
-    torch.set_num_threads(1)
     with suppress(Exception):  # a table that takes a fifth of a second to build
         importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
     gc.collect()
     gc.freeze()  # the pages of what is imported stay shared
-    replies.write("ready\n")
-    replies.flush()
+
+
+def serve() -> dict[str, Any]:
+    """Answer lists of jobs, or of modules to import, until standard input ends; in a child, return its job."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import torch
+
+    torch.set_num_threads(1)
     requests = os.fdopen(os.dup(0), "r")
     for line in requests:
-        children = []
-        for job in json.loads(line):
+        children, request = [], json.loads(line)
+        if isinstance(request, dict):
+            _import_all(request["modules"])
+            request = []
+        for job in request:
             child = Child(job)
             if child.pid == 0:
                 requests.close()
@@ -305,7 +306,7 @@ def run_job(job: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    _job = serve(json.loads(Path(sys.argv[1]).read_text()))
+    _job = serve()
     if not _job.get("finalise"):
         run_job(_job)
     runpy.run_module(_job["module"], run_name="__main__", alter_sys=True)

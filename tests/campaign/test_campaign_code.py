@@ -211,7 +211,7 @@ def test_plugins_that_do_not_work(campaign, hold, grid):
     cases = []
     for name, source in sources.items():
         prepare = lambda box, source=source: (box.work / "plugged.py").write_text(source)  # noqa: E731
-        more, lines = (["-m", "repeat=0,1"], 6) if grid else ([], 1)
+        more, lines = (["-m", "repeat=0,1"], 8) if grid else ([], 1)
         words = ["plugged"] if name in BAD_PLUGINS else []
         promise = {"codes": [1] if grid else [1, 2], "lines": lines, "words": words, "changes": True}
         cases.append(Case(name, [*more, *argv], prepare, {"path": ["@/work"]}, **promise))

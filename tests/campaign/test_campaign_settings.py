@@ -169,7 +169,7 @@ def test_overrides_that_are_no_overrides(campaign, hold):
 
 
 def test_grids_that_cannot_be(campaign, hold):
-    cases = [Case(name, ["-m", *campaign.base(), *more], codes=[1, 2], lines=4) for name, more in GRIDS.items()]
+    cases = [Case(name, ["-m", *campaign.base(), *more], codes=[1, 2], lines=8) for name, more in GRIDS.items()]
     hold("grammar", cases)
 
 

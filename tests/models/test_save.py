@@ -105,7 +105,8 @@ def test_what_is_already_there_is_not_overwritten(cell, target, present):
         run_with(*cell, "method=wanda", f"save={target}")
     with pytest.raises(UserError) as caught:
         run_with(*cell, f"save={target}", context=listening(on_start=fail))
-    assert contains(str(caught.value), [f"save={target}", "remove it or name another folder"])
+    advice = "expected a folder" if present == "file" else "remove it or name another folder"
+    assert contains(str(caught.value), [str(target), advice])
     if present == "folder":
         assert (target / "thesis.txt").read_text() == "mine"
 
