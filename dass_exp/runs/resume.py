@@ -19,6 +19,8 @@ from dass_exp.engine.capture import restore_hidden
 from dass_exp.engine.verify import Layer, Verification
 from dass_exp.errors import DamagedFileError, UserError
 from dass_exp.evaluate.streamed import StreamedPerplexity
+from dass_exp.methods.base import LinearView
+from dass_exp.models.families import READER_OF
 from dass_exp.models.save import REPLACED
 from dass_exp.runs.resolved_run import ResolvedRun
 from dass_exp.storage.checksum import require_regular
@@ -146,7 +148,7 @@ class MaskFiles(Callback):
 
     def on_block_end(self, report: BlockReport) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        masks = {name: PackedMask.pack(result.keep) for name, result in report.results.items()}
+        masks = {linear.name: _packed(report, linear) for linear in report.linears}
         write_masks(masks, _masks_file(self._folder, report.index))
         self._blocks = report.index + 1
 
@@ -157,6 +159,13 @@ class MaskFiles(Callback):
             with as_user_error(_masks_file(self._folder, index), self._folder):
                 masks |= read_packed(_masks_file(self._folder, index))
         return masks
+
+
+def _packed(report: BlockReport, linear: LinearView) -> PackedMask:
+    """Pack the mask of a linear, with the order of its neurons if the block's were put in order."""
+    axis = 0 if linear.role in READER_OF else 1
+    order = report.orders.get(linear.unit) if linear.role in {*READER_OF, *READER_OF.values()} else None
+    return PackedMask.pack(report.results[linear.name].keep, order, axis)
 
 
 class ResumeState(Callback):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,35 +15,58 @@ from dass_exp.storage.durable import read_tensors, write_tensors
 
 MASKS = "masks.safetensors"
 
+_ORDER = {0: "/order of rows", 1: "/order of columns"}  # endings of the names of orders, by axis
 _FORMAT = "dass_exp masks, packed along the input axis, first weight in the lowest bit"
 
 
 @dataclass(frozen=True)
 class PackedMask:
-    """A mask as it is stored."""
+    """A mask as it is stored.
 
-    bits: Tensor  # uint8 [out_features, ceil(in_features / 8)], on the CPU
-    columns: int  # in_features
+    Args:
+        bits: uint8 [out_features, ceil(in_features / 8)], on the CPU.
+        columns: in_features.
+        order: the order of the model's neurons along ``axis``, int32: index i was index ``order[i]`` of the dense
+            model; None if they stand as they did.
+        axis: 0 for rows, 1 for columns.
+    """
+
+    bits: Tensor
+    columns: int
+    order: Tensor | None = None
+    axis: int = 0
 
     @classmethod
-    def pack(cls, keep: Tensor) -> PackedMask:
+    def pack(cls, keep: Tensor, order: Tensor | None = None, axis: int = 0) -> PackedMask:
         """Pack a bool [out_features, in_features], True where the weight stays."""
-        return cls(torch.from_numpy(np.packbits(keep.cpu().numpy(), axis=1, bitorder="little")), keep.shape[1])
+        bits = torch.from_numpy(np.packbits(keep.cpu().numpy(), axis=1, bitorder="little"))
+        return cls(bits, keep.shape[1], None if order is None else order.cpu().int(), axis)
 
-    def unpack(self) -> Tensor:
-        """Return the mask: bool [out_features, in_features], True where the weight stays."""
-        keep = np.unpackbits(self.bits.numpy(), axis=1, count=self.columns, bitorder="little")
-        return torch.from_numpy(keep.astype(bool))
+    def unpack(self, in_dense_order: bool = False) -> Tensor:
+        """Return the mask: bool [out_features, in_features], True where the weight stays.
+
+        Args:
+            in_dense_order: put the neurons back where they stand in the dense model, to compare it with other masks.
+        """
+        unpacked = np.unpackbits(self.bits.numpy(), axis=1, count=self.columns, bitorder="little")
+        keep = torch.from_numpy(unpacked.astype(bool))
+        if self.order is None or not in_dense_order:
+            return keep
+        return torch.empty_like(keep).index_copy_(self.axis, self.order.long(), keep)
 
 
 def write_masks(masks: Mapping[str, PackedMask], path: Path) -> None:
     """Write masks, by the name of their linear, in place; raises as :func:`write_tensors`."""
     columns = {name: str(mask.columns) for name, mask in masks.items()}
-    write_tensors({name: mask.bits for name, mask in masks.items()}, path, {"format": _FORMAT, **columns})
+    orders = {f"{name}{_ORDER[mask.axis]}": mask.order for name, mask in masks.items() if mask.order is not None}
+    bits = {name: mask.bits for name, mask in masks.items()}
+    write_tensors(bits | orders, path, {"format": _FORMAT, **columns})
 
 
 def load_masks(path: str | Path) -> dict[str, Tensor]:
     """Load a ``masks.safetensors``: bool [out_features, in_features] by linear, True where the weight stays.
+
+    They fit the pruned model: if its neurons were put in another order, so are those of the masks.
 
     Raises:
         DamagedFileError: the file does not hold what was written into it.
@@ -58,9 +81,12 @@ def mask_names(path: str | Path) -> list[str]:
 
 
 def iter_masks(path: str | Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the named masks in this order, one unpacked at a time; raises as :func:`load_masks`."""
+    """Yield the named masks, one unpacked at a time, with their neurons as they stand in the dense model.
+
+    Raises as :func:`load_masks`.
+    """
     masks = read_packed(path)
-    return ((name, masks[name].unpack()) for name in names)
+    return ((name, masks[name].unpack(in_dense_order=True)) for name in names)
 
 
 def read_packed(path: str | Path) -> dict[str, PackedMask]:
@@ -77,9 +103,14 @@ def read_packed(path: str | Path) -> dict[str, PackedMask]:
         raise UserError(f"{path}: the masks cannot be read ({error}); {advice}") from error
     if metadata.pop("format", None) != _FORMAT:
         raise UserError(f"{path}: it holds no packed masks; {advice}")
+    orders = {name: tensors.pop(name) for name in list(tensors) if name.endswith(tuple(_ORDER.values()))}
     if metadata.keys() != tensors.keys() or not all(_fits(bits, metadata[name]) for name, bits in tensors.items()):
         raise DamagedFileError(f"{path}: it is damaged: its masks and their numbers of columns do not fit; {advice}")
-    return {name: PackedMask(bits, int(metadata[name])) for name, bits in tensors.items()}
+    masks = {name: PackedMask(bits, int(metadata[name])) for name, bits in tensors.items()}
+    for axis, ending in _ORDER.items():
+        of_axis = {name.removesuffix(ending): order for name, order in orders.items() if name.endswith(ending)}
+        masks |= {name: replace(masks[name], order=order, axis=axis) for name, order in of_axis.items()}
+    return masks
 
 
 def _fits(bits: Tensor, columns: str) -> bool:

@@ -61,3 +61,19 @@ def test_another_safetensors_file_is_refused(tmp_path):
 def test_writing_to_a_missing_folder_raises_an_oserror(tmp_path):
     with pytest.raises(OSError, match=r"masks\.safetensors"):
         write_masks({"a": PackedMask.pack(torch.ones(2, 2, dtype=torch.bool))}, tmp_path / "none" / "masks.safetensors")
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_order_of_neurons_is_kept_beside_the_mask(tmp_path, axis):
+    dense = torch.rand(6, 10, generator=torch.Generator().manual_seed(0)) < 0.5
+    order = torch.randperm(dense.shape[axis], generator=torch.Generator().manual_seed(1))
+    reordered = dense.index_select(axis, order)
+    plain = PackedMask.pack(dense)
+    write_masks({"a.up": PackedMask.pack(reordered, order, axis), "a.o": plain}, tmp_path / "masks.safetensors")
+    loaded = dass_exp.load_masks(tmp_path / "masks.safetensors")
+    assert loaded.keys() == {"a.up", "a.o"}
+    assert torch.equal(loaded["a.up"], reordered)
+    assert [torch.equal(keep, dense) for _, keep in iter_masks(tmp_path / "masks.safetensors", ["a.up", "a.o"])] == [
+        True,
+        True,
+    ]
