@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dass_exp.errors import one_of
-from dass_exp.report.console import labels
+from dass_exp.report.console import labels, method_label, pattern_label
 from dass_exp.report.curves import curves_of
 from dass_exp.report.load import Record, block_of, model_name
 from dass_exp.report.table import ResultTable, TableValue, is_finite
@@ -50,15 +50,19 @@ _DENSE: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.3}
 
 
 def draw(table: ResultTable, folder: Path) -> list[Path]:
-    """Draw a table as its ``figure`` says: ``{kind: bars}`` or ``{kind: line, x: <dotted path into the config>}``.
+    """Draw a table as its ``figure`` says: ``{kind: bars}``, ``{kind: line, x: <dotted path into the config>}``, or
+    ``{kind: pareto}``, perplexity against the seconds of pruning.
 
     Writes no file if it has none or if no number is finite; raises a UserError for an unknown kind.
     """
     if table.figure is None:
         return []
-    kind = one_of(f"{table.name}: figure.kind", table.figure.get("kind"), ("bars", "line"))
+    kind = one_of(f"{table.name}: figure.kind", table.figure.get("kind"), ("bars", "line", "pareto"))
     with canvas() as figure:
-        drawn = _draw_bars(table, figure) if kind == "bars" else _draw_lines(table, str(table.figure["x"]), figure)
+        if kind == "line":
+            drawn = _draw_lines(table, str(table.figure["x"]), figure)
+        else:
+            drawn = (_draw_bars if kind == "bars" else _draw_pareto)(table, figure)
         return save(figure, table.title, folder / table.name) if drawn else []
 
 
@@ -182,6 +186,56 @@ def _draw_lines(table: ResultTable, x_axis: str, figure: Figure) -> bool:
     _set_scale(pane, table.metric, [*values, *baselines.values()])
     _add_legend(figure, pane)
     return True
+
+
+def _draw_pareto(table: ResultTable, figure: Figure) -> bool:
+    """Draw one panel per pattern: a point for each combination, and a line through those that none beats in both."""
+    panels = {pattern: found for pattern in table.columns if (found := pareto_points(table.records, pattern))}
+    if not panels:
+        return False
+    figure.set_size_inches(min(13, 7 * len(panels)), 5.5)
+    for pane, (pattern, points) in zip(
+        figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True
+    ):
+        best = front(points)
+        pane.scatter(*zip(*points.values(), strict=True), color=COLOURS[7], edgecolor="black", linewidth=0.6)
+        pane.plot(*zip(*(points[label] for label in best), strict=True), **_line_style(0))
+        for label in best:
+            pane.annotate(label, points[label], (4, 4), textcoords="offset points", fontsize="x-small", rotation=20)
+        pane.set(title=pattern, xscale="log", yscale="log", xlabel="seconds to prune")
+        pane.set_ylabel("perplexity (log scale)")
+        for axis in (pane.xaxis, pane.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("")
+        pane.grid(color="#DDDDDD", linewidth=0.6)
+    return True
+
+
+def pareto_points(records: Sequence[Record], pattern: str) -> dict[str, tuple[float, float]]:
+    """Return mean seconds of pruning and mean perplexity over seeds, by combination, of the records of a pattern."""
+    values: dict[str, list[tuple[float, float]]] = {}
+    for record in records:
+        perplexities = record["metrics"].get("perplexity", {})
+        if pattern_label(record["config"]) == pattern and perplexities:
+            point = record["cost"]["prune_s"], next(iter(perplexities.values()))
+            values.setdefault(method_label(record["config"]), []).append(point)
+    means = {
+        label: tuple(math.fsum(column) / len(points) for column in zip(*points, strict=True))
+        for label, points in values.items()
+    }
+    return {
+        label: (seconds, score) for label, (seconds, score) in means.items() if math.isfinite(score) and seconds > 0
+    }
+
+
+def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Return the labels of the points that no other one beats in both numbers, from the fastest to the slowest."""
+    best, labels = math.inf, []
+    for label, (_, score) in sorted(points.items(), key=lambda entry: entry[1]):
+        if score < best:
+            best = score
+            labels.append(label)
+    return labels
 
 
 def _line_style(number: int) -> dict[str, Any]:
