@@ -78,6 +78,7 @@ def test_a_saved_model_that_is_damaged_is_not_pruned_again(campaign, hold, place
         weights = file.suffix == ".safetensors" and file.name.startswith("model")
         codes = [1, 2] if weights else [0, 1, 2]
         cases += damaged(campaign, file.name, argv, finished, file, codes=codes, words=["saved"])
+    cases = cases[placement == "stream" :: 2]  # each damage in one of the two
     hold("damaged results", cases)
 
 

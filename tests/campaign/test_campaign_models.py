@@ -65,7 +65,7 @@ def test_files_of_a_model_that_are_damaged(campaign, hold, placement):
 def test_fields_of_a_config_that_are_wrong(campaign, hold, placement):
     cases = []
     for number, field in enumerate(config_fields(), PLACEMENTS.index(placement)):
-        for value in WRONG[number % 2 :: 2]:  # each value in one placement
+        for value in WRONG[number % 3 :: 3]:  # in turns
             prepare = edit("config.json", lambda content, field=field, value=value: {**content, field: value})
             argv = run_of(campaign, placement)
             cases.append(Case(f"{field}={value!r}", argv, prepare, codes=[0, 1, 2], words=["model"], after=finite))
