@@ -166,6 +166,15 @@ def _explain_override() -> str | None:
     return None
 
 
+def _with_override(reason: str) -> str:
+    """Add the overrides that may be meant to what Hydra says, if it names none of their settings."""
+    typed = [text.partition("=") for text in sys.argv[1:] if "=" in text]
+    meant = [parts for parts in typed if len(parts[2]) > 2 and parts[2] in reason] or typed
+    if not meant or any(name.lstrip("+~") in reason for name, _, _ in meant):
+        return reason
+    return f"{reason} (in {' or '.join(map(''.join, meant))})"
+
+
 def _explain(error: BaseException) -> int:
     """Log why Hydra or the launcher of a sweep failed; return the exit code."""
     mistake = _explain_override()
@@ -173,10 +182,7 @@ def _explain(error: BaseException) -> int:
     reason = " ".join(" ".join(str(part).partition("Config search path")[0].split()) for part in parts)
     if isinstance(error, OSError) and not isinstance(error, HydraException):
         reason = _one_line(error)
-    typed = [text for text in sys.argv[1:] if "=" in text]
-    if typed and not any(text.lstrip("+~").partition("=")[0] in reason for text in typed):
-        reason = f"{reason} (in one of: {' '.join(typed)})"  # such as a setting inside a node that is null
-    log.error("%s", mistake or redact_text(reason) or one_line(error))
+    log.error("%s", mistake or redact_text(_with_override(reason)) or one_line(error))
     if mistake or not Sweep.started or isinstance(error, (HydraException, OmegaConfBaseException, UserError)):
         return 2
     if "sbatch: error" in str(error):

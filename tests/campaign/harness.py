@@ -168,6 +168,7 @@ class Case:
         meanwhile: changes the box between those and the run that counts.
         after: further checks.
         changes: whether the case itself changes files outside the results.
+        tidy: whether a run that ends with 0 may leave no scratch file.
         lines: the most lines of message that an error may take.
     """
 
@@ -183,6 +184,7 @@ class Case:
     meanwhile: Callable[[Box], Any] = lambda box: None
     after: Callable[[Box, Result], Iterable[str]] = lambda box, result: ()
     changes: bool = False
+    tidy: bool = True
     lines: int = 1
 
 
@@ -284,7 +286,7 @@ class Campaign:
             if result.code > 0 and not 0 < len(result.messages) <= case.lines and "stderr" not in case.job:
                 found.append(f"{len(result.messages)} lines")
         else:
-            found += [f"left {name}" for name in box.leftovers()]
+            found += [f"left {name}" for name in box.leftovers() if case.tidy]
             if case.same_as is not None and (wrong := _differences(self.clean(case.same_as), box.outcome())):
                 found.append(f"another outcome than the clean run: {wrong}")
         if case.secret is not None:

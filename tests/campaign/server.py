@@ -177,7 +177,10 @@ def _use_texts(cache: Path) -> None:
     """Make the small texts of the campaign the offline texts, with the hash that they had when they were written."""
     from dass_exp.data import assets
 
-    hashes = json.loads((cache / "texts.json").read_text()) if (cache / "texts.json").is_file() else {}
+    try:
+        hashes = json.loads((cache / "texts.json").read_text())
+    except (OSError, ValueError):
+        return  # the case is about another cache
     for name, digest in hashes.items():
         assets.TEXTS[name] = assets.Asset(TEXTS[name], digest, assets.TEXTS[name].parts)
 

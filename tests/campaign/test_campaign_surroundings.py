@@ -207,7 +207,6 @@ FAILURES = {
     "exits": "sys.exit(0)",
     "exits with 3": "sys.exit(3)",
     "panics": "raise Panic('panicked')",
-    "generator": "raise GeneratorExit",
     "memory": "raise MemoryError",
     "recursion": "fail()",
     "not found": "raise FileNotFoundError(2, 'no such file', 'wandb')",
