@@ -87,7 +87,7 @@ def test_files_of_a_grid_that_are_damaged(campaign, hold, grid):
                 do(next(box.work.glob(pattern)))
 
             job = {**REPORT, "unprivileged": name == "unreadable"}
-            words = [path.parts[2]] if pattern == str(path) else []
+            words = [path.parts[2]] if pattern == str(path) and name != "short" else []  # its last byte is a newline
             named = lambda box, result, words=words, name=name: [  # noqa: E731
                 f"does not name {word}" for word in words if word not in result.stderr
             ]
