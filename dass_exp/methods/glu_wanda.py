@@ -98,6 +98,7 @@ class GluWanda(ScorePruner):
     """
 
     stat = InputNorm
+    solver_bytes = (26, 8)  # two sums of the size of gate and up, besides scores and mask
 
     @property
     def name(self) -> str:
