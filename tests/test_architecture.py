@@ -207,7 +207,7 @@ def test_a_method_is_one_dataclass_in_one_file_with_one_choice(name):
     module = importlib.import_module(f"dass_exp.methods.{name}")
     own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
     (method,) = [value for value in own if isinstance(value, type) and issubclass(value, Pruner)]
-    assert method.__name__.lower() == name
+    assert method().name == name
     assert "__dataclass_params__" in vars(method)
     assert method.__doc__
     choice = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text(encoding="utf-8"))

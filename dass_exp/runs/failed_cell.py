@@ -70,10 +70,8 @@ def _as_composed(composed: DictConfig, choices: Mapping[str, Any], packages: fro
         method = build(target, Pruner, "method")
         config["method"] = {"name": method.name, **method.settings()}
     for group in STAGE_GROUPS:
-        if choices.get(group) in (None, "none"):
-            continue
         with suppress(UserError, OmegaConfBaseException):
             check_targets(OmegaConf.create({group: composed[group]}), packages)
-            stage = build_stages({group: OmegaConf.to_container(composed[group], resolve=True)}).active[group]
-            config[group] = {"name": stage.name, **stage.settings()}
+            stages = build_stages({group: OmegaConf.to_container(composed[group], resolve=True)})
+            config |= {name: {"name": stage.name, **stage.settings()} for name, stage in stages.active.items()}
     return config

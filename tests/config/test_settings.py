@@ -29,7 +29,12 @@ RELIED_ON = {
     "protocol": "demo paper",
     "tracker": "wandb none",
 }
-NEEDED = {"pattern/nm": ["pattern.n=1", "pattern.m=4"]}  # what a file leaves to the user
+NEEDED = {
+    "allocation/owl": ["pattern=unstructured"],
+    "allocation/alpha": ["pattern=unstructured"],
+    "refine/dsnot": ["method=wanda"],
+    "pattern/nm": ["pattern.n=1", "pattern.m=4"],
+}  # what a file leaves to the user
 
 
 def choice_of(path: Path) -> str:
@@ -69,7 +74,7 @@ def test_every_sweep_composes(path):
 
 def test_defaults():
     config = settings_of()
-    method = {"_target_": "dass_exp.methods.dass.Dass", "alpha": 0.5, "granularity": "input"}
+    method = {"_target_": "dass_exp.methods.dass.Dass", "alpha": 0.5, "granularity": "input", "input_norm": False}
     assert (config.model.name, config.method, config.scope, config.seed) == ("smollm2_135m", method, "mlp", 0)
     assert config.pattern == {"_target_": "dass_exp.masks.NM", "n": 2, "m": 4}
     assert (config.calibration.name, config.calibration.num_samples, config.calibration.seq_len) == ("c4_mini", 16, 512)

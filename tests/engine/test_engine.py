@@ -84,7 +84,7 @@ class TokenModel(nn.Module):
     def __init__(self, calls: tuple[int, ...] = (1, 1, 1), by_name: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.config = SimpleNamespace(model_type="novel")
+        self.config = SimpleNamespace(model_type="novel", hidden_act="silu")
         self.embed, self.table = nn.Embedding(64, 8), nn.Embedding(64, 8)
         self.blocks = nn.ModuleList(TokenBlock(8, 16) for _ in calls)
         self.calls, self.by_name = calls, by_name

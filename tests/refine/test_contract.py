@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from engine_support import PRUNING, view_of
 from dass_exp.errors import UserError
 from dass_exp.masks import NM, Budget, TransposableNM, Unstructured
 from dass_exp.methods.base import Block, Pruner
-from dass_exp.models.families import INPUT_OF, READER_OF, UP, Q, Role
+from dass_exp.models.decoder import Unit
+from dass_exp.models.families import DOWN, GATE, INPUT_OF, UP, Q, Role
 from dass_exp.refine import base
 from dass_exp.refine.base import Refinement
+from dass_exp.statistics import Gram
 
 FILES = sorted(path.stem for path in Path(base.__file__).parent.glob("*.py") if path.stem not in ("__init__", "base"))
 MODULES = [importlib.import_module(f"dass_exp.refine.{name}") for name in FILES]
@@ -35,13 +38,17 @@ def pruned(method: Pruner, pattern: object, role: Role, inputs: torch.Tensor) ->
     """A linear with this role in a block that has what DaSS reads, its dense weight, and its mask."""
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(40, 40, generator=generator)
-    views = []
-    for name in (role, READER_OF.get(role)):
-        if name is not None:
-            view = view_of(weight, inputs, method.stat) if method.stat else view_of(weight, inputs)
-            view.name, view.role = f"block.{name.value}", name
-            views.append(view)
-    return views[0], weight, method.prune_linear(views[0], Block("block", views), pattern)
+    roles = [GATE, UP, DOWN] if role in (GATE, UP) else [role]
+    views = [view_of(weight, inputs) for _ in roles]
+    unit = Unit(
+        {name: view.matrix for name, view in zip(roles, views, strict=True)}, SimpleNamespace(hidden_act="silu")
+    )
+    for name, view in zip(roles, views, strict=True):
+        view.name, view.role = f"block.{name.value}", name
+        view.statistic = (method.stat_of(name) or Gram).of_unit(40, weight.device, unit)
+        view.statistic.update(inputs)
+    chosen = views[roles.index(role)]
+    return chosen, weight, method.prune_linear(chosen, Block("block", views), pattern)
 
 
 @pytest.mark.parametrize("refinement", REFINEMENTS, ids=repr)
