@@ -37,7 +37,7 @@ class TerminalReporter:
         """Show a phase; yields a function to call after each step."""
         screen = console(stderr=True)
         if not screen.is_terminal:
-            screen.print(f"{name} ...")
+            screen.print(f"{name} ...", soft_wrap=True)
             yield lambda: None
             return
         counter = [MofNCompleteColumn()] if steps else []

@@ -91,11 +91,9 @@ class RecordStore:
             raise
         except (OSError, DamagedFileError) as error:
             if os.path.lexists(path):
-                kept = path.with_name(f"{path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}")
-                path.rename(kept)
-                log.warning("%s; it is kept as %s, and the run is done again", error, kept.name)
-        if os.path.lexists(self.masks(key)) and not self.has_masks(key):
-            log.warning("%s: the masks are damaged; they are replaced if the run saves them", self.masks(key))
+                log.warning("%s; it is kept as %s, and the run is done again", error, _set_aside(path))
+        if os.path.lexists(masks := self.masks(key)) and not self.has_masks(key):
+            log.warning("%s: the masks are damaged; the file is kept as %s", masks, _set_aside(masks))
 
     def tidy(self, key: str) -> None:
         """Remove what killed or failed runs left beside a finished record."""
@@ -157,3 +155,10 @@ def read_record(path: Path) -> Record:
         raise DamagedFileError(f"{path}: not a record of this project ({problem})")
     valid: Record = record
     return valid
+
+
+def _set_aside(path: Path) -> str:
+    """Rename a file that cannot be used, so that nothing overwrites it; return its new name."""
+    kept = path.with_name(f"{path.name}.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}")
+    path.rename(kept)
+    return kept.name

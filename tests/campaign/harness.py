@@ -27,7 +27,7 @@ SAMPLED = 1  # cases of a test that are in the sample
 TROUBLE = re.compile(
     r"Traceback \(most recent|Exception ignored|panicked at|terminate called|Segmentation|--- Logging error|core dumped"
 )
-DOING = ("model.placement=stream: the model is read", "continuing after block")
+DOING = ("finding ", "model.placement=stream: the model is read", "continuing after block")
 LINES = [
     f"Line {number} of the text: the cat sat on mat {number * 7} and the river ran to the sea." for number in range(40)
 ]
