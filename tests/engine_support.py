@@ -26,6 +26,8 @@ NAMES = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 METHODS = [build(choice("method", name), Pruner, "method") for name in NAMES]
 PRUNING = [method for method in METHODS if method.prunes]
 CALIBRATED = [method for method in PRUNING if method.stat is not None]
+# families that differ in all that matters to the engine: a GLU, fused experts, a plain MLP with transposed weights
+UNLIKE = ("llama", "mixtral", "gpt2")
 
 FLAT_ROLES = {**{role.value: role.value for role in Role if role not in PLAIN}, "blocks": "blocks"}
 
