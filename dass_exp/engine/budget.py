@@ -45,5 +45,4 @@ def block_patterns(
             linear.check_statistic()
         profile.append(BlockProfile(allocation.measure(linears), tuple(linear.weight.numel() for linear in linears)))
         blocks.release(index)
-    blocks.load(0)  # as it was: callbacks may call the first block when they start
     return allocation.budget(profile, pattern)

@@ -104,6 +104,8 @@ def prune_model(
             blocks.load(0)  # it is called once to see whether blocks return a tuple
         batches = _calibration_batches(model, decoder, tokens, method, options)
         patterns = block_patterns(decoder, batches, options.stages.allocation, pattern, options.scope, blocks)
+        if options.returns_tuple is None:
+            blocks.load(0)  # callbacks that start may call it for the same purpose
         loop = LoopState(decoder, batches, patterns)
         for callback in callbacks:
             callback.on_start(loop)

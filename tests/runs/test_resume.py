@@ -310,3 +310,25 @@ def test_a_damaged_state_or_a_missing_block_is_named(settings, tmp_path):
     message = r"state\.safetensors is missing or damaged.*to begin again"
     with pytest.raises(UserError, match=message):
         run_with(*settings())
+
+
+@pytest.mark.parametrize("placement", [STREAM, RESIDENT])
+@pytest.mark.parametrize(
+    "stages",
+    [
+        ["permute=neurons", "repair=least_squares"],
+        ["refine=swaps"],
+        ["pattern=unstructured", "allocation=owl"],
+        ["repair=block", "repair.epochs=1"],
+    ],
+    ids=",".join,
+)
+def test_a_run_with_stages_continues_to_the_same_weights(settings, tmp_path, stages, placement):
+    one, other = tmp_path / "one", tmp_path / "other"
+    run_with(*settings("dass", placement, one), *stages)
+    killed_after_block(2, *settings("dass", placement, other), *stages)
+    pruned = []
+    context = listening(on_block_end=lambda report: pruned.append(report.index))
+    run_with(*settings("dass", placement, other), *stages, context=context)
+    assert pruned == list(range(3, BLOCKS))
+    assert_same(content_of(other), content_of(one))
