@@ -38,10 +38,14 @@ class Regression:
         cross = dense.float() @ gram
         return cls(gram, cross, (cross * dense.float()).sum(1))
 
-    def squared_error(self, weight: Tensor) -> Tensor:
-        """Return the squared error of each output feature under ``weight`` [out, in], float32 [out]."""
+    def squared_error(self, weight: Tensor, product: Tensor | None = None) -> Tensor:
+        """Return the squared error of each output feature under ``weight`` [out, in], float32 [out].
+
+        ``product``, weight @ gram, saves computing it; it may be anything where the weight is zero.
+        """
         weight = weight.float()
-        return ((weight @ self.gram - 2 * self.cross) * weight).sum(1) + self.energy
+        product = weight @ self.gram if product is None else product
+        return ((product - 2 * self.cross) * weight).sum(1) + self.energy
 
     def relative(self, squared_error: Tensor) -> float:
         """Return a squared error [out] as the relative L2 error of the whole output."""

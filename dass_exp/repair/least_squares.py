@@ -33,7 +33,7 @@ class LeastSquares(Repair):
             ``dense``, on the inputs that they had in the dense block.
     """
 
-    steps: int = 10
+    steps: int = 5
     damping: float = 0.01
     inputs: str = "pruned"
     stat = Gram
@@ -58,12 +58,18 @@ class LeastSquares(Repair):
     def repair(self, block: PrunedBlock) -> dict[str, RepairError]:
         return {linear.name: self._repair(linear, block) for linear in block.linears}
 
+    @property
+    def name(self) -> str:
+        return "least_squares"
+
     def _repair(self, linear: LinearView, block: PrunedBlock) -> RepairError:
         dense, keep, problem = block.dense(linear).float(), block.keep(linear), block.regression(linear)
         before = linear.weight.float()
-        error_before = problem.squared_error(before)
-        solved = solve(problem, dense, before, keep, self.steps, self.damping).to(linear.weight.dtype)
-        error_after = problem.squared_error(solved)
+        product = before @ problem.gram
+        error_before = problem.squared_error(before, product)
+        solved, product = solve(problem, dense, before, product, keep, self.steps, self.damping)
+        solved = solved.to(linear.weight.dtype)
+        error_after = problem.squared_error(solved, product if solved.dtype == torch.float32 else None)
         worse = ~(error_after <= error_before)  # NaN counts as worse
         linear.write(torch.where(worse[:, None], before.to(solved.dtype), solved))
         return RepairError(
@@ -71,16 +77,22 @@ class LeastSquares(Repair):
         )
 
 
-def solve(problem: Regression, dense: Tensor, start: Tensor, keep: Tensor, steps: int, damping: float) -> Tensor:
+def solve(
+    problem: Regression, dense: Tensor, start: Tensor, product: Tensor, keep: Tensor, steps: int, damping: float
+) -> tuple[Tensor, Tensor]:
     """Take conjugate-gradient steps on each row of ``start`` [out, in] towards its damped least-squares solution.
 
     Args:
         problem: the regression.
         dense: the weights that the damping pulls to, float32 [out, in].
         start: float32 [out, in], zero outside ``keep``.
+        product: start @ gram.
         keep: bool [out, in], the support.
         steps: how many.
         damping: multiple of the Gram matrix's mean diagonal.
+
+    Returns:
+        the weights, and their product with the Gram matrix, right on the support.
     """
     ridge = damping * problem.gram.diagonal().mean()
     diagonal = problem.gram.diagonal() + ridge
@@ -88,7 +100,7 @@ def solve(problem: Regression, dense: Tensor, start: Tensor, keep: Tensor, steps
     scale = mask / diagonal.clamp_min(torch.finfo(torch.float32).tiny)  # preconditioner and support at once
 
     weight = start.clone()
-    residual = problem.cross.addcmul(dense - weight, ridge.expand_as(dense)).sub_(weight @ problem.gram).mul_(mask)
+    residual = problem.cross.addcmul(dense - weight, ridge.expand_as(dense)).sub_(product).mul_(mask)
     preconditioned = residual * scale
     direction = preconditioned.clone()
     energy = (residual * preconditioned).sum(1, keepdim=True)
@@ -104,4 +116,4 @@ def solve(problem: Regression, dense: Tensor, start: Tensor, keep: Tensor, steps
         following = (residual * preconditioned).sum(1, keepdim=True)
         direction.mul_(torch.where(moves, following / energy, 0.0)).add_(preconditioned)
         energy = following
-    return weight
+    return weight, problem.cross.addcmul(dense - weight, ridge.expand_as(dense)).sub_(residual)
