@@ -43,18 +43,18 @@ class Neurons(NeuronOrder):
     def order(self, importance: Mapping[Role, Tensor], pattern: Pattern) -> Tensor:
         if not isinstance(pattern, NM):
             raise TypeError(f"{pattern.name} has no groups")
-        scores = torch.cat(
-            [
-                scores / scores.mean().clamp_min(torch.finfo(scores.dtype).tiny)
-                for scores in (entry.float() for entry in importance.values())
-            ],
-            dim=1,
-        )
+        scores = torch.cat([_of_mean_one(entry.float()) for entry in importance.values()], dim=1)
         order = deal(scores.sum(1), pattern.m)
         for _ in range(self.rounds):
             for slot in range(pattern.m):
                 order = _assign(scores, order, slot, pattern)
         return order
+
+
+def _of_mean_one(scores: Tensor) -> Tensor:
+    """Divide scores by their mean, which is summed row by row: a sum over all would depend on the number of threads."""
+    mean = scores.sum(1).double().sum() / scores.numel()
+    return scores / mean.clamp_min(torch.finfo(scores.dtype).tiny).to(scores.dtype)
 
 
 def deal(total: Tensor, size: int) -> Tensor:
