@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import OWN, SHAPE
+from family_configs import OWN, SHAPE
 from support import VOCABULARY, run_with, save_tiny, settings_of, tiny_overrides
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
