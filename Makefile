@@ -34,7 +34,7 @@ test: $(STAMP)  ## run the tests (CPU, offline once the assets are cached, some 
 	@HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false $(RUN)python -m pytest -m 'not slow' -n 2
 
 CASES ?= 3
-campaign: $(STAMP)  ## try every third of the hostile cases of tests/campaign (some 1,900; a quarter of an hour; CASES=all for all); print their counts
+campaign: $(STAMP)  ## try every third of the hostile cases of tests/campaign (some 1,900; CASES=all for all); print their counts
 	@DASS_EXP_CAMPAIGN=$(CASES) HF_HUB_OFFLINE=1 WANDB_MODE=offline $(RUN)python -m pytest tests/campaign -n 2 --dist worksteal
 
 $(STAMP_ALL): $(STAMP)

@@ -104,6 +104,15 @@ def finite_number(setting: str, value: object, allowed: str) -> float:
     return float(value)
 
 
+def non_negative(setting: str, value: object, example: str) -> float:
+    """Return ``value`` as a float; raise a UserError, which gives the example, if it is no number of at least 0."""
+    allowed = f"a number of at least 0 ({example})"
+    number = finite_number(setting, value, allowed)
+    if number < 0:
+        raise UserError(f"{setting}={value!r}: expected {allowed}")
+    return number
+
+
 def whole_number(setting: str, value: object, least: int, most: int | None = None) -> int:
     """Return ``value``; raise a UserError if it is no int of at least ``least`` and at most ``most``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):

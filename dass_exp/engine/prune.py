@@ -163,7 +163,7 @@ def _process_block(loop: LoopState, index: int, method: Pruner, options: EngineO
     decoder, batches, stages, scope = loop.decoder, loop.batches, options.stages, options.scope
     module, name = decoder.blocks[index], decoder.names[index]
     runs_again = bool(batches) and (options.return_hidden or index + 1 < len(decoder.blocks))
-    replayed = decoder.attention(index) if (runs_again or stages.repair.active) and scope == "mlp" else None
+    replayed = decoder.attention(index) if (runs_again or stages.repair.follows_inputs) and scope == "mlp" else None
     before = DensePass(decoder, index, scope, stages.repair, options.cache)
     kinds, tokens = partial(stages.kinds, method), batches[0].tokens if batches else 0
     with observe_inputs(decoder, index, scope, kinds, tokens) as statistics:

@@ -13,12 +13,11 @@ from dass_exp.engine.attention_replay import AttentionReplay
 from dass_exp.engine.capture import Batch, replaced_forward
 from dass_exp.methods.base import LinearView, MaskResult
 from dass_exp.models.decoder import Decoder
-from dass_exp.models.families import DOWN, FC2, GATE, READER_OF, UP, O, Role
+from dass_exp.models.families import GATE, READER_OF, READERS, UP, Role
 from dass_exp.repair.base import Regression, Repair
 from dass_exp.statistics import Gram
 
 _WRITERS = READER_OF.keys()
-READERS = (O, DOWN, FC2)  # roles whose inputs other linears of the same block have computed
 
 
 class RegressionSums:

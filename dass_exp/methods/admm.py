@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dass_exp.errors import UserError, finite_number, whole_number
+from dass_exp.errors import UserError, non_negative, whole_number
 from dass_exp.masks import NM, Pattern, remove_lowest
 from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner, finite_range
 from dass_exp.models.families import Role
@@ -48,11 +48,7 @@ class ADMM(Pruner):
             raise UserError(
                 f"method.mask_steps={self.mask_steps}: expected at most method.iterations={self.iterations}"
             )
-        allowed = "a number of at least 0 (the paper: 0.1)"
-        value = finite_number("method.damping", self.damping, allowed)
-        if value < 0:
-            raise UserError(f"method.damping={self.damping!r}: expected {allowed}")
-        self.damping = value
+        self.damping = non_negative("method.damping", self.damping, "the paper: 0.1")
 
     def comparison_dim(self, role: Role, pattern: Pattern) -> int | None:
         del role

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dass_exp.errors import UserError, finite_number, one_of
+from dass_exp.errors import UserError, non_negative, one_of
 from dass_exp.masks import Pattern
 from dass_exp.methods.base import Block, LinearView, ScorePruner
 from dass_exp.models.families import FC1, READER_OF, Role
@@ -40,11 +40,7 @@ class Dass(ScorePruner):
     stat = InputNorm
 
     def __post_init__(self) -> None:
-        allowed = "a number of at least 0 (the paper: 0.5)"
-        value = finite_number("method.alpha", self.alpha, allowed)
-        if value < 0:
-            raise UserError(f"method.alpha={self.alpha!r}: expected {allowed}")
-        self.alpha = value
+        self.alpha = non_negative("method.alpha", self.alpha, "the paper: 0.5")
         one_of("method.granularity", self.granularity, ("input", "output"))
         if not isinstance(self.input_norm, bool):
             raise UserError(f"method.input_norm={self.input_norm!r}: expected true or false")

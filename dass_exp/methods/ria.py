@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dass_exp.errors import UserError, finite_number, one_of
+from dass_exp.errors import non_negative, one_of
 from dass_exp.masks import NM, Pattern
 from dass_exp.methods.base import Block, LinearView, ScorePruner
 from dass_exp.models.families import Role
@@ -33,11 +33,7 @@ class RIA(ScorePruner):
     stat = InputNorm
 
     def __post_init__(self) -> None:
-        allowed = "a number of at least 0 (the paper: 0.5)"
-        value = finite_number("method.alpha", self.alpha, allowed)
-        if value < 0:
-            raise UserError(f"method.alpha={self.alpha!r}: expected {allowed}")
-        self.alpha = value
+        self.alpha = non_negative("method.alpha", self.alpha, "the paper: 0.5")
         one_of("method.granularity", self.granularity, ("matrix", "output"))
 
     def score(self, linear: LinearView, block: Block) -> Tensor:

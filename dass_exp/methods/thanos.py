@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dass_exp.errors import UserError, finite_number, whole_number
+from dass_exp.errors import non_negative, whole_number
 from dass_exp.masks import NM, Pattern, remove_lowest
 from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner, finite_range
 from dass_exp.models.families import Role
@@ -40,11 +40,7 @@ class Thanos(Pruner):
 
     def __post_init__(self) -> None:
         whole_number("method.blocksize", self.blocksize, least=1)
-        allowed = "a number of at least 0 (the paper: 0.01)"
-        value = finite_number("method.damping", self.damping, allowed)
-        if value < 0:
-            raise UserError(f"method.damping={self.damping!r}: expected {allowed}")
-        self.damping = value
+        self.damping = non_negative("method.damping", self.damping, "the paper: 0.01")
 
     def comparison_dim(self, role: Role, pattern: Pattern) -> int | None:
         del role

@@ -40,6 +40,8 @@ INPUT_OF: dict[Role, str] = {
 # The linear of an MLP that reads the outputs of this one, through the activation.
 READER_OF: dict[Role, Role] = {GATE: DOWN, UP: DOWN, FC1: FC2}
 
+READERS = frozenset({O, *READER_OF.values()})  # roles whose inputs other linears of the same block have computed
+
 Rows = slice | Sequence[int]
 
 

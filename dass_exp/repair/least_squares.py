@@ -5,13 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dass_exp.errors import UserError, finite_number, one_of, whole_number
+from dass_exp.errors import non_negative, one_of, whole_number
 from dass_exp.methods.base import LinearView
-from dass_exp.models.families import READER_OF, Role
+from dass_exp.models.families import READERS, Role
 from dass_exp.repair.base import PrunedBlock, Regression, Repair, RepairError
 from dass_exp.statistics import Gram, InputNorm, Statistic
-
-_READERS = frozenset(READER_OF.values()) | {Role.O}  # linears whose inputs other linears of the block have computed
 
 _SOLVED = 1e-12  # of the first squared residual: what float32 can resolve
 
@@ -41,11 +39,7 @@ class LeastSquares(Repair):
 
     def __post_init__(self) -> None:
         whole_number("repair.steps", self.steps, least=1)
-        allowed = "a number of at least 0 (such as 0.01)"
-        value = finite_number("repair.damping", self.damping, allowed)
-        if value < 0:
-            raise UserError(f"repair.damping={self.damping!r}: expected {allowed}")
-        self.damping = value
+        self.damping = non_negative("repair.damping", self.damping, "such as 0.01")
         one_of("repair.inputs", self.inputs, ("pruned", "dense"))
 
     @property
@@ -53,7 +47,7 @@ class LeastSquares(Repair):
         return self.inputs == "pruned"
 
     def stat_of(self, role: Role) -> type[Statistic] | None:
-        return InputNorm if self.follows_inputs and role in _READERS else Gram
+        return InputNorm if self.follows_inputs and role in READERS else Gram
 
     def repair(self, block: PrunedBlock) -> dict[str, RepairError]:
         return {linear.name: self._repair(linear, block) for linear in block.linears}
