@@ -13,7 +13,7 @@ from dass_exp.engine.attention_replay import AttentionReplay
 from dass_exp.engine.capture import Batch, replaced_forward
 from dass_exp.methods.base import LinearView, MaskResult
 from dass_exp.models.decoder import Decoder
-from dass_exp.models.families import GATE, READER_OF, READERS, UP, Role
+from dass_exp.models.families import DOWN, FC2, GATE, READER_OF, READERS, UP, Role
 from dass_exp.repair.base import Regression, Repair
 from dass_exp.statistics import Gram
 
@@ -61,13 +61,13 @@ class DensePass:
         self.inputs: list[CachedTensor] = []  # of the MLP, by batch
         self.routes: list[CachedTensor] = []  # the experts chosen for each token
         self._hooks: list[tuple[nn.Module, Callable[..., None], bool]] = []
-        if repair.follows_inputs:
+        if repair.follows_inputs or repair.needs_mlp_tokens:
             readers = [site for site in decoder.sites(index, scope) if site.role in READERS]
             self.outputs = {site.name: [] for site in readers if site.matrix.expert is None}
             for site in readers:
                 if site.matrix.expert is None:
                     self._hooks.append((site.matrix.module, self._output_hook(self.outputs[site.name]), False))
-        if repair.needs_mlp_inputs and self.units:
+        if repair.needs_mlp_tokens and self.units:
             unit = next(iter(self.units.values()))
             first = unit.matrices[next(role for role in unit.matrices if role in _WRITERS)]
             self._hooks.append((first.module, self._record_inputs, True))
@@ -128,18 +128,28 @@ class BlockInRepair:
         self._current: dict[str, Regression] = {}
         self._collected: Role | None = None
 
-    def mlp_inputs(self, unit: str) -> list[Tensor]:
-        """Return the inputs of an MLP, one [tokens, features] for each calibration sequence; empty without an MLP."""
-        expert = next(iter(self.units[unit].matrices.values())).expert
-        tokens, sequences = self._batches[0].tokens, []
-        for number, cached in enumerate(self._before.inputs):
-            inputs = cached.load()
-            parts = list(inputs.reshape(-1, tokens, inputs.shape[-1]))
-            if expert is not None:
-                chosen = (self._before.routes[number].load() == expert).any(1).view(len(parts), tokens)
-                parts = [part[where] for part, where in zip(parts, chosen, strict=True)]
-            sequences += [part for part in parts if len(part)]
-        return sequences
+    def mlp_tokens(self, unit: str) -> list[tuple[Tensor, Tensor]]:
+        """Return the inputs of an MLP and what its dense weights give for them, without the bias of its last linear."""
+        views = {linear.role: linear for linear in self.linears if linear.unit == unit}
+        last = next((view for role, view in views.items() if role in (DOWN, FC2)), None)
+        if last is None:
+            return []
+        inputs = [self._by_sequence(cached.load()) for cached in self._before.inputs]
+        if last.matrix.expert is None and self._before.outputs is not None:
+            outputs = [self._by_sequence(cached.load()) for cached in self._before.outputs[last.name]]
+            return [pair for batch in zip(inputs, outputs, strict=True) for pair in zip(*batch, strict=True)]
+        dense = {role: self.dense(view).float() for role, view in views.items()}
+        pairs = []
+        for number, sequences in enumerate(inputs):
+            is_chosen: Tensor = self._before.routes[number].load() == last.matrix.expert  # type: ignore[assignment]
+            chosen = is_chosen.any(1).view(len(sequences), -1)
+            parts = [sequence[where].float() for sequence, where in zip(sequences, chosen, strict=True)]
+            pairs += [(part, self.units[unit].mlp(part, dense)) for part in parts if len(part)]
+        return pairs
+
+    def _by_sequence(self, tokens: Tensor) -> Tensor:
+        """Split [sequences, tokens, features], or one row for each token, into [sequences, tokens, features]."""
+        return tokens.reshape(-1, self._batches[0].tokens, tokens.shape[-1])
 
     def dense(self, linear: LinearView) -> Tensor:
         """Return the weight before pruning, [out, in], in the model's dtype."""

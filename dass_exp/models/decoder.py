@@ -21,6 +21,7 @@ from dass_exp.models.families import (
     GATE,
     GLU,
     INPUT_OF,
+    READER_OF,
     ROLES_IN_SCOPE,
     UP,
     Experts,
@@ -57,6 +58,18 @@ class Unit:
         matrix = self.matrices[role]
         weight = matrix.weight.float() if weight is None else weight
         return linear(inputs, weight, None if matrix.bias is None else matrix.bias.float())
+
+    def mlp(self, inputs: Tensor, weights: Mapping[Role, Tensor]) -> Tensor:
+        """Return what the MLP gives for float32 inputs [tokens, features], without the bias of its last linear.
+
+        Args:
+            inputs: of the MLP.
+            weights: float32 [out, in] by role, instead of the model's: gate, up and down, or fc1 and fc2.
+        """
+        outputs = {role: self.apply(role, inputs, weights[role]) for role in weights if role in READER_OF}
+        if Role.FC1 in outputs:
+            return self.activation(outputs[Role.FC1]) @ weights[Role.FC2].T
+        return (self.activation(outputs[Role.GATE]) * outputs[Role.UP]) @ weights[Role.DOWN].T
 
 
 @dataclass(frozen=True)

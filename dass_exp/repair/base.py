@@ -64,8 +64,11 @@ class PrunedBlock(Protocol):
     def units(self) -> Mapping[str, Unit]:
         """The MLPs of the block, one or those of its experts, by name."""
 
-    def mlp_inputs(self, unit: str) -> list[Tensor]:
-        """Return the inputs of an MLP, one [tokens, features] for each calibration sequence; empty without an MLP."""
+    def mlp_tokens(self, unit: str) -> list[tuple[Tensor, Tensor]]:
+        """Return the inputs of an MLP and what its dense weights give for them, without the bias of its last linear.
+
+        One pair for each calibration sequence, [tokens, features] each; empty for a unit without an MLP.
+        """
 
     def dense(self, linear: LinearView) -> Tensor:
         """Return the weight before pruning, [out, in], in the model's dtype."""
@@ -89,8 +92,8 @@ class Repair(Stage, ABC):
         return False
 
     @property
-    def needs_mlp_inputs(self) -> bool:
-        """Whether the inputs of the MLPs have to be kept until the block is done."""
+    def needs_mlp_tokens(self) -> bool:
+        """Whether the inputs and outputs of the dense MLPs have to be kept until the block is done."""
         return False
 
     @abstractmethod

@@ -47,46 +47,43 @@ class MlpReconstruction(LeastSquares):
         return "block"
 
     @property
-    def needs_mlp_inputs(self) -> bool:
+    def needs_mlp_tokens(self) -> bool:
         return True
 
     def repair(self, block: PrunedBlock) -> dict[str, RepairError]:
         errors = super().repair(block)
         for name, unit in block.units.items():
             views = {linear.role: linear for linear in block.linears if linear.unit == name}
-            if (last := views.get(DOWN) or views.get(FC2)) is None or not block.mlp_inputs(name):
+            if not (tokens := block.mlp_tokens(name)):
                 continue
-            after = self._reconstruct(unit, views, block, block.mlp_inputs(name))
+            last = views.get(DOWN) or views[FC2]
+            after = self._reconstruct(unit, views, block, tokens)
             errors[last.name] = errors[last.name]._replace(after=after)
         return errors
 
     def _reconstruct(
-        self, unit: Unit, views: Mapping[Role, LinearView], block: PrunedBlock, inputs: list[Tensor]
+        self, unit: Unit, views: Mapping[Role, LinearView], block: PrunedBlock, tokens: list[tuple[Tensor, Tensor]]
     ) -> float:
         """Train the surviving weights of one MLP, and return the relative L2 error of its output afterwards."""
         mlp = {role: view for role, view in views.items() if role in (GATE, UP, DOWN, FC1, FC2)}
-        dense = {role: block.dense(view).float() for role, view in mlp.items()}
         keep = {role: block.keep(view) for role, view in mlp.items()}
         start = {role: view.weight.float().clone() for role, view in mlp.items()}
         weights = {role: weight.clone().requires_grad_() for role, weight in start.items()}
         groups = [{"params": [weight], "lr": self.lr * _scale(weight, keep[role])} for role, weight in weights.items()]
-        optimizer = torch.optim.Adam(groups)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs * len(inputs))
-        before = _relative_error(unit, start, dense, inputs)
-        for _ in range(self.epochs):
-            for sequence in inputs:
-                target = mlp_output(unit, dense, sequence.float())
-                with torch.enable_grad():
-                    loss = mse_loss(mlp_output(unit, weights, sequence.float()), target)
-                    loss.backward()
-                for role, weight in weights.items():
-                    if weight.grad is not None:
-                        weight.grad *= keep[role]
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
+        optimizer = torch.optim.Adam(groups, fused=True)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs * len(tokens))
+        before = _relative_error(unit, start, tokens)
+        for inputs, target in tokens * self.epochs:
+            with torch.enable_grad():
+                _loss(unit, weights, inputs, target).backward()
+            for role, weight in weights.items():
+                if weight.grad is not None:
+                    weight.grad *= keep[role]
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
         rounded = {role: weight.detach().to(mlp[role].weight.dtype).float() for role, weight in weights.items()}
-        after = _relative_error(unit, rounded, dense, inputs)
+        after = _relative_error(unit, rounded, tokens)
         if not after < before:
             return before
         for role, view in mlp.items():
@@ -94,33 +91,25 @@ class MlpReconstruction(LeastSquares):
         return after
 
 
-def mlp_output(unit: Unit, weights: Mapping[Role, Tensor], inputs: Tensor) -> Tensor:
-    """Compute what an MLP with these weights gives for inputs [tokens, features], without the bias of its last linear.
-
-    Args:
-        unit: gives the activation and the biases.
-        weights: float32 [out, in] by role: gate, up and down, or the two of a plain MLP.
-        inputs: float32.
-    """
-    outputs = {role: unit.apply(role, inputs, weights[role]) for role in weights if role not in (DOWN, FC2)}
-    if FC1 in outputs:
-        return unit.activation(outputs[FC1]) @ weights[FC2].T
-    return (unit.activation(outputs[GATE]) * outputs[UP]) @ weights[DOWN].T
-
-
 def _scale(weight: Tensor, keep: Tensor) -> float:
     size = keep.sum().clamp_min(1)
     return float((weight.detach().square().sum() / size).sqrt())
 
 
-def _relative_error(
-    unit: Unit, weights: Mapping[Role, Tensor], dense: Mapping[Role, Tensor], inputs: list[Tensor]
-) -> float:
+def _loss(unit: Unit, weights: Mapping[Role, Tensor], inputs: Tensor, target: Tensor) -> Tensor:
+    """Return the squared error over the mean square of the target.
+
+    Without a unit, since Adam's epsilon is absolute and the MLPs of the first blocks give small outputs.
+    """
+    unit_square = target.float().square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return mse_loss(unit.mlp(inputs.float(), weights), target.float(), reduction="sum") / unit_square
+
+
+def _relative_error(unit: Unit, weights: Mapping[Role, Tensor], tokens: list[tuple[Tensor, Tensor]]) -> float:
     off = total = 0.0
-    for sequence in inputs:
-        target = mlp_output(unit, dense, sequence.float())
-        off += float((mlp_output(unit, weights, sequence.float()) - target).square().sum())
-        total += float(target.square().sum())
+    for inputs, target in tokens:
+        off += float((unit.mlp(inputs.float(), weights) - target.float()).square().sum())
+        total += float(target.float().square().sum())
     if not off < float("inf"):
         raise NumericalError("the output of an MLP in reconstruction holds numbers that are not finite")
     return (off / total) ** 0.5 if total else 0.0

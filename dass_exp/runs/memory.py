@@ -110,13 +110,14 @@ def memory_needs(
     batches = ((workload.batch_size, calibration[1]), (workload.scoring_batch_size, windows[1]))
     on_disk = (workload.cache == "disk") * (3 * calibration_bytes + 2 * window_bytes)
     repair = workload.stages.repair
+    recorded = (repair.follows_inputs or repair.needs_mlp_tokens) + repair.needs_mlp_tokens
     state = 2 * workload.resumable * (calibration_bytes + 2 * window_bytes)
     return MemoryNeeds(
         model=whole * width,
         block=max(blocks) * width,
         ahead=(1 if decoder.family.experts is None else 2) * max(blocks) * width,
         outside=(whole - sum(blocks)) * width,
-        activations=(3 + repair.follows_inputs + repair.needs_mlp_inputs) * in_memory * calibration_bytes,
+        activations=(3 + recorded) * in_memory * calibration_bytes,
         windows=2 * in_memory * window_bytes,
         solver=max(_solver_bytes(block, workload) for block in sites) + max(scope),
         batch=max(_batch_bytes(decoder, workload, *shape) for shape in batches) + 8 * MAX_LOGITS,
