@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dass_exp.engine.capture import Batch
+from dass_exp.engine.reorder import Reordered
 from dass_exp.masks import Pattern
 from dass_exp.methods.base import LinearView, MaskResult
 from dass_exp.models.decoder import Decoder
@@ -51,7 +52,7 @@ class BlockReport:
             calibration, and for the last block, which is not run again.
         seconds: seconds by purpose.
         starved: experts with too few tokens for statistics of their own.
-        orders: the new order of the neurons of the block or of an expert, by its name, where they were put in order.
+        orders: what was put in another order, by the name of the linear.
         repaired: errors of the outputs of linears before and after their repair, by the name of the linear.
     """
 
@@ -63,7 +64,7 @@ class BlockReport:
     error: float | None
     seconds: BlockSeconds = BlockSeconds()
     starved: tuple[str, ...] = ()
-    orders: dict[str, Tensor] = field(default_factory=dict)
+    orders: dict[str, Reordered] = field(default_factory=dict)
     repaired: dict[str, RepairError] = field(default_factory=dict)
 
 

@@ -21,8 +21,9 @@ from dass_exp.engine.budget import block_patterns
 from dass_exp.engine.callbacks import BlockReport, BlockSeconds, Callback, LoopState
 from dass_exp.engine.capture import Batch, capture, eval_mode
 from dass_exp.engine.observers import observe_inputs
+from dass_exp.engine.reorder import check_unchanged, reorder
 from dass_exp.engine.repair_passes import BlockInRepair, DensePass
-from dass_exp.engine.stages import Stages, pruning_units, refine_masks, reorder_neurons
+from dass_exp.engine.stages import Stages, pruning_units, refine_masks
 from dass_exp.errors import NumericalError, UserError, one_of
 from dass_exp.masks import Pattern
 from dass_exp.methods.base import Block, MaskResult, Pruner
@@ -176,7 +177,10 @@ def _process_block(loop: LoopState, index: int, method: Pruner, options: EngineO
     linears = [linear for unit in units for linear in unit.linears]
     for linear in linears:
         linear.check_statistic()
-    orders = _reorder(units, method, pattern, stages)
+    heads = int(decoder.config.num_attention_heads)
+    orders = reorder(units, stages.permute, method, pattern, heads) if stages.permute.active else {}
+    if orders and batches and index == loop.first_block:
+        check_unchanged(name, dense[0].load(), batches[0].run_block(module, index))
     weights = {linear.name: linear.weight.clone() for linear in linears} if stages.need_dense_weights else {}
     results = _choose_masks(units, method, pattern, weights, stages)
     block = BlockInRepair(before, batches, linears, weights, results, attention)
@@ -190,15 +194,6 @@ def _process_block(loop: LoopState, index: int, method: Pruner, options: EngineO
     passes = observed - start + time.perf_counter() - pruned
     seconds = BlockSeconds.split(passes, statistics.values(), pruned - observed, linears)
     return BlockReport(index, name, module, linears, results, error, seconds, starved, orders, repaired)
-
-
-def _reorder(units: list[Block], method: Pruner, pattern: Pattern, stages: Stages) -> dict[str, Tensor]:
-    """Put the neurons of each unit in order; return the new orders by the unit's name."""
-    orders = {}
-    for unit in units if stages.permute.active else ():
-        if (order := reorder_neurons(unit, stages.permute, method, pattern)) is not None:
-            orders[unit.name] = order
-    return orders
 
 
 def _choose_masks(

@@ -15,7 +15,7 @@ from dass_exp.errors import UserError
 from dass_exp.masks import Pattern
 from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner, Stage
 from dass_exp.models.decoder import Decoder
-from dass_exp.models.families import GLU, PLAIN, READER_OF, ROLES_IN_SCOPE, Role
+from dass_exp.models.families import ROLES_IN_SCOPE, Role
 from dass_exp.permute.base import NeuronOrder, NoOrder
 from dass_exp.refine.base import Refinement
 from dass_exp.refine.none import NoRefinement
@@ -75,11 +75,6 @@ class Stages:
         self.allocation.check(pattern)
         if self.permute.active:
             self.permute.check(pattern)
-            if not ROLES_IN_SCOPE[scope] & (GLU | PLAIN):
-                raise UserError(
-                    f"permute={self.permute.name} with scope={scope}: it orders the neurons of the MLP, which is not "
-                    "pruned; choose scope=mlp or all, or permute=none"
-                )
         if self.refine.active:
             for role in ROLES_IN_SCOPE[scope]:
                 self.refine.check(pattern, method.comparison_dim(role, pattern))
@@ -124,41 +119,6 @@ def build_stages(nodes: Mapping[str, Any]) -> Stages:
     """
     stages: dict[str, Any] = {group: build(node, KINDS[group], group) for group, node in nodes.items()}
     return Stages(**stages)
-
-
-def reorder_neurons(unit: Block, order: NeuronOrder, method: Pruner, pattern: Pattern) -> Tensor | None:
-    """Put the intermediate neurons of a dense MLP in order, with their statistics.
-
-    Returns:
-        the order, int64 [neurons]: neuron i is the former neuron ``order[i]``; None for a unit without an MLP.
-    """
-    views = {linear.role: linear for linear in unit.linears}
-    writers = [views[role] for role in READER_OF if role in views]
-    readers = [views[role] for role in dict.fromkeys(READER_OF.values()) if role in views]
-    if not writers or not readers:
-        return None
-    importance: dict[Role, Tensor] = {}
-    for axis, linears in ((0, writers), (1, readers)):
-        for linear in linears:
-            if method.comparison_dim(linear.role, pattern) == axis:
-                scores = method.importance(linear, unit)
-                importance[linear.role] = scores if axis == 0 else scores.T
-    if not importance:
-        raise UserError(
-            f"{unit.name}: method={method.name} compares no weights along the neurons, so their order changes nothing; "
-            "choose permute=none"
-        )
-    new = order.order(importance, pattern)
-    for linear in writers:
-        linear.matrix.reorder_outputs(new)
-    for statistic in {id(linear.statistic): linear.statistic for linear in writers}.values():
-        if statistic is not None:
-            statistic.reorder_outputs(new)
-    for linear in readers:
-        linear.matrix.reorder_inputs(new)
-        if linear.statistic is not None:
-            linear.statistic.reorder(new)
-    return new
 
 
 def refine_masks(

@@ -64,7 +64,7 @@ class Unit:
 
         Args:
             inputs: of the MLP.
-            weights: float32 [out, in] by role, instead of the model's: gate, up and down, or fc1 and fc2.
+            weights: float32 [out, in] by role, instead of the model's: of all linears of the MLP.
         """
         outputs = {role: self.apply(role, inputs, weights[role]) for role in weights if role in READER_OF}
         if Role.FC1 in outputs:

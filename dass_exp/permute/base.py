@@ -14,7 +14,8 @@ from dass_exp.models.families import Role
 class NeuronOrder(Stage, ABC):
     """Reorders the intermediate neurons of an MLP: rows of gate and up, columns of down.
 
-    In an MLP without a GLU, rows of its first linear and columns of its second.
+    In an MLP without a GLU, rows of its first linear and columns of its second; in attention the channels inside each
+    head, rows of v and columns of o, alike for all query heads that share a head of v.
 
     The order decides which neurons share an N:M group wherever groups extend along the neurons: in down, and in gate
     and up too for methods that compare the weights of one input column, as DaSS does.
@@ -27,6 +28,8 @@ class NeuronOrder(Stage, ABC):
     @abstractmethod
     def order(self, importance: Mapping[Role, Tensor], pattern: Pattern) -> Tensor:
         """Return the new order, int64 [neurons]: neuron i of the new order is the former neuron ``order[i]``.
+
+        What is said of neurons holds for the channels of one head.
 
         Args:
             importance: of the weights of each linear whose groups extend along the neurons, float [neurons, others].

@@ -24,11 +24,14 @@ class Neurons(NeuronOrder):
     A round of assignment goes through the slots of a group; for each it takes one neuron out of every group and puts
     them back by the assignment that keeps the most importance (linear sum assignment, as in RIA).
 
+    With attention in the scope, the channels inside each head are dealt too: rows of v, columns of o.
+
     Args:
         rounds: of assignment after dealing.
     """
 
     rounds: int = 0
+    version = 2  # 2: channels of heads
 
     def __post_init__(self) -> None:
         whole_number("permute.rounds", self.rounds, least=0)

@@ -20,7 +20,6 @@ from dass_exp.engine.verify import Layer, Verification
 from dass_exp.errors import DamagedFileError, UserError
 from dass_exp.evaluate.streamed import StreamedPerplexity
 from dass_exp.methods.base import LinearView
-from dass_exp.models.families import READER_OF
 from dass_exp.models.save import REPLACED
 from dass_exp.runs.resolved_run import ResolvedRun
 from dass_exp.storage.checksum import require_regular
@@ -162,10 +161,12 @@ class MaskFiles(Callback):
 
 
 def _packed(report: BlockReport, linear: LinearView) -> PackedMask:
-    """Pack the mask of a linear, with the order of its neurons if the block's were put in order."""
-    axis = 0 if linear.role in READER_OF else 1
-    order = report.orders.get(linear.unit) if linear.role in {*READER_OF, *READER_OF.values()} else None
-    return PackedMask.pack(report.results[linear.name].keep, order, axis)
+    """Pack the mask of a linear, with the order of its rows or columns if it was changed."""
+    keep = report.results[linear.name].keep
+    if linear.name not in report.orders:
+        return PackedMask.pack(keep)
+    axis, order = report.orders[linear.name]
+    return PackedMask.pack(keep, order, axis)
 
 
 class ResumeState(Callback):
