@@ -187,7 +187,7 @@ def _process_block(loop: LoopState, index: int, method: Pruner, options: EngineO
     repaired = stages.repair.repair(block) if batches else {}
     pruned, error = time.perf_counter(), None
     if runs_again:
-        with attention.replaying() if results else nullcontext():
+        with attention.replaying() if results else nullcontext(), block.replaying_neurons():
             error = _pass_on(module, index, batches, dense, changed=bool(results))
         if not error < float("inf"):
             raise NumericalError(f"{name}: its output holds numbers that are not finite")

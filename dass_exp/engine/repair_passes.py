@@ -1,7 +1,9 @@
 """What repairs know of a pruned block: dense weights and outputs, and the inputs that reach each linear now."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from dass_exp.repair.base import Regression, Repair
 from dass_exp.statistics import Gram
 
 _WRITERS = READER_OF.keys()
+MAX_KEPT_NEURONS = 1 << 30  # bytes of intermediate activations kept from the last collection for the pass on
 
 
 class RegressionSums:
@@ -127,6 +130,22 @@ class BlockInRepair:
         self.units = before.units
         self._current: dict[str, Regression] = {}
         self._collected: Role | None = None
+        self._neurons: dict[str, deque[Tensor]] = {}  # inputs of the last linear of the MLP, by batch
+        self._kept_for: list[int] = []  # the versions of the weights that gave them
+
+    @contextmanager
+    def replaying_neurons(self) -> Iterator[None]:
+        """Let the MLP start from the neurons of the last collection, if its first linears are what they were then."""
+        with ExitStack() as stack:
+            if self._neurons and self._versions() == self._kept_for:
+                for module in {linear.matrix.module for linear in self.linears if linear.role in _WRITERS}:
+                    features = sum(view.matrix.out_features for view in self.linears if view.matrix.module is module)
+                    stack.enter_context(replaced_forward(module, partial(_zeros, features=features)))
+                for linear in self.linears:
+                    if linear.name in self._neurons:
+                        replay = _replaying(linear.matrix.module.forward, self._neurons.pop(linear.name))
+                        stack.enter_context(replaced_forward(linear.matrix.module, replay))
+            yield
 
     def mlp_tokens(self, unit: str) -> list[tuple[Tensor, Tensor]]:
         """Return the inputs of an MLP and what its dense weights give for them, without the bias of its last linear."""
@@ -177,6 +196,8 @@ class BlockInRepair:
         sums = {linear.name: RegressionSums(linear) for linear in linears}
         plain = [linear for linear in linears if linear.matrix.expert is None]
         routed = [linear for linear in linears if linear.matrix.expert is not None]
+        if role in READER_OF.values() and self._neurons_fit(plain):
+            self._neurons, self._kept_for = {linear.name: deque() for linear in plain}, self._versions()
         block = self._before.decoder.blocks[self._before.index]
         with ExitStack() as stack:
             stack.enter_context(self._attention.replaying(again=True))
@@ -200,9 +221,20 @@ class BlockInRepair:
             pairs = (tensor.reshape(-1, tokens, tensor.shape[-1]) for tensor in (inputs, targets))
             for sequence, target in zip(*pairs, strict=True):
                 sums.update(sequence, target)
-            return inputs.new_zeros(*inputs.shape[:-1], features)
+            if linear.name in self._neurons:
+                self._neurons[linear.name].append(inputs)
+            return _zeros(inputs, features)
 
         return forward
+
+    def _versions(self) -> list[int]:
+        return [linear.matrix.parameter._version for linear in self.linears if linear.role in _WRITERS]
+
+    def _neurons_fit(self, linears: Sequence[LinearView]) -> bool:
+        """Whether the inputs of these linears may be kept."""
+        tokens = sum(batch.sequences * batch.tokens for batch in self._batches)
+        size = sum(linear.matrix.in_features * linear.weight.dtype.itemsize for linear in linears)
+        return 0 < size * tokens <= MAX_KEPT_NEURONS
 
     def _collecting_experts(
         self, linears: Sequence[LinearView], sums: Mapping[str, RegressionSums]
@@ -229,3 +261,17 @@ class BlockInRepair:
             return torch.zeros_like(hidden_states)
 
         return forward
+
+
+def _zeros(inputs: Tensor, features: int) -> Tensor:
+    return inputs.new_zeros(*inputs.shape[:-1], features)
+
+
+def _replaying(forward: Callable[..., Any], kept: deque[Tensor]) -> Callable[..., Any]:
+    """Return a forward that takes one kept input after the other instead of its own."""
+
+    def replay(*args: Any, **kwargs: Any) -> Any:
+        del args, kwargs
+        return forward(kept.popleft())
+
+    return replay

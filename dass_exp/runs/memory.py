@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from dass_exp.engine.repair_passes import MAX_KEPT_NEURONS
 from dass_exp.engine.stages import Stages
 from dass_exp.errors import UserError
 from dass_exp.evaluate.head import MAX_LOGITS
 from dass_exp.models.decoder import Decoder, LinearSite
-from dass_exp.models.families import Role
+from dass_exp.models.families import READER_OF, Role
 from dass_exp.statistics import Gram, Statistic
 
 _SHARE = 0.9  # of the free memory; a run that needs more is streamed
@@ -117,7 +118,7 @@ def memory_needs(
         block=max(blocks) * width,
         ahead=(1 if decoder.family.experts is None else 2) * max(blocks) * width,
         outside=(whole - sum(blocks)) * width,
-        activations=(3 + recorded) * in_memory * calibration_bytes,
+        activations=(3 + recorded) * in_memory * calibration_bytes + _kept_neurons(sites, calibration, workload),
         windows=2 * in_memory * window_bytes,
         solver=max(_solver_bytes(block, workload) for block in sites) + max(scope),
         batch=max(_batch_bytes(decoder, workload, *shape) for shape in batches) + 8 * MAX_LOGITS,
@@ -146,6 +147,17 @@ def _solver_bytes(sites: list[LinearSite], workload: Workload) -> int:
     if workload.stages.need_dense_weights:
         total += sum(sizes) * workload.dtype.itemsize
     return total
+
+
+def _kept_neurons(sites: list[list[LinearSite]], calibration: tuple[int, int], workload: Workload) -> int:
+    """Return the bytes of the intermediate activations that a repair keeps for the pass on."""
+    readers = {*READER_OF.values()}
+    widths = [
+        sum(site.matrix.in_features for site in block if site.role in readers and site.matrix.expert is None)
+        for block in sites
+    ]
+    size = max(widths, default=0) * calibration[0] * calibration[1] * workload.dtype.itemsize
+    return size if workload.stages.repair.follows_inputs and size <= MAX_KEPT_NEURONS else 0
 
 
 def _batch_bytes(decoder: Decoder, workload: Workload, sequences: int, length: int) -> int:

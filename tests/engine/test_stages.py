@@ -13,6 +13,7 @@ from support import CONF, compose, contains
 
 from dass_exp.api import prune
 from dass_exp.config.components import choice
+from dass_exp.engine import repair_passes
 from dass_exp.engine.stages import KINDS, Stages, build_stages
 from dass_exp.engine.verify import verify
 from dass_exp.errors import UserError
@@ -272,3 +273,30 @@ def test_stages_compose(chosen, family, tiny_model, tokens):
         assert all(layer.output_error <= layer.output_error_before * (1 + 1e-5) for layer in pruned.layers)
         errors.append([layer.output_error for layer in pruned.layers])
     assert errors[0] != errors[1]
+
+
+@each_family
+@pytest.mark.parametrize("repair", ["least_squares", "block"])
+def test_kept_neurons_change_no_weight(repair, family, tiny_model, tokens, monkeypatch):
+    """The pass on starts from the neurons that the repair has seen, unless gate or up were changed after it."""
+    weights = []
+    for limit in (repair_passes.MAX_KEPT_NEURONS, 0):
+        monkeypatch.setattr(repair_passes, "MAX_KEPT_NEURONS", limit)
+        model = tiny_model(family)
+        stages = stages_of(("permute", "neurons"), ("repair", repair))
+        prune_blocks(model, tokens, Dass(), scope="all", min_tokens=1, stages=stages)
+        weights.append([site.matrix.weight.clone() for site in sites_of(model, "all")])
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
+
+
+def test_the_first_linears_of_the_mlp_run_once_less_where_neurons_are_kept(tiny_model, tokens, monkeypatch):
+    runs = []
+    for limit in (repair_passes.MAX_KEPT_NEURONS, 0):
+        monkeypatch.setattr(repair_passes, "MAX_KEPT_NEURONS", limit)
+        model, inputs = tiny_model("llama"), []
+        gate = model.model.layers[0].mlp.gate_proj
+        own = gate.forward
+        gate.forward = lambda entered, own=own, inputs=inputs: (inputs.append(1), own(entered))[1]
+        prune_blocks(model, tokens, Dass(), stages=Stages(repair=LeastSquares()), batch_size=len(tokens))
+        runs.append(len(inputs))
+    assert runs[0] == runs[1] - 1
