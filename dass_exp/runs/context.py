@@ -18,7 +18,7 @@ from dass_exp.data import tokens
 from dass_exp.engine.callbacks import Callback
 from dass_exp.models import load
 from dass_exp.models.decoder import decoder_of
-from dass_exp.models.families import READER_OF
+from dass_exp.models.families import READER_OF, Role
 from dass_exp.runs.memory import available_memory
 from dass_exp.runs.resolved_run import ResolvedRun
 
@@ -211,7 +211,7 @@ class RunContext:
         decoder = decoder_of(model, run.spec.roles)
         sites = run.sites(decoder) if self.shared and run.method.prunes else []
         dense_weights = [(site.matrix, site.matrix.weight.clone()) for site in sites]
-        writers = [site.matrix for site in sites if site.role in READER_OF]
+        writers = [site.matrix for site in sites if site.role in (*READER_OF, Role.V)]
         biases = [(bias, bias.clone()) for matrix in writers if (bias := matrix.bias) is not None]
         try:
             yield model
