@@ -22,6 +22,7 @@ BOS_POLICIES = ("never", "stream", "window")
 PLACEMENTS = ("resident", "stream")
 ACTIVATION_CACHES = ("device", "cpu", "disk")
 SAMPLINGS = ("joined", "document")
+HIDDEN_CACHES = ("memory", "disk")
 TASK_DATA = ("offline", "hub")
 # what is done around a method; each is a config group and a folder
 STAGE_GROUPS = ("allocation", "permute", "refine", "repair")
@@ -137,15 +138,22 @@ class ZeroShotConfig:
 
 @dataclass
 class EvalConfig:
-    """What to score. ``batch_size`` changes no number beyond rounding."""
+    """What to score. ``batch_size`` changes no number beyond rounding.
+
+    ``divergence`` measures on the windows of the perplexity how far the pruned model is from the dense one, whose last
+    hidden states are kept in ``cache``: ``memory``, for one process, or ``disk``, in the results folder.
+    """
 
     name: str = field(default=MISSING, metadata=NO_EFFECT)
     perplexity: PerplexityConfig | None = None
+    divergence: bool = True
+    cache: str = field(default="memory", metadata=NO_EFFECT)
     zeroshot: ZeroShotConfig | None = None
     batch_size: int = field(default=4, metadata=NO_EFFECT)
 
     def __post_init__(self) -> None:
         whole_number("eval.batch_size", self.batch_size, least=1)
+        one_of("eval.cache", self.cache, HIDDEN_CACHES)
 
 
 @dataclass

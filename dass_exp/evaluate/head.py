@@ -56,6 +56,41 @@ def losses_and_hits(model: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor
     return torch.cat(losses), torch.cat(hits)
 
 
+def losses_and_divergence(
+    model: Any, hidden: Tensor, dense: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return :func:`token_losses`, and how the predictions differ from those of the dense model.
+
+    With p the dense model's probabilities and z, y the logits of both models, the Kullback-Leibler divergence of a
+    position is sum(p (z - y)) - logsumexp(z) + logsumexp(y); sums over the vocabulary are float64.
+
+    Args:
+        model: gives the head, which is that of the dense model too: it is never pruned.
+        hidden: [positions, features], the input of the head.
+        dense: the same of the dense model.
+        targets: int64 [positions].
+
+    Returns:
+        the losses, float32 [positions]; KL(dense || model) in nats, float64 [positions]; bool [positions], whether
+        both models hold the same token for the most likely one; the losses of the dense model, float64 [positions].
+    """
+    losses, divergences, agreements, dense_losses = [], [], [], []
+    of_both = zip(_logits(model, hidden), _logits(model, dense), targets.split(_positions(model)), strict=True)
+    for logits, reference, part in of_both:
+        loss = cross_entropy(logits, part, reduction="none")
+        top, likeliest = reference.max(-1, keepdim=True)
+        agreements.append(logits.argmax(-1) == likeliest[:, 0])
+        weights = (reference - top).exp_()
+        total = weights.sum(-1, dtype=torch.float64)
+        log_total = loss.double() + logits.gather(1, part[:, None])[:, 0]
+        dense_log_total = total.log() + top[:, 0]
+        dense_losses.append(dense_log_total - reference.gather(1, part[:, None])[:, 0])
+        gap = weights.mul_(reference.sub_(logits)).sum(-1, dtype=torch.float64)
+        divergences.append((gap / total - dense_log_total + log_total).clamp_min_(0))  # rounding aside
+        losses.append(loss)
+    return torch.cat(losses), torch.cat(divergences), torch.cat(agreements), torch.cat(dense_losses)
+
+
 def _logits(model: Any, hidden: Tensor) -> Iterator[Tensor]:
     """Yield the logits, float32 [positions, vocabulary], of some positions at a time."""
     head = model.get_output_embeddings()

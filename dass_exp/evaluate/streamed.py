@@ -1,16 +1,27 @@
 """Perplexity of the dense and the pruned model, computed while their blocks are streamed."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dass_exp.engine.activation_cache import CachedTensor
 from dass_exp.engine.callbacks import BlockReport, Callback, LoopState, Stopwatch
 from dass_exp.engine.capture import Batch, capture, eval_mode, finish_forward, restore_hidden
 from dass_exp.engine.prune import EngineOptions
 from dass_exp.evaluate.head import compare_head
-from dass_exp.evaluate.perplexity import Perplexity, window_nll
+from dass_exp.evaluate.perplexity import Perplexity, score_tokens
 from dass_exp.models.decoder import decoder_of
+
+
+class Scores(NamedTuple):
+    """What is scored while blocks are streamed."""
+
+    pruned: bool = True  # whether there is a pruned model
+    divergence: bool = True  # whether its distance from the dense model is measured
+
+
+EVERYTHING = Scores()
 
 
 class StreamedPerplexity(Callback):
@@ -22,7 +33,7 @@ class StreamedPerplexity(Callback):
         batch_size: windows that pass through a block together.
         options: of the engine, whose activation cache is used.
         stopwatch: measures the scoring of both models apart from pruning.
-        scores_pruned: whether there is a pruned model to score.
+        scores: what is scored.
     """
 
     def __init__(
@@ -32,10 +43,11 @@ class StreamedPerplexity(Callback):
         batch_size: int,
         options: EngineOptions,
         stopwatch: Stopwatch,
-        scores_pruned: bool = True,
+        scores: Scores = EVERYTHING,
     ) -> None:
         self._model, self._windows, self._batch_size = model, windows, batch_size
-        self._options, self._stopwatch, self._scores_pruned = options, stopwatch, scores_pruned
+        self._options, self._stopwatch = options, stopwatch
+        self._scores_pruned, self._diverges = scores.pruned, scores.divergence
         self._blocks = list(decoder_of(model, options.roles).blocks)
         self._dense: list[Batch] = []
         self._pruned: list[Batch] = []
@@ -85,10 +97,13 @@ class StreamedPerplexity(Callback):
     @torch.no_grad()
     def on_end(self) -> None:
         with self._stopwatch.measure("dense"):
-            self.dense_perplexity = self._perplexity(self._dense)
+            dense = self._last_hidden(self._dense)
+            self.dense_perplexity = self._perplexity(dense)
         if self._scores_pruned:
             with self._stopwatch.measure("pruned"):
-                self.pruned_perplexity = self._perplexity(self._pruned)
+                self.pruned_perplexity = self._perplexity(
+                    self._last_hidden(self._pruned), dense if self._diverges else None
+                )
 
     def _batches(self) -> dict[str, list[Batch]]:
         return {"windows, dense": self._dense, "windows, pruned": self._pruned}
@@ -98,10 +113,19 @@ class StreamedPerplexity(Callback):
             for batch in batches:
                 batch.hidden = batch.run_block(self._blocks[index], index)
 
-    def _perplexity(self, batches: list[Batch]) -> Perplexity:
-        nll: list[float] = []
+    def _last_hidden(self, batches: list[Batch]) -> list[CachedTensor]:
+        """Return the input of the head, by batch."""
+        hidden = []
         with eval_mode(self._model):
             for batch, part in zip(batches, self._windows.split(self._batch_size), strict=True):
                 ids = part.to(batch.cached.device)
-                nll += window_nll(self._model, finish_forward(self._model, self._blocks, batch, ids), ids)
-        return Perplexity(nll, self._windows.shape[1] - 1)
+                states = finish_forward(self._model, self._blocks, batch, ids)
+                hidden.append(self._options.cache.store(states))
+        return hidden
+
+    def _perplexity(self, hidden: list[CachedTensor], dense: list[CachedTensor] | None = None) -> Perplexity:
+        scores = []
+        for number, part in enumerate(self._windows.split(self._batch_size)):
+            reference = None if dense is None else dense[number].load()
+            scores.append(score_tokens(self._model, hidden[number].load(), part, reference))
+        return Perplexity.of(scores)

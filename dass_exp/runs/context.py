@@ -8,6 +8,8 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -16,11 +18,15 @@ from torch import nn
 from dass_exp.config.settings import ModelConfig
 from dass_exp.data import tokens
 from dass_exp.engine.callbacks import Callback
+from dass_exp.errors import DamagedFileError
+from dass_exp.evaluate.perplexity import last_hidden_states
 from dass_exp.models import load
 from dass_exp.models.decoder import decoder_of
 from dass_exp.models.families import READER_OF, Role
 from dass_exp.runs.memory import available_memory
 from dass_exp.runs.resolved_run import ResolvedRun
+from dass_exp.storage.checksum import json_digest
+from dass_exp.storage.durable import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +60,7 @@ class ModelCache:
         self._size = size
         self._small: OrderedDict[Hashable, Any] = OrderedDict()
         self._model: tuple[tuple[str, str, str], nn.Module] | None = None
+        self.dense_hidden: dict[str, torch.Tensor] = {}  # of the model in memory, by the hash of the windows
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return the result of ``make``, which is called once per key."""
@@ -73,7 +80,7 @@ class ModelCache:
 
     def put(self, spec: load.ModelSpec, model: nn.Module) -> None:
         """Keep this model instead of the previous one."""
-        self._model = (_identity(spec), model)
+        self._model, self.dense_hidden = (_identity(spec), model), {}
 
     def clear(self) -> None:
         """Free the model in memory."""
@@ -222,3 +229,45 @@ class RunContext:
                 bias.copy_(dense)
             if run.method.prunes and not self.shared:
                 self.cache.clear()  # it is not dense any more
+
+    def dense_hidden(self, run: ResolvedRun, model: nn.Module) -> torch.Tensor | None:
+        """Return the last hidden states of a model that is still dense, for the windows of a run that is not streamed.
+
+        They are computed once for a model in memory and, with ``eval.cache=disk``, once for a results folder.
+
+        Returns:
+            [windows, tokens, features] on the CPU; None if no divergence is measured.
+        """
+        windows, evaluation = self.windows(run), run.config.eval
+        if windows is None or not evaluation.divergence:
+            return None
+        kept = self.cache.dense_hidden
+        if windows.sha256 not in kept:
+            path = self._hidden_file(run, windows) if evaluation.cache == "disk" else None
+            stored = None if path is None else _read_hidden(path)
+            if stored is None:
+                with self.reporter.phase("the dense model on the windows"):
+                    stored = last_hidden_states(model, windows.ids, evaluation.batch_size)
+                if path is not None:
+                    write_tensors({"hidden": stored}, path)
+            kept[windows.sha256] = stored
+        return kept[windows.sha256]
+
+    def _hidden_file(self, run: ResolvedRun, windows: tokens.Tokens) -> Path:
+        """Return the file of the last hidden states of the dense model, under these versions of the libraries."""
+        versions = torch.__version__, version("transformers")
+        digest = json_digest([*_identity(run.spec), run.spec.device.type, windows.sha256, *versions])
+        folder = Path(run.config.results_dir) / "dense_hidden"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{digest}.safetensors"
+
+
+def _read_hidden(path: Path) -> torch.Tensor | None:
+    """Return what a file of hidden states holds; None if it is missing or damaged: it is computed again."""
+    if not path.is_file():
+        return None
+    try:
+        return read_tensors(path)[0]["hidden"]
+    except DamagedFileError as error:
+        log.warning("%s; the dense model is run again", error)
+        return None

@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dass_exp.engine.activation_cache import ActivationCache
 from dass_exp.engine.callbacks import BlockReport, Callback, ProgressBar, SeedEachBlock, Stopwatch
 from dass_exp.engine.prune import EngineOptions, prune_model
 from dass_exp.engine.verify import Verification
-from dass_exp.evaluate.perplexity import perplexity
-from dass_exp.evaluate.streamed import StreamedPerplexity
+from dass_exp.evaluate.perplexity import Perplexity, perplexity, perplexity_of_hidden
+from dass_exp.evaluate.streamed import Scores, StreamedPerplexity
 from dass_exp.evaluate.zeroshot import ZeroShotOptions, ZeroShotResult, zero_shot
 from dass_exp.models import load
 from dass_exp.models.decoder import decoder_of
@@ -47,6 +47,9 @@ def execute(run: ResolvedRun, context: RunContext) -> RunResult:
     """
     memory, save = PeakMemory(), run.config.save
     with _opened(run, context) as (model, blocks):
+        start = time.perf_counter()
+        dense = None if run.streams else context.dense_hidden(run, model)
+        dense_s = time.perf_counter() - start
         writer = None if save is None else _checkpoint_writer(run, model)
         result = _run_blocks(run, context, model, blocks, writer)
         manifest = compose_manifest(run, result.layers)
@@ -57,10 +60,10 @@ def execute(run: ResolvedRun, context: RunContext) -> RunResult:
                 save_checkpoint(save, model, context.tokenizer(run), result.masks or {}, manifest)
         start = time.perf_counter()
         if not run.streams:
-            result = replace(result, perplexity=_perplexity(run, context, model))
+            result = replace(result, perplexity=_perplexity(run, context, model, dense))
         result = replace(result, tasks=_tasks(run, context, model))
         result.cost["load_s"] = 0.0 if run.streams else context.load_s
-        result.cost["eval_s"] += time.perf_counter() - start
+        result.cost["eval_s"] += time.perf_counter() - start + dense_s
         result.cost.update(memory.read())
     if result.dense is not None:
         result.dense.cost.update({**result.cost, **result.dense.cost})
@@ -122,7 +125,8 @@ def _run_blocks(
     scorer, saver = None, None
     if run.streams and windows is not None:
         batch_size = run.config.eval.batch_size
-        scorer = StreamedPerplexity(model, windows.ids, batch_size, options, stopwatch, run.method.prunes)
+        scores = Scores(run.method.prunes, run.config.eval.divergence)
+        scorer = StreamedPerplexity(model, windows.ids, batch_size, options, stopwatch, scores)
     masks = MaskFiles(run.work_folder, done) if run.keeps_masks else None
     if writer is not None and isinstance(blocks, StreamedBlocks):
         writer.begin(blocks.names.to_checkpoint, len(decoder.blocks), done)
@@ -189,11 +193,15 @@ def _activation_cache(run: ResolvedRun) -> ActivationCache:
     return ActivationCache(run.config.calibration.cache, run.work_folder / f"activations-{uuid.uuid4().hex}")
 
 
-def _perplexity(run: ResolvedRun, context: RunContext, model: nn.Module) -> Any:
+def _perplexity(run: ResolvedRun, context: RunContext, model: nn.Module, dense: Tensor | None) -> Perplexity | None:
+    """Score the windows; ``dense`` are the last hidden states of the dense model, None to measure no divergence."""
     if (windows := context.windows(run)) is None:
         return None
+    batch_size = run.config.eval.batch_size
     with context.reporter.phase(f"perplexity of {run.method.name}"):
-        return perplexity(model, windows.ids, run.config.eval.batch_size)
+        if dense is not None and not run.method.prunes:
+            return perplexity_of_hidden(model, dense, windows.ids, batch_size)
+        return perplexity(model, windows.ids, batch_size, dense)
 
 
 def _tasks(run: ResolvedRun, context: RunContext, model: nn.Module) -> ZeroShotResult | None:

@@ -47,7 +47,8 @@ class MemoryNeeds:
     @property
     def resident(self) -> int:
         """With the whole model in memory."""
-        return BASE + self.model + self.copy + self.activations + self.solver + self.batch + self.tokens
+        windows = self.windows // 2  # of the dense model alone
+        return BASE + self.model + self.copy + self.activations + windows + self.solver + self.batch + self.tokens
 
     @property
     def scored(self) -> int:
@@ -121,7 +122,7 @@ def memory_needs(
         activations=(3 + recorded) * in_memory * calibration_bytes + _kept_neurons(sites, calibration, workload),
         windows=2 * in_memory * window_bytes,
         solver=max(_solver_bytes(block, workload) for block in sites) + max(scope),
-        batch=max(_batch_bytes(decoder, workload, *shape) for shape in batches) + 8 * MAX_LOGITS,
+        batch=max(_batch_bytes(decoder, workload, *shape) for shape in batches) + 16 * MAX_LOGITS,
         copy=workload.shared * sum(scope) * width,
         tokens=16 * sum(count * length for count, length in (calibration, windows)),
         disk=on_disk + sum(scope) // 8 + state,

@@ -177,11 +177,17 @@ def _sparsity(result: RunResult) -> dict[str, Any]:
 
 def _metrics(run: ResolvedRun, result: RunResult) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
-    if result.perplexity is not None and run.config.eval.perplexity is not None:
+    if (scored := result.perplexity) is not None and run.config.eval.perplexity is not None:
         name = run.config.eval.perplexity.name
-        metrics["perplexity"] = {name: result.perplexity.value}
-        metrics["window_nll"] = {name: result.perplexity.window_nll}
-        metrics["predicted_tokens_per_window"] = {name: result.perplexity.predicted}
+        metrics["perplexity"] = {name: scored.value}
+        metrics["window_nll"] = {name: scored.window_nll}
+        metrics["predicted_tokens_per_window"] = {name: scored.predicted}
+        metrics["position_nll"] = {name: scored.position_nll}
+        if (kl := scored.kl) is not None:
+            compared = {"kl": kl, "agreement": scored.agreement, "perplexity_ratio": scored.ratio}
+            metrics["divergence"] = {name: compared}
+            metrics["window_kl"] = {name: scored.window_kl}
+            metrics["window_agreement"] = {name: scored.window_agreement}
     if (tasks := result.tasks) is not None:
         metrics |= {"tasks": tasks.tasks, "mean_acc": tasks.mean_acc, "mean_acc_norm": tasks.mean_acc_norm}
     return metrics

@@ -263,6 +263,8 @@ def _evaluation(run: ResolvedRun) -> dict[str, Any]:
     if (scored := evaluation.perplexity) is not None and text is not None:
         cut = {"context": scored.context, "max_windows": scored.max_windows}
         identity["perplexity"] = {"text": text.identity, **cut}
+        if run.method.prunes:
+            identity["divergence"] = evaluation.divergence
     if (zeroshot := evaluation.zeroshot) is not None:
         offline = zeroshot.data == "offline"
         tasks = {task: assets.TASKS[task].sha256 for task in zeroshot.tasks} if offline else sorted(zeroshot.tasks)

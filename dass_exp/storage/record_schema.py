@@ -97,9 +97,19 @@ class _Task(TypedDict):
     limit: int | None
 
 
+class _Divergence(TypedDict):
+    kl: _Size
+    agreement: _Share
+    perplexity_ratio: Annotated[float, Ge(0), Lt(math.inf)]
+
+
 class _Metrics(TypedDict):
     perplexity: NotRequired[dict[str, Annotated[float, Ge(1), Lt(math.inf)]]]
     window_nll: NotRequired[dict[str, list[Annotated[float, Ge(-1e-3), Lt(math.inf)]]]]
+    position_nll: NotRequired[dict[str, list[Annotated[float, Ge(-1e-3), Lt(math.inf)]]]]
+    divergence: NotRequired[dict[str, _Divergence]]
+    window_kl: NotRequired[dict[str, list[_Size]]]
+    window_agreement: NotRequired[dict[str, list[_Share]]]
     tasks: NotRequired[dict[str, _Task]]
     mean_acc: NotRequired[_Share]
     mean_acc_norm: NotRequired[_Share]

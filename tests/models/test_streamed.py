@@ -16,8 +16,8 @@ from dass_exp.api import method_of
 from dass_exp.engine.callbacks import Callback, Stopwatch
 from dass_exp.engine.prune import EngineOptions, prune_model
 from dass_exp.errors import UserError
-from dass_exp.evaluate.perplexity import perplexity
-from dass_exp.evaluate.streamed import StreamedPerplexity
+from dass_exp.evaluate.perplexity import last_hidden_states, perplexity
+from dass_exp.evaluate.streamed import Scores, StreamedPerplexity
 from dass_exp.masks import NM
 from dass_exp.models.decoder import decoder_of
 from dass_exp.models.families import FAMILIES
@@ -63,7 +63,7 @@ class InMemory(Callback):
 def test_weights_are_identical_and_both_perplexities_those_of_the_models(family, method, tiny_model, tokens, tmp_path):
     resident, windows, options = tiny_model(family), tokens.flip(0)[:4], EngineOptions(scope="all", batch_size=2)
     resident.save_pretrained(tmp_path)
-    dense = perplexity(resident, windows, 2).window_nll
+    dense, hidden = perplexity(resident, windows, 2).window_nll, last_hidden_states(resident, windows, 2)
     prune_model(resident, tokens, method, NM(2, 4), options)
     model, blocks = opened(tmp_path)
     scorer, memory = StreamedPerplexity(model, windows, 2, options, Stopwatch()), InMemory()
@@ -74,8 +74,11 @@ def test_weights_are_identical_and_both_perplexities_those_of_the_models(family,
     assert memory.weights.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in memory.weights.items())
     assert scorer.dense_perplexity.window_nll == pytest.approx(dense, rel=1e-6)
-    pruned = perplexity(resident, windows, 2).window_nll
-    assert scorer.pruned_perplexity.window_nll == pytest.approx(pruned, rel=1e-6)
+    pruned = perplexity(resident, windows, 2, hidden)
+    assert scorer.pruned_perplexity.window_nll == pytest.approx(pruned.window_nll, rel=1e-6)
+    assert scorer.pruned_perplexity.window_kl == pytest.approx(pruned.window_kl, rel=1e-3, abs=1e-6)
+    assert scorer.pruned_perplexity.window_agreement == pruned.window_agreement
+    assert pruned.kl > 0 and scorer.dense_perplexity.kl is None
     assert all(parameter.is_meta for block in decoder_of(model).blocks for parameter in block.parameters())
 
 
@@ -139,7 +142,7 @@ def test_a_checkpoint_without_the_prefix_of_the_model_is_read(tiny_model, tokens
     weights = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
     save_file(weights, path, metadata={"format": "pt"})
     streamed, blocks = opened(tmp_path)
-    scorer = StreamedPerplexity(streamed, tokens, 5, EngineOptions(), Stopwatch(), scores_pruned=False)
+    scorer = StreamedPerplexity(streamed, tokens, 5, EngineOptions(), Stopwatch(), Scores(pruned=False))
     prune_model(streamed, None, method_of("dense"), NM(2, 4), callbacks=[scorer], blocks=blocks)
     assert scorer.dense_perplexity.window_nll == pytest.approx(perplexity(model, tokens, 5).window_nll, rel=1e-6)
 
