@@ -14,6 +14,7 @@ from dass_exp.engine.callbacks import Callback
 from dass_exp.errors import UserError
 from dass_exp.report import cli
 from dass_exp.report.load import cells_of, load
+from dass_exp.report.metrics import METRICS
 from dass_exp.runs.context import ModelCache, RunContext
 from dass_exp.runs.failed_cell import describe_failed
 from dass_exp.runs.plan import plan
@@ -33,7 +34,7 @@ def test_every_sweep_composes_at_both_scales_to_axes_and_the_layout_of_a_table(n
     assert all(str(axis) for axis in params.values())
     assert layout.title
     if name != "demo":
-        assert layout.metric in ("perplexity", "acc", "cost")
+        assert layout.metric in METRICS
         assert set(layout) <= {"title", "rows", "columns", "metric", "figure", "note"}
 
 
@@ -180,6 +181,20 @@ def test_a_report_may_be_written_elsewhere(swept, tmp_path):
     links = re.findall(r'href="([^"#]*result.json)"', (tmp_path / "paper" / "report.html").read_text())
     assert len(links) == 3
     assert all((tmp_path / "paper" / link).is_file() for link in links)
+
+
+def test_another_metric_has_a_table_of_its_own(swept, tmp_path):
+    cli.main(["alpha", "--metric", "cost", "--results", str(swept), "--output", str(tmp_path)])
+    assert {path.name for path in (tmp_path / "tables").iterdir()} == {
+        f"alpha_cost.{end}" for end in ("md", "csv", "tex")
+    }
+    text = (tmp_path / "tables" / "alpha_cost.md").read_text()
+    assert text.startswith("# Cost: Perplexity against alpha")
+    assert "| 2:4 alpha=0.0 |" in text
+    assert "Made by `dass-report alpha --metric cost`." in text
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["alpha", "--metric", "nonsense", "--results", str(swept)])
+    assert ended.value.code == 2
 
 
 def test_the_cells_of_a_sweep_end_as_they_last_ended_and_can_be_compared(swept, capsys):

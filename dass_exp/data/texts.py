@@ -1,17 +1,24 @@
-"""Sources of text: the offline assets, or a data set of the hub. Only this file imports ``datasets``."""
+"""Sources of text: offline assets, a data set of the hub, or a local file. Only this file imports ``datasets``."""
 
 import dataclasses
 import functools
+import gzip
+import hashlib
+import io
+import json
 import logging
 import re
+import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from dass_exp.data import assets
-from dass_exp.errors import UserError, one_line, one_of
-from dass_exp.storage.checksum import digest_once, json_digest
+from dass_exp.errors import DamagedFileError, UserError, one_line, one_of
+from dass_exp.storage.checksum import digest_once, json_digest, stamp
+
+_FORMATS = (".txt", ".raw", ".jsonl", ".json", ".parquet")
 
 
 class Text(ABC):
@@ -87,6 +94,110 @@ class HubText(Text):
         except Exception as error:  # the readers of its formats raise errors of many kinds
             advice = f"check the network, or set protocol=demo, which needs no hub ({one_line(error)})"
             raise UserError(f"data set {self.path} cannot be loaded: {advice}") from error
+
+
+@dataclass(frozen=True)
+class TextFile(Text):
+    """A local file of any of :data:`_FORMATS`, or one of them compressed as ``.gz``.
+
+    The documents of a ``.txt`` are separated by blank lines: joined by blank lines again, as perplexity joins them,
+    they are the file as it stands, so rows of WikiText that were joined so and written to a file give the tokens of
+    the data set. A ``.raw`` is a file of WikiText's own release (wiki.test.raw), whose lines are the rows of the data
+    set. A ``.jsonl`` (or ``.json``) holds one JSON object a line, and it and a ``.parquet`` one document a row.
+    """
+
+    path: str
+    column: str = "text"  # that holds the documents of a .jsonl, .json or .parquet
+
+    def __post_init__(self) -> None:
+        if self._format not in _FORMATS:
+            expected = f"expected a file whose name ends in {', '.join(_FORMATS)}, or in one of them and .gz"
+            raise UserError(f"text.path={self.path!r}: {expected}")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """A hash of its content, uncompressed, and how it is read; where it lies makes no difference.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        try:
+            digest = _content_sha256(Path(self.path), stamp(Path(self.path)))
+        except FileNotFoundError as error:
+            raise UserError(f"text.path={self.path}: there is no such file; check the path") from error
+        except DamagedFileError as error:
+            raise UserError(f"text.path={error}") from error
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"text.path={self.path}: it cannot be read ({one_line(error)})") from error
+        column = {"column": self.column} if self._format in (".jsonl", ".json", ".parquet") else {}
+        return {"file": digest, "format": self._format.replace("jsonl", "json"), **column}
+
+    def documents(self) -> list[str]:
+        _ = self.identity  # names a file that cannot be read
+        with _opened(Path(self.path)) as file:
+            content = file.read()
+        documents = self._rows_of_parquet(content) if self._format == ".parquet" else self._parts_of(content)
+        if not any(map(str.strip, documents)):
+            raise UserError(f"text.path={self.path}: it holds no text; name another file")
+        return documents
+
+    @property
+    def _format(self) -> str:
+        return Path(str(self.path).removesuffix(".gz")).suffix
+
+    def _parts_of(self, content: bytes) -> list[str]:
+        try:
+            text = content.decode("utf-8-sig").replace("\r\n", "\n")
+        except UnicodeDecodeError as error:
+            problem = f"it is not UTF-8 (byte {error.start}); convert it, for example with iconv -t UTF-8"
+            raise UserError(f"text.path={self.path}: {problem}") from error
+        if self._format == ".txt":
+            return text.split("\n\n")
+        lines = io.StringIO(text, newline="\n").readlines()
+        if self._format == ".raw":
+            return [line if line.strip() else "" for line in lines]
+        return [self._document(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+    def _document(self, number: int, line: str) -> str:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            problem = f"line {number} is no JSON ({one_line(error)}); expected one object a line"
+            raise UserError(f"text.path={self.path}: {problem}") from error
+        if not isinstance(row, dict) or not isinstance(document := row.get(self.column), str):
+            known = f"it has {', '.join(map(str, row)) or 'none'}" if isinstance(row, dict) else "it is no object"
+            problem = f"line {number} of {self.path} has no such field that holds a text"
+            raise UserError(f"text.column={self.column}: {problem}; {known}")
+        return document
+
+    def _rows_of_parquet(self, content: bytes) -> list[str]:
+        import pandas
+
+        try:
+            frame = pandas.read_parquet(io.BytesIO(content))
+        except Exception as error:  # its readers raise errors of many kinds
+            raise UserError(f"text.path={self.path}: it is no parquet file ({one_line(error)})") from error
+        rows: list[Any] = frame[self.column].tolist() if self.column in frame else [None]
+        if not all(isinstance(row, str) for row in rows):
+            problem = f"{self.path} has no such column of texts; it has {', '.join(map(str, frame.columns)) or 'none'}"
+            raise UserError(f"text.column={self.column}: {problem}")
+        return rows
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """Open a file for reading, uncompressed."""
+    return cast(IO[bytes], gzip.open(path) if path.suffix == ".gz" else path.open("rb"))
+
+
+@functools.lru_cache(maxsize=256)
+def _content_sha256(path: Path, stamped: tuple[int, ...]) -> str:
+    """Return the SHA-256 of a file's content, uncompressed; read once while its stamp stays the same."""
+    del stamped
+    digest = hashlib.sha256()
+    with _opened(path) as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _content_digest(path: Path) -> str:

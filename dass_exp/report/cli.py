@@ -1,10 +1,11 @@
 """The command ``dass-report``: tables, figures and one page from records. It runs no model."""
 
 import argparse
-import json
 import logging
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -15,9 +16,10 @@ from dass_exp.report import published, streams
 from dass_exp.report.compare import footnotes
 from dass_exp.report.compare_two import compare_records
 from dass_exp.report.figures import draw, draw_layers
-from dass_exp.report.load import LoadedRecords, Record, cells_of, is_dense, load, recovered
+from dass_exp.report.load import LoadedRecords, Record, cells_of, evaluation_of, is_dense, load, recovered
+from dass_exp.report.metrics import METRICS, metric_of
 from dass_exp.report.page import Section, write_page
-from dass_exp.report.table import ResultTable, build_table
+from dass_exp.report.table import ResultTable, build_table, with_metric
 from dass_exp.report.write import caption, long_form, wide_form, write_table
 from dass_exp.storage.durable import refuse_links, write_text
 
@@ -57,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("sweeps", nargs="*", metavar="SWEEP", help=sweeps)
     parser.add_argument("--results", default="results", help="the results folder (default: results)")
     parser.add_argument("--output", metavar="DIR", help=output)
+    parser.add_argument("--metric", metavar="NAME", help=f"show another metric: {', '.join(METRICS)}")
     for switch, text in _SWITCHES.items():
         parser.add_argument(switch, action="store_true", help=text)
     return parser
@@ -65,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
 def _report(options: argparse.Namespace) -> bool:
     """Write the report; False if a table was refused."""
     results = Path(options.results)
+    if options.metric:
+        metric_of(options.metric)
     known = sorted(path.stem for path in (project_root() / "sweeps").glob("*.yaml"))
     names = [one_of("sweep", name, tuple(known)) for name in dict.fromkeys(options.sweeps)] or known
     loaded = load(results)
@@ -74,7 +79,7 @@ def _report(options: argparse.Namespace) -> bool:
     refused = False
     for name in names:
         try:
-            if (table := _table(name, loaded, results, options.mix)) is not None:
+            if (table := _table(name, loaded, results, options)) is not None:
                 tables.append(table)
             elif options.sweeps:
                 log.warning("%s: %s", name, _why_no_table(name, results))
@@ -87,16 +92,22 @@ def _report(options: argparse.Namespace) -> bool:
     return not refused
 
 
-def _table(name: str, loaded: LoadedRecords, results: Path, mix: bool) -> ResultTable | None:
+def _table(name: str, loaded: LoadedRecords, results: Path, options: argparse.Namespace) -> ResultTable | None:
     """Build the table of a sweep; None if it has no table of its own or nothing was run."""
     layout = yaml.safe_load((project_root() / "sweeps" / f"{name}.yaml").read_text(encoding="utf-8")).get("sweep") or {}
-    cells = cells_of(results, name)
-    if "metric" not in layout or not cells:
+    cells, metric = cells_of(results, name), options.metric
+    if ("metric" not in layout and not metric) or not cells:
         return None
     own = [loaded.records[cell.key] for cell in cells if cell.key in loaded.records]
     records = list({record["key"]: record for record in (*own, *_dense_of(own, loaded))}.values())
     failed = [cell for cell in cells if cell.status == "failed" and not recovered(cell, records)]
-    return build_table(name, layout, records, failed, results, mix) if own or failed else None
+    if not own and not failed:
+        return None
+    if not metric:
+        return build_table(name, layout, records, failed, results, options.mix)
+    layout, file = with_metric(layout, metric, name), re.sub(r"\W", "_", f"{name}_{metric}")
+    table = build_table(file, layout, records, failed, results, options.mix)
+    return replace(table, arguments=f"{name} --metric {metric}")
 
 
 def _why_no_table(name: str, results: Path) -> str:
@@ -108,14 +119,9 @@ def _why_no_table(name: str, results: Path) -> str:
 
 def _dense_of(records: list[Record], loaded: LoadedRecords) -> list[Record]:
     """The dense records of the same model and evaluation, which a sweep over one method does not list."""
-    evaluations = {_evaluation(record) for record in records}
+    evaluations = {evaluation_of(record) for record in records}
     dense = [record for record in loaded.records.values() if is_dense(record) and record["metrics"]]
-    return [record for record in dense if _evaluation(record) in evaluations]
-
-
-def _evaluation(record: Record) -> str:
-    identity = record["identity"]
-    return json.dumps([identity.get(name) for name in ("model", "dtype", "device", "bos", "eval")], sort_keys=True)
+    return [record for record in dense if evaluation_of(record) in evaluations]
 
 
 def _write(tables: list[ResultTable], results: Path, problems: list[str], options: argparse.Namespace) -> None:

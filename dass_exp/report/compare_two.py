@@ -1,11 +1,12 @@
 """Compare two records: settings that differ, scores with a paired bootstrap, overlap of the masks."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dass_exp.report.load import Record, block_of, documents
+from dass_exp.report.scores import outcomes_lost
 from dass_exp.report.significance import bootstrap
 from dass_exp.report.write import markdown_table
 from dass_exp.storage.mask_file import iter_masks, mask_names
@@ -19,6 +20,9 @@ def compare_records(first: Record, second: Record, results: Path) -> str:
     lines += ["", "## Scores", ""]
     header = ("score", *keys, "difference", "95 % interval (paired bootstrap)")
     lines += _table(header, [_score_row(score) for score in _scores(first, second, results)])
+    if flips := _flips(first, second, results):
+        heads = ("task", "documents", *(f"only {key} is right, %" for key in keys))
+        lines += ["", "## Answers that differ", "", *_table(heads, flips)]
     lines += ["", "## Masks", "", *_mask_overlap(first, second, results)]
     return "\n".join(lines) + "\n"
 
@@ -63,14 +67,34 @@ def _scores(first: Record, second: Record, results: Path) -> Iterator[_Score]:
         means = (sum(nll[0]) / len(nll[0]), sum(nll[1]) / len(nll[1]))
         yield _Score(f"perplexity {name}", ours["perplexity"][name], theirs["perplexity"][name], None)
         yield _Score(f"nats per token {name}", *means, nll if same_windows else None)
+        yield from _divergences(name, ours, theirs, same_windows)
     our_documents, their_documents = documents(results, first["key"]), documents(results, second["key"])
     for task in sorted(set(ours.get("tasks", {})) & set(theirs.get("tasks", {}))):
         our_scores, their_scores = ours["tasks"][task], theirs["tasks"][task]
-        for metric in ("acc", "acc_norm"):
+        our_outcomes, their_outcomes = our_documents.get(task, {}), their_documents.get(task, {})
+        for metric in ("acc", "acc_norm", "bits_per_byte", "ece"):
             if metric in our_scores and metric in their_scores:
-                pairs = our_documents.get(task, {}).get(metric, []), their_documents.get(task, {}).get(metric, [])
+                pairs = our_outcomes.get(metric, []), their_outcomes.get(metric, [])
                 paired = pairs if len(pairs[0]) == len(pairs[1]) > 0 else None
                 yield _Score(f"{task} {metric}", our_scores[metric], their_scores[metric], paired)
+
+
+def _divergences(text: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], same_windows: bool) -> Iterator[_Score]:
+    for name in ("kl", "agreement"):
+        first, second = (metrics.get("divergence", {}).get(text, {}).get(name) for metrics in (ours, theirs))
+        if first is not None and second is not None:
+            pairs = tuple(metrics.get(f"window_{name}", {}).get(text, []) for metrics in (ours, theirs))
+            yield _Score(f"{name} {text}", first, second, pairs if same_windows and len(pairs[0]) > 0 else None)
+
+
+def _flips(first: Record, second: Record, results: Path) -> list[tuple[str, ...]]:
+    """Share of the documents of each task that only one of the records answers right, in percent."""
+    ours, theirs = documents(results, first["key"]), documents(results, second["key"])
+    rows = []
+    for task in sorted(set(ours) & set(theirs)):
+        if (lost := outcomes_lost(ours[task], theirs[task])) is not None:
+            rows.append((task, str(len(lost)), *(f"{100 * (lost == sign).mean():.1f}" for sign in (1, -1))))
+    return rows
 
 
 def _mask_overlap(first: Record, second: Record, results: Path) -> list[str]:

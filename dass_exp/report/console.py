@@ -165,8 +165,9 @@ def calibration_label(record: Record) -> str:
 
 
 def windows_label(protocol: dict[str, Any]) -> str:
-    """Return ``16 windows of 512 tokens of wikipedia_mini (even)``."""
-    return "{windows} windows of {context} tokens of {dataset} ({split})".format_map(protocol)
+    """Return ``16 windows of 512 tokens of wikipedia_mini (even)``; a file of one's own has no split."""
+    label = "{windows} windows of {context} tokens of {dataset}".format_map(protocol)
+    return f"{label} ({protocol['split']})" if protocol["split"] else label
 
 
 def documents_label(protocol: dict[str, Any]) -> str:

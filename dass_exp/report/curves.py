@@ -11,8 +11,9 @@ Curves = dict[str, dict[float, TableValue]]
 
 def curves_of(table: ResultTable, x_axis: str) -> tuple[Curves, dict[str, TableValue]]:
     """Return curves by label and x, and baselines by label, both pooled over seeds."""
-    scores = {record["key"]: (record, _score(record, table.metric)) for record in table.records}
-    scored = [(record, score) for record, score in scores.values() if score is not None]
+    records = {record["key"]: record for record in table.records}
+    scores = {key: score for key, score in table.headlines.items() if math.isfinite(score)}
+    scored = [(record, scores[key]) for key, record in records.items() if key in scores]
     labels = _labels(table, [record for record, _ in scored], x_axis)
     points: dict[str, dict[float, list[float]]] = {}
     baselines: dict[str, list[float]] = {}
@@ -59,14 +60,3 @@ def _x_of(record: Record, x_axis: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return value * 100 if x_axis.endswith("sparsity") else value
-
-
-def _score(record: Record, metric: str) -> float | None:
-    """Return the number that a line shows of a record, if finite: perplexity, or mean accuracy in percent."""
-    metrics = record["metrics"]
-    if metric == "perplexity":
-        score = next(iter(metrics.get("perplexity", {}).values()), None)
-    else:
-        mean = metrics.get(f"mean_{metric}")
-        score = None if mean is None else 100 * mean
-    return float(score) if score is not None and math.isfinite(score) else None

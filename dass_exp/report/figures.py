@@ -13,6 +13,7 @@ from dass_exp.errors import one_of
 from dass_exp.report.console import labels, method_label, pattern_label
 from dass_exp.report.curves import curves_of
 from dass_exp.report.load import Record, block_of, model_name
+from dass_exp.report.metrics import metric_of
 from dass_exp.report.table import ResultTable, TableValue, is_finite
 from dass_exp.report.write import format_value
 from dass_exp.storage.durable import scratch_file
@@ -27,12 +28,6 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F
 HATCHES = ("", "///", "\\\\\\", "xxx", "---", "|||", "+++", "/")
 _DASHES: tuple[Any, ...] = ("-", "-.", ":", (0, (7, 1)), (0, (3, 1, 1, 1, 1, 1)))
 _MARKERS = "os^DvPX*"
-_UNITS = {
-    "perplexity": "perplexity",
-    "acc": "accuracy %",
-    "acc_norm": "length-normalised accuracy %",
-    "cost": "seconds or GB",
-}
 _AXES = {"num_samples": "calibration sequences", "seq_len": "tokens per calibration sequence", "sparsity": "sparsity %"}
 _STYLE = {
     "svg.fonttype": "none",
@@ -51,7 +46,7 @@ _DENSE: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.3}
 
 def draw(table: ResultTable, folder: Path) -> list[Path]:
     """Draw a table as its ``figure`` says: ``{kind: bars}``, ``{kind: line, x: <dotted path into the config>}``, or
-    ``{kind: pareto}``, perplexity against the seconds of pruning.
+    ``{kind: pareto}``, the metric against the seconds of pruning.
 
     Writes no file if it has none or if no number is finite; raises a UserError for an unknown kind.
     """
@@ -190,7 +185,7 @@ def _draw_lines(table: ResultTable, x_axis: str, figure: Figure) -> bool:
 
 def _draw_pareto(table: ResultTable, figure: Figure) -> bool:
     """Draw one panel per pattern: a point for each combination, and a line through those that none beats in both."""
-    panels = {pattern: found for pattern in table.columns if (found := pareto_points(table.records, pattern))}
+    panels = {pattern: found for pattern in table.columns if (found := pareto_points(table, pattern))}
     if not panels:
         return False
     figure.set_size_inches(min(13, 7 * len(panels)), 5.5)
@@ -203,7 +198,7 @@ def _draw_pareto(table: ResultTable, figure: Figure) -> bool:
         for label in best:
             pane.annotate(label, points[label], (4, 4), textcoords="offset points", fontsize="x-small", rotation=20)
         pane.set(title=pattern, xscale="log", yscale="log", xlabel="seconds to prune")
-        pane.set_ylabel("perplexity (log scale)")
+        pane.set_ylabel(f"{metric_of(table.metric).axis} (log scale)")
         for axis in (pane.xaxis, pane.yaxis):
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter("")
@@ -211,13 +206,12 @@ def _draw_pareto(table: ResultTable, figure: Figure) -> bool:
     return True
 
 
-def pareto_points(records: Sequence[Record], pattern: str) -> dict[str, tuple[float, float]]:
-    """Return mean seconds of pruning and mean perplexity over seeds, by combination, of the records of a pattern."""
+def pareto_points(table: ResultTable, pattern: str) -> dict[str, tuple[float, float]]:
+    """Return mean seconds of pruning and mean score over seeds, by combination, of the records of a pattern."""
     values: dict[str, list[tuple[float, float]]] = {}
-    for record in records:
-        perplexities = record["metrics"].get("perplexity", {})
-        if pattern_label(record["config"]) == pattern and perplexities:
-            point = record["cost"]["prune_s"], next(iter(perplexities.values()))
+    for record in table.records:
+        if pattern_label(record["config"]) == pattern and record["key"] in table.headlines:
+            point = record["cost"]["prune_s"], table.headlines[record["key"]]
             values.setdefault(method_label(record["config"]), []).append(point)
     means = {
         label: tuple(math.fsum(column) / len(points) for column in zip(*points, strict=True))
@@ -260,7 +254,7 @@ def _set_scale(pane: Axes, metric: str, values: Sequence[TableValue], floor: boo
     kinds = ["standard deviation" if value.sd is not None else "standard error" for value in spread]
     logarithmic = low > 0 and high / low > 20
     notes = [*(["log scale"] if logarithmic else []), *(f"± {kind}" for kind in dict.fromkeys(kinds))]
-    pane.set_ylabel(_UNITS[metric] + (f"\n({', '.join(notes)})" if notes else ""))
+    pane.set_ylabel(metric_of(metric).axis + (f"\n({', '.join(notes)})" if notes else ""))
     if logarithmic:
         pane.set_yscale("log")
         pane.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e4 else (1,)))

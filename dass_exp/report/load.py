@@ -1,5 +1,6 @@
 """Read records and the cells of a sweep from a results folder; files that cannot be read are reported and skipped."""
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -157,7 +158,13 @@ def setting(config: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def documents(results: Path, key: str) -> dict[str, dict[str, list[float]]]:
+def evaluation_of(record: Record) -> str:
+    """Return what a record and the dense record it is compared with have in common: model and evaluation."""
+    identity = record["identity"]
+    return json.dumps([identity.get(name) for name in ("model", "dtype", "device", "bos", "eval")], sort_keys=True)
+
+
+def documents(results: Path, key: str) -> dict[str, dict[str, list[Any]]]:
     """Return the outcomes by task, metric and document; empty if the run scored no tasks.
 
     Raises:

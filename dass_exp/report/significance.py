@@ -3,9 +3,17 @@
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 RESAMPLES = 5000
 LEVEL = 0.95
+
+# The outcomes of a score, which is the plain mean over groups: the windows of a text, or the documents of each task.
+# A group holds one number per document, whose mean counts, or [documents, bins], whose absolute column means add up.
+Outcomes = tuple[NDArray[np.float64], ...]
+
+_AT_ONCE = 500  # resamples in memory at the same time
+_ZERO = 1e-12  # what rounding may leave of a difference that is zero
 
 
 def bootstrap(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
@@ -21,10 +29,36 @@ def bootstrap(first: Sequence[float], second: Sequence[float]) -> tuple[float, f
     if len(first) != len(second) or not first:
         raise ValueError(f"{len(first)} and {len(second)} outcomes cannot be paired")
     difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-    picks = np.random.default_rng(0).integers(0, len(difference), size=(RESAMPLES, len(difference)))
-    means = difference[picks].mean(axis=1)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(difference.mean()), float(low), float(high)
+    return (float(difference.mean()), *_interval(resampled((difference,))))
+
+
+def resampled(outcomes: Outcomes) -> NDArray[np.float64]:
+    """Return the score of each resample, for which documents are drawn with replacement inside each group.
+
+    The draws depend on nothing but the sizes of the groups: scores of the same windows or documents are paired.
+    """
+    generator = np.random.default_rng(0)
+    scores = [_resampled_group(np.asarray(group, dtype=np.float64), generator) for group in outcomes]
+    mean: NDArray[np.float64] = np.mean(scores, axis=0)
+    return mean
+
+
+def _resampled_group(group: NDArray[np.float64], generator: np.random.Generator) -> NDArray[np.float64]:
+    size, scores = len(group), []
+    for _ in range(RESAMPLES // _AT_ONCE):
+        picks = generator.integers(0, size, size=(_AT_ONCE, size))
+        if group.ndim == 1:
+            scores.append(group[picks].mean(axis=1))
+        else:
+            places = (picks + size * np.arange(_AT_ONCE)[:, None]).ravel()
+            counts = np.bincount(places, minlength=_AT_ONCE * size).reshape(_AT_ONCE, size)
+            scores.append(np.abs(counts @ group / size).sum(axis=1))
+    return np.concatenate(scores)
+
+
+def _interval(scores: NDArray[np.float64]) -> tuple[float, float]:
+    low, high = np.quantile(scores, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def seeds_differ(first: Sequence[float], second: Sequence[float]) -> bool:
@@ -33,9 +67,19 @@ def seeds_differ(first: Sequence[float], second: Sequence[float]) -> bool:
     return bool(abs(np.mean(first) - np.mean(second)) > 2 * np.sqrt(variance))
 
 
-def pairs_differ(first: Sequence[float], second: Sequence[float]) -> bool:
+def pairs_differ(first: Outcomes, second: Outcomes) -> bool:
     """Check whether the 95 % interval of a paired bootstrap excludes zero; never for fewer than two pairs."""
-    if len(first) != len(second) or len(first) < 2:
+    if not can_be_paired(first, second):
         return False
-    _, low, high = bootstrap(first, second)
-    return low > 0 or high < 0
+    return _excludes_zero(resampled(first) - resampled(second))
+
+
+def can_be_paired(first: Outcomes, second: Outcomes) -> bool:
+    """Check whether two scores have the same groups of windows or documents, and two outcomes or more in each."""
+    shapes = [np.shape(group) for group in first]
+    return bool(shapes) and shapes == [np.shape(group) for group in second] and min(shape[0] for shape in shapes) > 1
+
+
+def _excludes_zero(differences: NDArray[np.float64]) -> bool:
+    low, high = _interval(differences)
+    return low > _ZERO or high < -_ZERO

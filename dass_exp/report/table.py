@@ -11,17 +11,14 @@ from typing import Any, NamedTuple, TypeGuard
 from dass_exp.config.settings import STAGE_GROUPS
 from dass_exp.errors import UserError
 from dass_exp.report.console import method_label
-from dass_exp.report.load import Record, SweepCell, documents, is_dense, model_name, setting, varying_settings
+from dass_exp.report.load import Record, SweepCell, is_dense, model_name, setting, varying_settings
+from dass_exp.report.metrics import metric_of
 from dass_exp.report.protocol_check import Protocols
-from dass_exp.report.significance import pairs_differ, seeds_differ
+from dass_exp.report.scores import Score, Scores
+from dass_exp.report.significance import Outcomes, pairs_differ, seeds_differ
 
-HIGHER_IS_BETTER = {"acc": True, "acc_norm": True, "perplexity": False, "cost": False}
-# Columns of a cost table: label and unit of each field of a record's cost.
-_COSTS = {
-    "prune_s": ("seconds to prune", 1.0),
-    "peak_rss_bytes": ("peak memory GB", 1e-9),
-    "peak_gpu_bytes": ("peak GPU memory GB", 1e-9),
-}
+_BY_SETTING = "pattern"  # columns of a metric that has one number per record, where a sweep's file names none
+_BY_TASK = ("task", "cost")  # columns that a metric brings with it
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class TableValue:
     values: tuple[float, ...]
     stderr: float | None = None  # of a single accuracy, in the same unit
     keys: tuple[str, ...] = ()  # of its records
-    outcomes: tuple[float, ...] = field(default=(), repr=False)  # of a single record, by window or document
+    outcomes: Outcomes = field(default=(), repr=False, compare=False)  # of a single record, by window or document
     mark: str = ""  # best or second, only if it differs from the next by more than noise
 
     @property
@@ -73,6 +70,8 @@ class ResultTable:
     mixed: tuple[str, ...] = ()  # settings in which the records differ, though no axis shows them
     note: str = ""
     axes: tuple[str, ...] = ()  # settings that rows and columns show
+    headlines: Mapping[str, float] = field(default_factory=dict)  # by key, the number that stands for a record
+    arguments: str = ""  # of dass-report that make this table, its name if empty
 
 
 def build_table(
@@ -100,6 +99,8 @@ def build_table(
     cells: Cells = {(place.row, place.column): _pooled(repeats) for place, repeats in scores.items()}
     groups = {place.row: place.group for place in scores}
     columns = list(dict.fromkeys((*grid.columns, *(column for _, column in cells)))) or [""]
+    for row, column, word in grid.unscored(columns, mixed):
+        cells.setdefault((row, column), word)
     for place in grid.failures(columns):
         cells.setdefault(place, "failed")
     rows = grid.ordered(row for row, _ in cells)
@@ -107,9 +108,33 @@ def build_table(
     marked = dict(cells)
     for group in dict.fromkeys(groups.values()):
         ranked = [row for row in rows if groups.get(row) == group and not row.endswith("dense")]
-        marked |= _marks(cells, ranked, columns, HIGHER_IS_BETTER[grid.metric])
+        marked |= _marks(cells, ranked, columns, metric_of(grid.metric).higher)
     title, figure, note = str(layout["title"]), layout.get("figure"), str(layout.get("note") or "").strip()
-    return ResultTable(name, title, grid.metric, rows, columns, marked, records, failed, figure, mixed, note, grid.axes)
+    return ResultTable(
+        name, title, grid.metric, rows, columns, marked, records, failed, figure, mixed, note, grid.axes, grid.headlines
+    )
+
+
+def with_metric(layout: Mapping[str, Any], metric: str, sweep: str) -> dict[str, Any]:
+    """Return the layout of a sweep's table for another metric: the same axes, of which tasks take the columns.
+
+    Where the file names no axes, the rows are methods and the columns patterns.
+
+    Raises:
+        UserError: there is no such metric.
+    """
+    described = metric_of(metric)
+    rows = layout.get("rows", "method")
+    rows, columns = (rows if isinstance(rows, list) else [rows]), str(layout.get("columns", _BY_SETTING))
+    if described.source == "windows" and columns in _BY_TASK:
+        first, *others = rows
+        rows, columns = (others, first) if others else (rows, _BY_SETTING)
+    elif described.source != "windows":
+        rows = rows if columns in _BY_TASK else [columns, *rows]
+        columns = "cost" if described.source == "cost" else "task"
+    figure = None if described.source == "cost" else layout.get("figure")
+    title = f"{described.title}: {layout.get('title', sweep)}" if metric != layout.get("metric") else layout["title"]
+    return {**layout, "metric": metric, "rows": rows, "columns": columns, "figure": figure, "title": title}
 
 
 class _Place(NamedTuple):
@@ -120,22 +145,15 @@ class _Place(NamedTuple):
     column: str
 
 
-class _Score(NamedTuple):
-    """One number of one record."""
-
-    column: str
-    value: float
-    stderr: float | None = None
-    outcomes: tuple[float, ...] = ()
-
-
 class _Grid:
     """Assigns records to rows and columns of a table."""
 
     def __init__(
         self, layout: Mapping[str, Any], records: list[Record], failed: list[SweepCell], results: Path
     ) -> None:
-        self.metric, self.column, self.records, self.results = layout["metric"], layout["columns"], records, results
+        self.metric, self.column, self.records = str(layout["metric"]), str(layout["columns"]), records
+        self.reader = Scores(self.metric, records, results)
+        self.by_setting = metric_of(self.metric).source == "windows"  # columns are values of a setting
         self.rows = layout["rows"] if isinstance(layout["rows"], list) else [layout["rows"]]
         self.axes = (*self.rows, self.column)
         self.protocols = Protocols(records)
@@ -146,14 +164,20 @@ class _Grid:
     @cached_property
     def columns(self) -> list[str]:
         """Labels of the columns in the order of the sweep, where they are settings and not tasks or costs."""
-        if self.metric != "perplexity":
+        if not self.by_setting:
             return []
         pruned = [record for record in (*self.records, *self.intended) if not is_dense(record)]
         return list(dict.fromkeys(filter(None, (axis_label(record, self.column, self.varying) for record in pruned))))
 
-    def scores(self, mixed: tuple[str, ...]) -> dict[_Place, dict[str, _Score]]:
+    @property
+    def headlines(self) -> dict[str, float]:
+        """The number that stands for each record, by key, where it has one."""
+        scores = {record["key"]: self.reader.headline(record) for record in self.records}
+        return {key: score.value for key, score in scores.items() if score is not None}
+
+    def scores(self, mixed: tuple[str, ...]) -> dict[_Place, dict[str, Score]]:
         """Return by place the scores by the key of their record."""
-        places: dict[_Place, dict[str, _Score]] = {}
+        places: dict[_Place, dict[str, Score]] = {}
         for record in self.records:
             outer = axis_label(record, self.rows[0], self.varying) if len(self.rows) > 1 else ""
             extra = self.protocols.label(record, mixed)
@@ -162,10 +186,18 @@ class _Grid:
                 places.setdefault(_Place(group, row, score.column), {})[record["key"]] = score
         return places
 
+    def unscored(self, columns: list[str], mixed: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
+        """Yield row, column and a word for records of pruned models that hold nothing of the metric."""
+        for record in self.records:
+            if not is_dense(record) and not self.reader.of(record):
+                row, word = self._row(record, self.protocols.label(record, mixed)), self.reader.absence(record)
+                label = axis_label(record, self.column, self.varying) if self.by_setting else ""
+                yield from ((row, column, word) for column in ([label] if label in columns else columns))
+
     def failures(self, columns: list[str]) -> Iterator[tuple[str, str]]:
         """Yield row and column of each failed cell; all columns if the column is known only after the evaluation."""
         for record in self.intended:
-            column = axis_label(record, self.column, self.varying) if self.metric == "perplexity" else ""
+            column = axis_label(record, self.column, self.varying) if self.by_setting else ""
             for place in [column] if column in columns else columns:
                 yield self._row(record), place
 
@@ -187,38 +219,19 @@ class _Grid:
             row = f"{row}, {extra}" if extra else row
         return f"{model_name(record)} {row}" if len(self.models) > 1 else row
 
-    def _scores(self, record: Record) -> list[_Score]:
-        metrics, cost = record["metrics"], record["cost"]
-        if self.metric == "cost":
-            known = {name: column for name, column in _COSTS.items() if cost.get(name) is not None}
-            return [_Score(label, cost[name] * unit) for name, (label, unit) in known.items()]
-        if self.metric == "perplexity":
-            label = axis_label(record, self.column, self.varying)
-            columns = [label] if label else self.columns  # dense has no pattern: it is in every column
-            return [
-                _Score(column, value, None, tuple(metrics["window_nll"][dataset]))
-                for column in columns
-                for dataset, value in metrics.get("perplexity", {}).items()
-            ]
-        return self._accuracies(record)
-
-    def _accuracies(self, record: Record) -> list[_Score]:
-        """Return accuracies in percent by task, and their mean."""
-        outcomes, scores = documents(self.results, record["key"]), []
-        for task, values in record["metrics"].get("tasks", {}).items():
-            name = self.metric if self.metric in values else "acc"
-            paired = tuple(outcomes.get(task, {}).get(name, ()))
-            scores.append(_Score(task, 100 * values[name], 100 * values[f"{name}_stderr"], paired))
-        if scores:
-            variance = sum(score.stderr**2 for score in scores if score.stderr is not None)  # tasks are independent
-            scores.append(_Score("mean", 100 * record["metrics"][f"mean_{self.metric}"], variance**0.5 / len(scores)))
-        return scores
+    def _scores(self, record: Record) -> list[Score]:
+        scores = self.reader.of(record)
+        if not self.by_setting:
+            return scores
+        label = axis_label(record, self.column, self.varying)
+        columns = [label] if label else self.columns  # dense has no pattern: it is in every column
+        return [score._replace(column=column) for column in columns for score in scores]
 
 
-def _pooled(scores: Mapping[str, _Score]) -> TableValue:
+def _pooled(scores: Mapping[str, Score]) -> TableValue:
     """Pool the scores of several seeds or repeats; keep error and outcomes only of a single one."""
     values = tuple(score.value for score in scores.values())
-    single = next(iter(scores.values())) if len(scores) == 1 else _Score("", 0.0)
+    single = next(iter(scores.values())) if len(scores) == 1 else Score("", 0.0)
     return TableValue(values, single.stderr, tuple(scores), single.outcomes)
 
 

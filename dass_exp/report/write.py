@@ -8,15 +8,10 @@ from typing import Any
 
 from dass_exp.report.console import calibration_label, documents_label, windows_label
 from dass_exp.report.load import by_model_note, is_dense, model_identity
+from dass_exp.report.metrics import metric_of
 from dass_exp.report.table import ResultTable, TableValue
 from dass_exp.storage.durable import write_text
 
-_UNITS = {
-    "perplexity": "perplexity, lower is better",
-    "acc": "accuracy in %",
-    "acc_norm": "length-normalised accuracy in %",
-    "cost": "cost",
-}
 _MARKS = (
     " Bold is best and underlined second, only where a paired bootstrap (95 %) or the seeds set it apart from the next."
 )
@@ -33,7 +28,7 @@ def format_value(value: TableValue | str, metric: str) -> str:
     """Format a value: the mean, with the standard deviation over seeds or the standard error if known."""
     if isinstance(value, str):
         return value
-    digits = 1 if metric in ("acc", "acc_norm", "cost") else 2
+    digits = metric_of(metric).digits
     return f"{value.mean:.{digits}f}" + ("" if value.spread is None else f" ± {value.spread:.{digits}f}")
 
 
@@ -42,7 +37,7 @@ def caption(table: ResultTable) -> str:
     if not table.records:
         return "No cell of this sweep has a record."
     pruned = [record for record in table.records if not is_dense(record)] or table.records
-    protocol = pruned[0]["protocol"]
+    protocol, metric = pruned[0]["protocol"], metric_of(table.metric)
     # the models with the same note, then that note
     models = ", ".join(
         ", ".join(dict.fromkeys(map(model_identity, records))) + (f" ({note})" if note else "")
@@ -55,16 +50,17 @@ def caption(table: ResultTable) -> str:
     if calibrations := [label for record in pruned if (label := calibration_label(record))]:
         seeds = {record["config"]["seed"] for record in pruned if record["config"]["seed"] is not None}
         parts.append(f"calibration {_joined(calibrations)}, seeds {_joined(sorted(seeds))}")
-    if "dataset" in protocol and table.metric == "perplexity":
+    if "dataset" in protocol and metric.source == "windows":
         parts.append(windows_label(protocol))
-    if "lm_eval" in protocol and table.metric.startswith("acc"):
-        documents = documents_label(protocol)
-        parts.append(f"{table.metric} by lm-eval {protocol['lm_eval']}, zero-shot, {documents}, ± standard error")
+    if "lm_eval" in protocol and metric.source == "tasks":
+        errors = any(isinstance(value, TableValue) and value.stderr is not None for value in table.cells.values())
+        documents = documents_label(protocol) + (", ± standard error" if errors else "")
+        parts.append(f"{table.metric} by lm-eval {protocol['lm_eval']}, zero-shot, {documents}")
     parts.append(f"beginning-of-sequence token: {_joined(record['protocol']['bos'] for record in pruned)}")
     repeated = any(isinstance(value, TableValue) and value.sd is not None for value in table.cells.values())
     spread = " ± is the standard deviation over seeds." if repeated else ""
     note = f" {table.note}" if table.note else ""
-    return f"{_UNITS[table.metric]}. {'; '.join(parts)}.{spread}{_MARKS}{note}"
+    return f"{metric.unit}. {'; '.join(parts)}.{spread}{_MARKS}{note}"
 
 
 def _joined(values: Iterable[Any]) -> str:
@@ -161,7 +157,7 @@ def tex(text: str) -> str:
 
 def write_table(table: ResultTable, folder: Path, notes: str, published: list[list[str]]) -> list[Path]:
     """Write a table as Markdown, with notes after its caption, as CSV, and as LaTeX with the published numbers."""
-    command = f"Made by `dass-report {table.name}`."
+    command = f"Made by `dass-report {table.arguments or table.name}`."
     page = "\n\n".join([f"# {table.title}", markdown(table), caption(table), command, notes]).rstrip() + "\n"
     contents = {
         f"{table.name}.md": page,

@@ -34,6 +34,8 @@ NEEDED = {
     "allocation/alpha": ["pattern=unstructured"],
     "refine/dsnot": ["method=wanda"],
     "pattern/nm": ["pattern.n=1", "pattern.m=4"],
+    "calibration/text_file": ["calibration.text.path=my.txt"],
+    "eval/ppl_text_file": ["eval.perplexity.text.path=my.txt"],
 }  # what a file leaves to the user
 
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import itertools
+import json
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 import datasets
 import huggingface_hub
+import pandas
 import pytest
 import torch
 from support import contains, tiny_tokenizer
 
 from dass_exp.config.settings import CalibrationConfig
 from dass_exp.data import texts
-from dass_exp.data.texts import HubText, OfflineText, Text
+from dass_exp.data.texts import HubText, OfflineText, Text, TextFile
 from dass_exp.data.tokens import Tokens, calibration_tokens, encode, evaluation_windows
 from dass_exp.errors import UserError
 
@@ -392,3 +395,120 @@ def test_every_field_of_a_hub_text_is_in_its_identity():
     another = {"path": "allenai/c4", "revision": "decade" * 6 + "deca"}
     changed = [replace(base, **{field.name: another.get(field.name, "x")}) for field in fields(HubText)]
     assert len({repr(text.identity) for text in (base, *changed)}) == 6
+
+
+# A file of one's own
+
+ROWS = [
+    "",
+    " = Title = \n",
+    "",
+    " First line , with ünïcode and \u2028 inside . \n",
+    " Second . \n",
+    "",
+    " = = Next = = \n",
+    "",
+]
+WIKI_RAW = " \n = Title = \n \n First line , with ünïcode and \u2028 inside . \n Second . \n \n = = Next = = \n \n"
+
+
+@pytest.fixture
+def rows_as_files(tmp_path, monkeypatch):
+    """The rows of a data set, as WikiText has them, in every format."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / ".cache")
+    pandas.DataFrame({"id": range(len(ROWS)), "text": ROWS}).to_parquet(tmp_path / "test.parquet")
+    contents = {
+        "test.jsonl": "".join(json.dumps({"text": row}) + "\n" for row in ROWS),
+        "test.txt": "\n\n".join(ROWS),
+        "test.raw": WIKI_RAW,
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content.encode())
+    for path in list(tmp_path.glob("test.*")):
+        (tmp_path / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    return tmp_path
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "raw", "txt"])
+def test_a_file_gives_the_windows_that_the_hub_gives_of_the_same_rows(rows_as_files, kind, ending):
+    hub = HubText("parquet", "test", data_file=str(rows_as_files / "test.parquet"))
+    own = TextFile(str(rows_as_files / f"test.{kind}{ending}"))
+    assert hub.documents() == ROWS
+    assert kind == "txt" or own.documents() == ROWS
+    tokenizer = tiny_tokenizer()
+    for bos in ("never", "stream", "window"):
+        one, other = (evaluation_windows(text, 8, None, tokenizer, bos) for text in (hub, own))
+        assert len(one.ids) > 3
+        assert one.sha256 == other.sha256
+
+
+def test_a_text_is_scored_as_it_stands(tmp_path):
+    content = "one\ntwo\n\n\n\nthree\n\n four\n"
+    (tmp_path / "a.txt").write_text(content)
+    text = TextFile(str(tmp_path / "a.txt"))
+    assert text.documents() == ["one\ntwo", "", "three", " four\n"]
+    assert joined(evaluated(1, text=text)) == ids_of(content)
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + content.replace("\n", "\r\n").encode())  # as Windows writes it
+    assert joined(evaluated(1, text=text)) == ids_of(content)
+
+
+def test_a_file_is_known_by_its_content_and_by_how_it_is_read(rows_as_files, tmp_path):
+    path = rows_as_files / "test.jsonl"
+    base, elsewhere = TextFile(str(path)).identity, tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "copy.json").write_bytes(path.read_bytes())
+    assert base["file"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert base == TextFile(f"{path}.gz").identity == TextFile(str(elsewhere / "copy.json")).identity
+    assert str(tmp_path) not in repr(base)
+    (tmp_path / "test2.txt").write_bytes(path.read_bytes())
+    others = [TextFile(str(path), "other"), TextFile(str(tmp_path / "test2.txt"))]
+    path.write_text(path.read_text() + '{"text": "more"}\n')
+    others.append(TextFile(str(path)))
+    assert len({repr(identity) for identity in (base, *(text.identity for text in others))}) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("missing.txt", None, ["text.path=", "missing.txt", "no such file"]),
+        ("empty.txt", b"", ["text.path=", "holds no text"]),
+        ("blank.txt", b" \n\n \n", ["text.path=", "holds no text"]),
+        ("empty.jsonl", b"", ["text.path=", "holds no text"]),
+        ("latin.txt", "caf\u00e9".encode("latin-1"), ["text.path=", "not UTF-8 (byte 3)", "iconv"]),
+        ("latin.jsonl", b'{"text": "caf\xe9"}', ["text.path=", "not UTF-8"]),
+        ("other.jsonl", b'{"text": "a"}\n{"content": "b"}\n', ["text.column=text", "line 2 of", "it has content"]),
+        ("list.jsonl", b"[1]\n", ["text.column=text", "line 1 of", "no object"]),
+        ("number.jsonl", b'{"text": 3}\n', ["text.column=text", "line 1 of", "it has text"]),
+        ("broken.jsonl", b'{"text": "a"}\n{"text"\n', ["text.path=", "line 2 is no JSON", "one object a line"]),
+        ("broken.parquet", b"PAR1", ["text.path=", "no parquet file"]),
+        ("broken.txt.gz", b"text", ["text.path=", "cannot be read"]),
+        ("cut.txt.gz", gzip.compress(b"text" * 99)[:-9], ["text.path=", "cannot be read"]),
+    ],
+)
+def test_a_file_that_is_no_text_is_a_one_line_error(tmp_path, name, content, words):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        TextFile(str(tmp_path / name)).documents()
+    assert contains(str(caught.value), words)
+
+
+@pytest.mark.parametrize("rows", [{"content": ["a"]}, {"text": [1, 2]}, {"text": ["a", None]}])
+def test_a_table_without_a_column_of_texts_is_a_one_line_error(tmp_path, rows):
+    pandas.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(UserError) as caught:
+        TextFile(str(tmp_path / "a.parquet")).documents()
+    assert contains(str(caught.value), ["text.column=text:", "a.parquet", f"it has {next(iter(rows))}"])
+
+
+@pytest.mark.parametrize("name", ["a.pdf", "a", "a.gz", "a.txt.zip"])
+def test_a_file_of_another_kind_is_refused(name):
+    with pytest.raises(UserError, match=r"^text\.path=.*expected a file whose name ends in \.txt, "):
+        TextFile(name)
+
+
+def test_a_folder_is_no_text(tmp_path):
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(UserError, match=r"^text\.path=.*a\.txt: expected a file, found a folder"):
+        _ = TextFile(str(tmp_path / "a.txt")).identity

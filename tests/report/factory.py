@@ -106,6 +106,18 @@ def task(acc: float, norm: float | None = None, split: str = "validation", limit
     return scores | ({} if norm is None else {"acc_norm": norm, "acc_norm_stderr": 0.06})
 
 
+def diverged(record: dict[str, Any], kl: Sequence[float], agreement: Sequence[float], ratio: float) -> dict[str, Any]:
+    """Add a divergence from the dense model, by window, to a record."""
+    (text,) = record["metrics"]["perplexity"]
+    means = {"kl": sum(kl) / len(kl), "agreement": sum(agreement) / len(agreement), "perplexity_ratio": ratio}
+    record["metrics"] |= {
+        "divergence": {text: means},
+        "window_kl": {text: list(kl)},
+        "window_agreement": {text: list(agreement)},
+    }
+    return record
+
+
 def failed(method: str, pattern: str = "2:4", key: str | None = None, **settings: Any) -> SweepCell:
     """A cell that failed, with the settings of the record that it was meant to give."""
     config = record_of(method, pattern=pattern, **settings)["config"]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from factory import record_of, write_record
+from factory import diverged, record_of, task, write_record
 
 from dass_exp.report.compare_two import compare_records
 from dass_exp.report.load import block_of
@@ -42,6 +42,20 @@ def test_settings_and_paired_scores(results):
     assert "| method.class | wanda | dass |" in text
     assert "| nats per token wikipedia_mini | 6.0000 | 5.0000 | +1.0000 | +1.0000 to +1.0000 |" in text
     assert "No masks were kept for one and two" in text
+
+
+def test_divergence_and_answers_that_differ(results):
+    records = []
+    for key, kl, right in (("one", 0.25, [1.0, 1.0, 0.0, 0.0]), ("two", 0.5, [0.0, 1.0, 1.0, 1.0])):
+        record = record_of("wanda", key=key, tasks={"piqa": task(sum(right) / 4) | {"bits_per_byte": kl}})
+        records.append(diverged(record, [kl, kl], [0.5, 0.5], 2.0))
+        write_record(record, results, {"piqa": {"acc": right, "bits_per_byte": [kl] * 4}})
+    text = compare_records(*records, results)
+    assert "| kl wikipedia_mini | 0.2500 | 0.5000 | -0.2500 | -0.2500 to -0.2500 |" in text
+    assert "| agreement wikipedia_mini | 0.5000 | 0.5000 | +0.0000 | +0.0000 to +0.0000 |" in text
+    assert "| piqa bits_per_byte | 0.2500 | 0.5000 | -0.2500 | -0.2500 to -0.2500 |" in text
+    assert "| task | documents | only one is right, % | only two is right, % |" in text
+    assert "| piqa | 4 | 25.0 | 50.0 |" in text
 
 
 def test_the_overlap_of_masks_by_block_and_role(results):

@@ -31,7 +31,13 @@ PLAIN = {("dense", "2:4"): one(20.1), ("wanda", "2:4"): one(60.0), ("dass", "2:4
 def table_of(cells: Any = PLAIN, figure: Any = BARS, metric: str = "perplexity", **fields: Any) -> ResultTable:
     rows, columns = list(dict.fromkeys(row for row, _ in cells)), list(dict.fromkeys(column for _, column in cells))
     records = fields.pop("records", [])
+    fields.setdefault("headlines", headlines(records))
     return ResultTable("table", "A title of the table", metric, rows, columns, cells, records, [], figure, **fields)
+
+
+def headlines(records: Any) -> dict[str, float]:
+    """The perplexity of each record by its key."""
+    return {record["key"]: next(iter(record["metrics"]["perplexity"].values())) for record in records}
 
 
 def by_samples(seeds: int = 1, **settings: Any) -> list[dict[str, Any]]:
@@ -147,7 +153,9 @@ def test_lines_over_alpha_by_pattern(tmp_path):
     assert {"50%", "2:4", "alpha", "0.5"} <= labels
     assert "dass" not in labels
     without_alpha = [record_of("wanda", [60.0], pattern) for pattern in ("50%", "2:4")]
-    assert {"wanda 50% (60)", "wanda 2:4 (60)"} <= drawn(replace(table, records=[*records, *without_alpha]), tmp_path)
+    assert {"wanda 50% (60)", "wanda 2:4 (60)"} <= drawn(
+        replace(table, records=[*records, *without_alpha], headlines=headlines([*records, *without_alpha])), tmp_path
+    )
 
 
 def test_lines_of_several_models_and_of_another_setting_of_the_method(tmp_path):

@@ -1,13 +1,19 @@
 """Whether results differ by more than noise."""
 
+import numpy as np
 import pytest
 
 from dass_exp.report.significance import bootstrap, pairs_differ, seeds_differ
 
 
+def one(outcomes):
+    """The outcomes of a score with a single group of windows or documents."""
+    return (np.array(outcomes, dtype=float),)
+
+
 def test_a_constant_difference_has_no_spread():
     assert bootstrap([2.0, 3.0, 4.0], [1.0, 2.0, 3.0]) == (1.0, 1.0, 1.0)
-    assert pairs_differ([2.0, 3.0, 4.0], [1.0, 2.0, 3.0])
+    assert pairs_differ(one([2.0, 3.0, 4.0]), one([1.0, 2.0, 3.0]))
 
 
 def test_the_interval_covers_the_mean_and_is_the_same_each_time():
@@ -28,7 +34,7 @@ def test_outcomes_that_cannot_be_paired_are_refused():
     ids=["around zero", "one pair", "none", "not paired"],
 )
 def test_pairs_that_show_no_difference(first, second):
-    assert not pairs_differ(first, second)
+    assert not pairs_differ(one(first), one(second))
 
 
 @pytest.mark.parametrize(("second", "differ"), [([4.0, 5.0, 6.0], True), ([2.0, 3.0, 4.0], False)])

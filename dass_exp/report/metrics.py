@@ -1,0 +1,104 @@
+"""The metrics that a table may show: what they are called, which direction is better, where a record holds them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dass_exp.errors import UserError, one_of
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is shown.
+
+    Args:
+        title: of a table of it.
+        unit: begins the caption.
+        axis: label of a figure's axis.
+        source: ``windows`` of a text (one number per record), ``tasks`` (one per task, and their mean), or ``cost``.
+        higher: whether higher is better.
+        digits: behind the point.
+        scale: from the record's unit to the table's.
+        ratio: whether equal ratios mean equal steps, so that a wide range is drawn on a log axis; not for shares.
+    """
+
+    title: str
+    unit: str
+    axis: str
+    source: Literal["windows", "tasks", "cost"]
+    higher: bool = False
+    digits: int = 2
+    scale: float = 1.0
+    ratio: bool = True
+
+
+def _share(title: str, unit: str, axis: str, source: Literal["windows", "tasks"], higher: bool = False) -> Metric:
+    """Return a metric that a record holds as a share and a table shows in percent."""
+    return Metric(title, unit, axis, source, higher, digits=1, scale=100.0, ratio=False)
+
+
+METRICS = {
+    "perplexity": Metric("Perplexity", "perplexity, lower is better", "perplexity", "windows"),
+    "kl": Metric(
+        "KL divergence from the dense model",
+        "mean KL divergence of the dense model's predictions from the pruned one's in nats per token, lower is better",
+        "KL divergence, nats per token",
+        "windows",
+        digits=3,
+    ),
+    "agreement": _share(
+        "Agreement with the dense model",
+        "tokens in % at which the dense and the pruned model find the same token most likely, higher is better",
+        "same most likely token %",
+        "windows",
+        higher=True,
+    ),
+    "perplexity_ratio": Metric(
+        "Perplexity over that of the dense model",
+        "perplexity of the pruned over that of the dense model, lower is better",
+        "perplexity / dense",
+        "windows",
+        digits=3,
+    ),
+    "acc": _share("Accuracy", "accuracy in %", "accuracy %", "tasks", higher=True),
+    "acc_norm": _share(
+        "Length-normalised accuracy",
+        "length-normalised accuracy in %",
+        "length-normalised accuracy %",
+        "tasks",
+        higher=True,
+    ),
+    "flips": _share(
+        "Answers that pruning changes",
+        "documents in % that exactly one of the dense and the pruned model answers right, lower is better",
+        "flipped answers %",
+        "tasks",
+    ),
+    "bits_per_byte": Metric(
+        "Loss on the right answer",
+        "loss on the right answer in bits per byte, lower is better",
+        "bits per byte of the right answer",
+        "tasks",
+        digits=3,
+    ),
+    "ece": _share(
+        "Calibration error",
+        "expected calibration error in %, 15 bins, lower is better",
+        "expected calibration error %",
+        "tasks",
+    ),
+    "cost": Metric("Cost", "cost", "seconds or GB", "cost", digits=1),
+}
+
+
+def metric_of(name: str) -> Metric:
+    """Return a metric by its name; ``perplexity:c4_mini`` is that of one of several texts.
+
+    Raises:
+        UserError: there is no such metric, or a text is named for one that has none.
+    """
+    base, _, text = name.partition(":")
+    metric = METRICS[one_of("metric", base, tuple(METRICS))]
+    if text and metric.source != "windows":
+        several = ", ".join(known for known, other in METRICS.items() if other.source == "windows")
+        raise UserError(f"metric={name}: {base} has no text; only these have: {several}")
+    return metric
