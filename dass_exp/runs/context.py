@@ -84,7 +84,7 @@ class ModelCache:
 
     def clear(self) -> None:
         """Free the model in memory."""
-        self._model = None
+        self._model, self.dense_hidden = None, {}
 
 
 def _identity(spec: load.ModelSpec) -> tuple[str, str, str]:

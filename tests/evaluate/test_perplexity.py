@@ -22,7 +22,7 @@ class Table(nn.Module):
     def __init__(self, probabilities: Tensor, shift: int = 0) -> None:
         super().__init__()
         self.shift = shift  # the row of the table for token 0
-        self.head = nn.Linear(*probabilities.T.shape, bias=False)
+        self.head = nn.Linear(*probabilities.shape, bias=False)
         self.head.weight.data = probabilities.log().T.contiguous()
         self.config = SimpleNamespace(get_text_config=SimpleNamespace)
 

@@ -19,7 +19,7 @@ from support import DECODER_SIZE, MLP_SIZE, MODEL_SIZE, Phases, contains, run_wi
 
 from dass_exp.engine.callbacks import Callback
 from dass_exp.errors import NumericalError, UserError
-from dass_exp.runs.context import RunContext
+from dass_exp.runs.context import ModelCache, RunContext
 from dass_exp.runs.resolve import resolve
 from dass_exp.runs.run import run
 from dass_exp.storage.durable import read_json
@@ -85,6 +85,55 @@ def test_the_perplexity_is_that_of_its_windows(cell):
     assert len(windows) == 4
     assert metrics["perplexity"]["wikipedia_mini"] == pytest.approx(math.exp(sum(windows) / 4))
     assert metrics["predicted_tokens_per_window"]["wikipedia_mini"] == 31
+
+
+DENSE_PASS = "the dense model on the windows"
+
+
+def test_divergence_is_recorded_beside_the_perplexity(cell):
+    outcome = run_with(*cell)
+    metrics, dense = outcome.record["metrics"], outcome.dense["metrics"]
+    divergence, name = metrics["divergence"]["wikipedia_mini"], "wikipedia_mini"
+    assert 0 < divergence["kl"] == pytest.approx(sum(metrics["window_kl"][name]) / 4)
+    assert 1 > divergence["agreement"] == pytest.approx(sum(metrics["window_agreement"][name]) / 4)
+    ratio = metrics["perplexity"][name] / dense["perplexity"][name]
+    assert divergence["perplexity_ratio"] == pytest.approx(ratio, rel=1e-5)
+    assert len(metrics["position_nll"][name]) == 16
+    assert "divergence" not in dense
+
+
+def test_without_divergence_the_scores_are_the_same_and_the_key_is_another(cell):
+    phases = Phases()
+    record = run_with(*cell, "eval.divergence=false", context=RunContext(phases)).record
+    assert phases.count(DENSE_PASS) == [0]
+    with_divergence = run_with(*cell)
+    metrics = with_divergence.record["metrics"]
+    assert {name: metrics[name] for name in record["metrics"]} == record["metrics"]
+    assert "divergence" not in record["metrics"]
+    assert record["key"] != with_divergence.record["key"]
+    assert run_with(*cell, "method=dense", "eval.divergence=false").found  # it is the dense model in either case
+
+
+def test_the_dense_model_runs_once_on_the_windows_of_all_runs_of_a_process(cell):
+    phases, shared = Phases(), ModelCache()
+    for method in ("wanda", "magnitude", "dense"):
+        run_with(*cell, f"method={method}", context=RunContext(phases, shared))
+    assert phases.count(DENSE_PASS) == [1]
+
+
+def test_the_dense_hidden_states_are_kept_on_the_disk(cell, results):
+    expected = run_with(*cell, f"results_dir={results}/other").record["metrics"]
+    phases, records = Phases(), []
+    for method in ("magnitude", "dass"):
+        context = RunContext(phases)
+        records.append(run_with(*cell, f"method={method}", "eval.cache=disk", context=context).record)
+    assert phases.count(DENSE_PASS) == [1]
+    assert records[1]["metrics"] == expected
+    (path,) = (results / "dense_hidden").iterdir()
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    again = run_with(*cell, "eval.cache=disk", "rerun=true", context=RunContext(phases)).record
+    assert phases.count(DENSE_PASS) == [2]
+    assert again["metrics"] == expected
 
 
 def test_the_three_denominators_of_sparsity(cell):
