@@ -35,7 +35,7 @@ def test_every_sweep_composes_at_both_scales_to_axes_and_the_layout_of_a_table(n
     assert layout.title
     if name != "demo":
         assert layout.metric in METRICS
-        assert set(layout) <= {"title", "rows", "columns", "metric", "figure", "note"}
+        assert set(layout) <= {"title", "rows", "columns", "metric", "figure", "note", "metrics"}
 
 
 def test_the_sweeps_of_the_paper_are_there():
@@ -192,6 +192,10 @@ def test_another_metric_has_a_table_of_its_own(swept, tmp_path):
     assert text.startswith("# Cost: Perplexity against alpha")
     assert "| 2:4 alpha=0.0 |" in text
     assert "Made by `dass-report alpha --metric cost`." in text
+    cli.main(["alpha", "--metrics", "--results", str(swept), "--output", str(tmp_path / "all")])
+    text = (tmp_path / "all" / "tables" / "alpha_metrics.md").read_text()
+    assert text.startswith("# What perplexity does not show: Perplexity against alpha")
+    assert re.search(r"\| 2:4 alpha=0.0 \| (\*\*)?\d+\.\d\d \(\d(-\d)?\)", text)
     with pytest.raises(SystemExit) as ended:
         cli.main(["alpha", "--metric", "nonsense", "--results", str(swept)])
     assert ended.value.code == 2

@@ -17,6 +17,7 @@ from dass_exp.report.compare import footnotes
 from dass_exp.report.compare_two import compare_records
 from dass_exp.report.figures import draw, draw_layers
 from dass_exp.report.load import LoadedRecords, Record, cells_of, evaluation_of, is_dense, load, recovered
+from dass_exp.report.metric_table import build_metric_table
 from dass_exp.report.metrics import METRICS, metric_of
 from dass_exp.report.page import Section, write_page
 from dass_exp.report.table import ResultTable, build_table, with_metric
@@ -31,6 +32,7 @@ _DESCRIPTION = (
 _SWITCHES = {
     "--mix": "put records of different protocols into one table; each row shows the settings that differ",
     "--layers": "also draw the error and sparsity of every block, one figure per pruned record",
+    "--metrics": "show what perplexity does not: each method by all metrics, with ranks",
     "--wandb": "log tables and figures to Weights & Biases, one summary run per sweep",
 }
 
@@ -79,8 +81,8 @@ def _report(options: argparse.Namespace) -> bool:
     refused = False
     for name in names:
         try:
-            if (table := _table(name, loaded, results, options)) is not None:
-                tables.append(table)
+            if built := _tables(name, loaded, results, options):
+                tables += built
             elif options.sweeps:
                 log.warning("%s: %s", name, _why_no_table(name, results))
         except UserError as error:
@@ -92,22 +94,25 @@ def _report(options: argparse.Namespace) -> bool:
     return not refused
 
 
-def _table(name: str, loaded: LoadedRecords, results: Path, options: argparse.Namespace) -> ResultTable | None:
-    """Build the table of a sweep; None if it has no table of its own or nothing was run."""
+def _tables(name: str, loaded: LoadedRecords, results: Path, options: argparse.Namespace) -> list[ResultTable]:
+    """Build the tables of a sweep that are asked for; none if it has no table of its own or nothing was run."""
     layout = yaml.safe_load((project_root() / "sweeps" / f"{name}.yaml").read_text(encoding="utf-8")).get("sweep") or {}
     cells, metric = cells_of(results, name), options.metric
-    if ("metric" not in layout and not metric) or not cells:
-        return None
     own = [loaded.records[cell.key] for cell in cells if cell.key in loaded.records]
     records = list({record["key"]: record for record in (*own, *_dense_of(own, loaded))}.values())
     failed = [cell for cell in cells if cell.status == "failed" and not recovered(cell, records)]
+    tables: list[ResultTable] = []
     if not own and not failed:
-        return None
-    if not metric:
-        return build_table(name, layout, records, failed, results, options.mix)
-    layout, file = with_metric(layout, metric, name), re.sub(r"\W", "_", f"{name}_{metric}")
-    table = build_table(file, layout, records, failed, results, options.mix)
-    return replace(table, arguments=f"{name} --metric {metric}")
+        return tables
+    if metric:
+        changed, file = with_metric(layout, metric, name), re.sub(r"\W", "_", f"{name}_{metric}")
+        table = build_table(file, changed, records, failed, results, options.mix)
+        tables.append(replace(table, arguments=f"{name} --metric {metric}"))
+    elif "metric" in layout and not options.metrics:
+        tables.append(build_table(name, layout, records, failed, results, options.mix))
+    if options.metrics or (layout.get("metrics") and not metric):
+        tables.append(build_metric_table(name, layout, records, failed, results, options.mix))
+    return tables
 
 
 def _why_no_table(name: str, results: Path) -> str:

@@ -1,7 +1,7 @@
 """The metrics that a table may show: what they are called, which direction is better, where a record holds them."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from dass_exp.errors import UserError, one_of
 
@@ -12,6 +12,7 @@ class Metric:
 
     Args:
         title: of a table of it.
+        label: short, of a column.
         unit: begins the caption.
         axis: label of a figure's axis.
         source: ``windows`` of a text (one number per record), ``tasks`` (one per task, and their mean), or ``cost``.
@@ -22,6 +23,7 @@ class Metric:
     """
 
     title: str
+    label: str
     unit: str
     axis: str
     source: Literal["windows", "tasks", "cost"]
@@ -31,62 +33,71 @@ class Metric:
     ratio: bool = True
 
 
-def _share(title: str, unit: str, axis: str, source: Literal["windows", "tasks"], higher: bool = False) -> Metric:
-    """Return a metric that a record holds as a share and a table shows in percent."""
-    return Metric(title, unit, axis, source, higher, digits=1, scale=100.0, ratio=False)
+_SHARE: dict[str, Any] = {"digits": 1, "scale": 100.0, "ratio": False}  # in a record; in percent in a table
 
 
 METRICS = {
-    "perplexity": Metric("Perplexity", "perplexity, lower is better", "perplexity", "windows"),
+    "perplexity": Metric("Perplexity", "perplexity", "perplexity, lower is better", "perplexity", "windows"),
     "kl": Metric(
         "KL divergence from the dense model",
+        "KL",
         "mean KL divergence of the dense model's predictions from the pruned one's in nats per token, lower is better",
         "KL divergence, nats per token",
         "windows",
         digits=3,
     ),
-    "agreement": _share(
+    "agreement": Metric(
         "Agreement with the dense model",
+        "agreement %",
         "tokens in % at which the dense and the pruned model find the same token most likely, higher is better",
         "same most likely token %",
         "windows",
         higher=True,
+        **_SHARE,
     ),
     "perplexity_ratio": Metric(
         "Perplexity over that of the dense model",
+        "perplexity / dense",
         "perplexity of the pruned over that of the dense model, lower is better",
         "perplexity / dense",
         "windows",
         digits=3,
     ),
-    "acc": _share("Accuracy", "accuracy in %", "accuracy %", "tasks", higher=True),
-    "acc_norm": _share(
+    "acc": Metric("Accuracy", "accuracy %", "accuracy in %", "accuracy %", "tasks", higher=True, **_SHARE),
+    "acc_norm": Metric(
         "Length-normalised accuracy",
+        "norm. accuracy %",
         "length-normalised accuracy in %",
         "length-normalised accuracy %",
         "tasks",
         higher=True,
+        **_SHARE,
     ),
-    "flips": _share(
+    "flips": Metric(
         "Answers that pruning changes",
+        "flips %",
         "documents in % that exactly one of the dense and the pruned model answers right, lower is better",
         "flipped answers %",
         "tasks",
+        **_SHARE,
     ),
     "bits_per_byte": Metric(
         "Loss on the right answer",
+        "bits per byte",
         "loss on the right answer in bits per byte, lower is better",
         "bits per byte of the right answer",
         "tasks",
         digits=3,
     ),
-    "ece": _share(
+    "ece": Metric(
         "Calibration error",
+        "ECE %",
         "expected calibration error in %, 15 bins, lower is better",
         "expected calibration error %",
         "tasks",
+        **_SHARE,
     ),
-    "cost": Metric("Cost", "cost", "seconds or GB", "cost", digits=1),
+    "cost": Metric("Cost", "cost", "cost", "seconds or GB", "cost", digits=1),
 }
 
 

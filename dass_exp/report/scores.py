@@ -37,7 +37,7 @@ class Score(NamedTuple):
     column: str
     value: float
     stderr: float | None = None
-    outcomes: Outcomes = ()
+    outcomes: Outcomes = Outcomes()
 
 
 class Scores:
@@ -95,9 +95,8 @@ class Scores:
             return None
         if name == "ece":
             gaps = calibration_gaps(outcomes)
-            return Score(
-                task, self._metric.scale * values[name], None, () if gaps is None else (self._metric.scale * gaps,)
-            )
+            paired = Outcomes() if gaps is None else Outcomes((self._metric.scale * gaps,))
+            return Score(task, self._metric.scale * values[name], None, paired)
         paired = _group(outcomes.get(name) or (), self._metric.scale)
         known = values.get(f"{name}_stderr")
         error = _standard_error(paired) if known is None else self._metric.scale * known
@@ -162,18 +161,19 @@ def calibration_gaps(outcomes: Mapping[str, Any]) -> np.ndarray | None:
 
 
 def _group(outcomes: Sequence[float], scale: float) -> Outcomes:
-    return (scale * np.asarray(outcomes, dtype=np.float64),) if len(outcomes) else ()
+    return Outcomes((scale * np.asarray(outcomes, dtype=np.float64),)) if len(outcomes) else Outcomes()
 
 
 def _of_documents(column: str, outcomes: np.ndarray) -> Score:
-    return Score(column, float(outcomes.mean()), _standard_error((outcomes,)), (outcomes,))
+    paired = Outcomes((outcomes,))
+    return Score(column, float(outcomes.mean()), _standard_error(paired), paired)
 
 
 def _standard_error(outcomes: Outcomes) -> float | None:
     """Return the standard error of the mean of a single group of two documents or more."""
-    if len(outcomes) != 1 or len(outcomes[0]) < 2:
+    if len(outcomes.groups) != 1 or len(outcomes.groups[0]) < 2:
         return None
-    return float(np.std(outcomes[0], ddof=1) / math.sqrt(len(outcomes[0])))
+    return float(np.std(outcomes.groups[0], ddof=1) / math.sqrt(len(outcomes.groups[0])))
 
 
 def _mean(scores: Sequence[Score], value: float | None = None, name: str = MEAN) -> list[Score]:
@@ -181,7 +181,7 @@ def _mean(scores: Sequence[Score], value: float | None = None, name: str = MEAN)
     errors = [score.stderr for score in scores]
     variance = [error**2 for error in errors if error is not None]
     error = math.sqrt(math.fsum(variance)) / len(scores) if len(variance) == len(scores) else None
-    # every task must have outcomes: their mean is that of the groups
-    paired = tuple(group for score in scores for group in score.outcomes) if all(s.outcomes for s in scores) else ()
+    complete = all(score.outcomes.groups for score in scores)
+    paired = Outcomes(tuple(group for score in scores for group in score.outcomes.groups) if complete else ())
     mean = math.fsum(score.value for score in scores) / len(scores)
     return [Score(name, mean if value is None else value, error, paired)]

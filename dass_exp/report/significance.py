@@ -1,6 +1,8 @@
 """Test whether two results differ by more than noise: over several seeds, or by a paired bootstrap."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,12 +10,28 @@ from numpy.typing import NDArray
 RESAMPLES = 5000
 LEVEL = 0.95
 
-# The outcomes of a score, which is the plain mean over groups: the windows of a text, or the documents of each task.
-# A group holds one number per document, whose mean counts, or [documents, bins], whose absolute column means add up.
-Outcomes = tuple[NDArray[np.float64], ...]
-
 _AT_ONCE = 500  # resamples in memory at the same time
 _ZERO = 1e-12  # what rounding may leave of a difference that is zero
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """The outcomes of a score, which is the plain mean over groups: the windows of a text, or the documents of a task.
+
+    A group holds one number per document, whose mean counts, or [documents, bins], whose absolute column means add up.
+    """
+
+    groups: tuple[NDArray[np.float64], ...] = ()
+
+    @cached_property
+    def resampled(self) -> NDArray[np.float64]:
+        """The score of each resample, for which documents are drawn with replacement inside each group.
+
+        The draws depend on nothing but the sizes of the groups: scores of the same windows or documents are paired.
+        """
+        generator = np.random.default_rng(0)
+        scores: NDArray[np.float64] = np.mean([_resampled_group(group, generator) for group in self.groups], axis=0)
+        return scores
 
 
 def bootstrap(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
@@ -29,18 +47,27 @@ def bootstrap(first: Sequence[float], second: Sequence[float]) -> tuple[float, f
     if len(first) != len(second) or not first:
         raise ValueError(f"{len(first)} and {len(second)} outcomes cannot be paired")
     difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-    return (float(difference.mean()), *_interval(resampled((difference,))))
+    return (float(difference.mean()), *_interval(Outcomes((difference,)).resampled))
 
 
-def resampled(outcomes: Outcomes) -> NDArray[np.float64]:
-    """Return the score of each resample, for which documents are drawn with replacement inside each group.
+def seeds_differ(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Check whether the means over seeds differ by more than two standard errors of their difference (Welch)."""
+    variance = np.var(first, ddof=1) / len(first) + np.var(second, ddof=1) / len(second)
+    return bool(abs(np.mean(first) - np.mean(second)) > 2 * np.sqrt(variance))
 
-    The draws depend on nothing but the sizes of the groups: scores of the same windows or documents are paired.
-    """
-    generator = np.random.default_rng(0)
-    scores = [_resampled_group(np.asarray(group, dtype=np.float64), generator) for group in outcomes]
-    mean: NDArray[np.float64] = np.mean(scores, axis=0)
-    return mean
+
+def pairs_differ(first: Outcomes, second: Outcomes) -> bool:
+    """Check whether the 95 % interval of a paired bootstrap excludes zero; never for fewer than two pairs a group."""
+    shapes = [np.shape(group) for group in first.groups]
+    if not shapes or shapes != [np.shape(group) for group in second.groups] or min(shape[0] for shape in shapes) < 2:
+        return False
+    low, high = _interval(first.resampled - second.resampled)
+    return low > _ZERO or high < -_ZERO
+
+
+def _interval(scores: NDArray[np.float64]) -> tuple[float, float]:
+    low, high = np.quantile(scores, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def _resampled_group(group: NDArray[np.float64], generator: np.random.Generator) -> NDArray[np.float64]:
@@ -54,32 +81,3 @@ def _resampled_group(group: NDArray[np.float64], generator: np.random.Generator)
             counts = np.bincount(places, minlength=_AT_ONCE * size).reshape(_AT_ONCE, size)
             scores.append(np.abs(counts @ group / size).sum(axis=1))
     return np.concatenate(scores)
-
-
-def _interval(scores: NDArray[np.float64]) -> tuple[float, float]:
-    low, high = np.quantile(scores, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
-
-
-def seeds_differ(first: Sequence[float], second: Sequence[float]) -> bool:
-    """Check whether the means over seeds differ by more than two standard errors of their difference (Welch)."""
-    variance = np.var(first, ddof=1) / len(first) + np.var(second, ddof=1) / len(second)
-    return bool(abs(np.mean(first) - np.mean(second)) > 2 * np.sqrt(variance))
-
-
-def pairs_differ(first: Outcomes, second: Outcomes) -> bool:
-    """Check whether the 95 % interval of a paired bootstrap excludes zero; never for fewer than two pairs."""
-    if not can_be_paired(first, second):
-        return False
-    return _excludes_zero(resampled(first) - resampled(second))
-
-
-def can_be_paired(first: Outcomes, second: Outcomes) -> bool:
-    """Check whether two scores have the same groups of windows or documents, and two outcomes or more in each."""
-    shapes = [np.shape(group) for group in first]
-    return bool(shapes) and shapes == [np.shape(group) for group in second] and min(shape[0] for shape in shapes) > 1
-
-
-def _excludes_zero(differences: NDArray[np.float64]) -> bool:
-    low, high = _interval(differences)
-    return low > _ZERO or high < -_ZERO

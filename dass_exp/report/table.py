@@ -19,6 +19,7 @@ from dass_exp.report.significance import Outcomes, pairs_differ, seeds_differ
 
 _BY_SETTING = "pattern"  # columns of a metric that has one number per record, where a sweep's file names none
 _BY_TASK = ("task", "cost")  # columns that a metric brings with it
+HEADLINE = "headline"  # as columns of a layout: one column, the number that stands for a record, with ranks
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,11 @@ class TableValue:
     values: tuple[float, ...]
     stderr: float | None = None  # of a single accuracy, in the same unit
     keys: tuple[str, ...] = ()  # of its records
-    outcomes: Outcomes = field(default=(), repr=False, compare=False)  # of a single record, by window or document
+    outcomes: Outcomes = field(
+        default=Outcomes(), repr=False, compare=False
+    )  # of a single record, by window or document
     mark: str = ""  # best or second, only if it differs from the next by more than noise
+    rank: str = ""  # 1, or 1-3 if noise does not separate the best three
 
     @property
     def mean(self) -> float:
@@ -72,6 +76,11 @@ class ResultTable:
     axes: tuple[str, ...] = ()  # settings that rows and columns show
     headlines: Mapping[str, float] = field(default_factory=dict)  # by key, the number that stands for a record
     arguments: str = ""  # of dass-report that make this table, its name if empty
+    by_column: Mapping[str, str] = field(default_factory=dict)  # metrics of columns that have one of their own
+
+    def metric_in(self, column: str) -> str:
+        """Return the metric that a column shows."""
+        return self.by_column.get(column, self.metric)
 
 
 def build_table(
@@ -109,6 +118,8 @@ def build_table(
     for group in dict.fromkeys(groups.values()):
         ranked = [row for row in rows if groups.get(row) == group and not row.endswith("dense")]
         marked |= _marks(cells, ranked, columns, metric_of(grid.metric).higher)
+        if grid.column == HEADLINE:
+            marked |= _ranks(marked, ranked, columns, metric_of(grid.metric).higher)
     title, figure, note = str(layout["title"]), layout.get("figure"), str(layout.get("note") or "").strip()
     return ResultTable(
         name, title, grid.metric, rows, columns, marked, records, failed, figure, mixed, note, grid.axes, grid.headlines
@@ -153,7 +164,8 @@ class _Grid:
     ) -> None:
         self.metric, self.column, self.records = str(layout["metric"]), str(layout["columns"]), records
         self.reader = Scores(self.metric, records, results)
-        self.by_setting = metric_of(self.metric).source == "windows"  # columns are values of a setting
+        # columns are values of a setting
+        self.by_setting = metric_of(self.metric).source == "windows" and self.column != HEADLINE
         self.rows = layout["rows"] if isinstance(layout["rows"], list) else [layout["rows"]]
         self.axes = (*self.rows, self.column)
         self.protocols = Protocols(records)
@@ -164,6 +176,8 @@ class _Grid:
     @cached_property
     def columns(self) -> list[str]:
         """Labels of the columns in the order of the sweep, where they are settings and not tasks or costs."""
+        if self.column == HEADLINE:
+            return [metric_of(self.metric).label]
         if not self.by_setting:
             return []
         pruned = [record for record in (*self.records, *self.intended) if not is_dense(record)]
@@ -220,6 +234,9 @@ class _Grid:
         return f"{model_name(record)} {row}" if len(self.models) > 1 else row
 
     def _scores(self, record: Record) -> list[Score]:
+        if self.column == HEADLINE:
+            score = self.reader.headline(record)
+            return [] if score is None else [score._replace(column=self.columns[0], stderr=None)]
         scores = self.reader.of(record)
         if not self.by_setting:
             return scores
@@ -259,6 +276,19 @@ def _marks(cells: Cells, rows: list[str], columns: list[str], higher: bool) -> C
                 break
             marked[(row, column)] = replace(value, mark=mark)
     return marked
+
+
+def _ranks(cells: Cells, rows: list[str], columns: list[str], higher: bool) -> Cells:
+    """Rank these rows per column; a value that noise does not separate from others has all ranks that it may have."""
+    ranked: Cells = {}
+    for column in columns:
+        values = {row: value for row in rows if is_finite(value := cells.get((row, column)))}
+        for row, value in values.items():
+            others = [other for other in values.values() if other is not value and _differ(value, other)]
+            better = sum((other.mean > value.mean) == higher for other in others)
+            first, last = 1 + better, len(values) - len(others) + better
+            ranked[(row, column)] = replace(value, rank=str(first) if first == last else f"{first}-{last}")
+    return ranked
 
 
 def _differ(first: TableValue, second: TableValue) -> bool:

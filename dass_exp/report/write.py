@@ -15,6 +15,10 @@ from dass_exp.storage.durable import write_text
 _MARKS = (
     " Bold is best and underlined second, only where a paired bootstrap (95 %) or the seeds set it apart from the next."
 )
+_RANKS = (
+    " In parentheses the rank among the rows of the same model and the same first label; several (1-3) where neither a "
+    "paired bootstrap (95 %) nor the seeds separate them."
+)
 _TEX = {
     "\\": r"\textbackslash{}",
     **{mark: f"\\{mark}" for mark in "&%$#_{}"},
@@ -25,11 +29,12 @@ _TEX = {
 
 
 def format_value(value: TableValue | str, metric: str) -> str:
-    """Format a value: the mean, with the standard deviation over seeds or the standard error if known."""
+    """Format a value: the mean, with the deviation over seeds or the standard error, and the rank, where known."""
     if isinstance(value, str):
         return value
     digits = metric_of(metric).digits
-    return f"{value.mean:.{digits}f}" + ("" if value.spread is None else f" ± {value.spread:.{digits}f}")
+    spread = "" if value.spread is None else f" ± {value.spread:.{digits}f}"
+    return f"{value.mean:.{digits}f}{spread}" + (f" ({value.rank})" if value.rank else "")
 
 
 def caption(table: ResultTable) -> str:
@@ -37,7 +42,9 @@ def caption(table: ResultTable) -> str:
     if not table.records:
         return "No cell of this sweep has a record."
     pruned = [record for record in table.records if not is_dense(record)] or table.records
-    protocol, metric = pruned[0]["protocol"], metric_of(table.metric)
+    protocol, names = pruned[0]["protocol"], list(dict.fromkeys(map(table.metric_in, table.columns or [""])))
+    metrics = {name: metric_of(name) for name in names}
+    by_task = [name for name, metric in metrics.items() if metric.source == "tasks"]
     # the models with the same note, then that note
     models = ", ".join(
         ", ".join(dict.fromkeys(map(model_identity, records))) + (f" ({note})" if note else "")
@@ -50,17 +57,19 @@ def caption(table: ResultTable) -> str:
     if calibrations := [label for record in pruned if (label := calibration_label(record))]:
         seeds = {record["config"]["seed"] for record in pruned if record["config"]["seed"] is not None}
         parts.append(f"calibration {_joined(calibrations)}, seeds {_joined(sorted(seeds))}")
-    if "dataset" in protocol and metric.source == "windows":
+    if "dataset" in protocol and any(metric.source == "windows" for metric in metrics.values()):
         parts.append(windows_label(protocol))
-    if "lm_eval" in protocol and metric.source == "tasks":
+    if "lm_eval" in protocol and by_task:
         errors = any(isinstance(value, TableValue) and value.stderr is not None for value in table.cells.values())
         documents = documents_label(protocol) + (", ± standard error" if errors else "")
-        parts.append(f"{table.metric} by lm-eval {protocol['lm_eval']}, zero-shot, {documents}")
+        parts.append(f"{', '.join(by_task)} by lm-eval {protocol['lm_eval']}, zero-shot, {documents}")
     parts.append(f"beginning-of-sequence token: {_joined(record['protocol']['bos'] for record in pruned)}")
     repeated = any(isinstance(value, TableValue) and value.sd is not None for value in table.cells.values())
     spread = " ± is the standard deviation over seeds." if repeated else ""
     note = f" {table.note}" if table.note else ""
-    return f"{metric.unit}. {'; '.join(parts)}.{spread}{_MARKS}{note}"
+    ranked = any(isinstance(value, TableValue) and value.rank for value in table.cells.values())
+    units = "; ".join(metric.unit for metric in metrics.values())
+    return f"{units}. {'; '.join(parts)}.{spread}{_RANKS if ranked else ''}{_MARKS}{note}"
 
 
 def _joined(values: Iterable[Any]) -> str:
@@ -72,7 +81,10 @@ def _marked(table: ResultTable, row: str, escape: Callable[[str], str], best: st
     texts = []
     for column in table.columns:
         value = table.cells.get((row, column), "")
-        text, mark = escape(format_value(value, table.metric)), value.mark if isinstance(value, TableValue) else ""
+        text, mark = (
+            escape(format_value(value, table.metric_in(column))),
+            value.mark if isinstance(value, TableValue) else "",
+        )
         texts.append({"best": best, "second": second}.get(mark, "%s") % text)
     return texts
 
@@ -96,12 +108,15 @@ def _pipe(text: str) -> str:
 
 def long_form(table: ResultTable) -> list[list[Any]]:
     """Return a header, and one line per value in full precision."""
-    lines: list[list[Any]] = [["row", "column", "metric", "mean", "sd", "stderr", "n", "mark", "status", "records"]]
+    ranks = any(isinstance(value, TableValue) and value.rank for value in table.cells.values())
+    names = ["mean", "sd", "stderr", "n", "mark", "status", "records", *(["rank"] if ranks else [])]
+    lines: list[list[Any]] = [["row", "column", "metric", *names]]
     for (row, column), value in table.cells.items():
         fields: list[Any] = [None, None, None, 0, "", value, ""]
         if isinstance(value, TableValue):
             fields = [value.mean, value.sd, value.stderr, len(value.values), value.mark, "done", " ".join(value.keys)]
-        lines.append([row, column, table.metric, *fields])
+            fields += [value.rank] if ranks else []
+        lines.append([row, column, table.metric_in(column), *fields])
     return lines
 
 

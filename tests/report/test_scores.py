@@ -6,15 +6,16 @@ import math
 
 import numpy as np
 import pytest
-from factory import diverged, record_of, task, write_record
+from factory import diverged, failed, record_of, task, write_record
 
 from dass_exp.errors import UserError
 from dass_exp.report.figures import draw
+from dass_exp.report.metric_table import build_metric_table
 from dass_exp.report.metrics import METRICS, metric_of
 from dass_exp.report.scores import Scores, calibration_gaps
-from dass_exp.report.significance import pairs_differ, resampled
+from dass_exp.report.significance import Outcomes, pairs_differ
 from dass_exp.report.table import build_table, with_metric
-from dass_exp.report.write import caption, format_value, markdown
+from dass_exp.report.write import caption, format_value, long_form, markdown
 
 PERPLEXITY = {"title": "Every method", "rows": "method", "columns": "pattern", "metric": "perplexity"}
 ACCURACY = {"title": "Accuracy", "rows": ["pattern", "method"], "columns": "task", "metric": "acc"}
@@ -128,8 +129,8 @@ def test_the_mean_has_no_outcomes_if_a_task_has_none(results):
     record = record_of("wanda", tasks={"piqa": task(0.5), "copa": task(0.5)})
     write_record(record, results, {"piqa": {"acc": [0.0, 1.0]}})
     scores = {score.column: score for score in Scores("acc", [record], results).of(record)}
-    assert len(scores["piqa"].outcomes) == 1
-    assert scores["copa"].outcomes == scores["mean"].outcomes == ()
+    assert len(scores["piqa"].outcomes.groups) == 1
+    assert scores["copa"].outcomes.groups == scores["mean"].outcomes.groups == ()
 
 
 def test_the_loss_on_the_right_answer_by_document(table_of, results):
@@ -174,18 +175,59 @@ def test_a_resample_draws_documents_inside_their_groups():
     generator = np.random.default_rng(0)
     picks = [generator.integers(0, len(group), size=(5000, len(group))) for group in groups]
     reference = np.mean([group[pick].mean(axis=1) for group, pick in zip(groups, picks, strict=True)], axis=0)
-    assert np.allclose(resampled(groups), reference, rtol=0, atol=1e-12)
+    assert np.allclose(Outcomes(groups).resampled, reference, rtol=0, atol=1e-12)
     bins = np.array([[0.5, 0.0], [-0.5, 0.0], [0.0, 0.25]])
     (pick,) = [np.random.default_rng(0).integers(0, 3, size=(5000, 3))]
-    assert np.allclose(resampled((bins,)), np.abs(bins[pick].mean(axis=1)).sum(axis=1), rtol=0, atol=1e-12)
+    assert np.allclose(Outcomes((bins,)).resampled, np.abs(bins[pick].mean(axis=1)).sum(axis=1), rtol=0, atol=1e-12)
 
 
 def test_rounding_is_no_difference():
     first = tuple(np.array([x, 0.0]) for x in (0.1, 0.2, 0.3))
     second = tuple(np.array([x, 0.0]) for x in (0.2, 0.3, 0.1))
-    assert not pairs_differ(first, second)
-    constant = (np.full(3, 0.1 + 0.2),), (np.full(3, 0.3),)
-    assert not pairs_differ(*constant)
+    assert not pairs_differ(Outcomes(first), Outcomes(second))
+    assert not pairs_differ(Outcomes((np.full(3, 0.1 + 0.2),)), Outcomes((np.full(3, 0.3),)))
+
+
+# All metrics
+
+
+def test_every_method_by_every_metric_with_its_ranks(results):
+    layout = {**PERPLEXITY, "title": "Two sizes of noise"}
+    likelihoods = {"wanda": [5.0, 5.5, 5.2], "dass": [4.0, 4.5, 4.2], "ria": [4.1, 4.4, 4.2]}
+    divergences = {"wanda": [0.5, 0.7, 0.6], "dass": [0.2, 0.4, 0.3], "ria": [0.1, 0.3, 0.2]}
+    records = [record_of("dense", [2.0, 2.1, 2.2])]
+    for method, nll in likelihoods.items():
+        records.append(diverged(record_of(method, nll), divergences[method], [0.5, 0.6, 0.7], 1.5))
+    table = build_metric_table("made", layout, records, [], results)
+    assert table.rows == ["dense", "2:4 wanda", "2:4 dass", "2:4 ria"]
+    assert table.columns == ["perplexity", "KL", "agreement %"]
+    lines = markdown(table).splitlines()[2:]
+    # perplexity does not separate dass and ria, the divergence does; the agreement separates none
+    assert lines == [
+        "| dense | 2.10 |  |  |",
+        "| 2:4 wanda | 5.23 (3) | 0.600 (3) | 60.0 (1-3) |",
+        "| 2:4 dass | 4.23 (1-2) | <u>0.300 (2)</u> | 60.0 (1-3) |",
+        "| 2:4 ria | 4.23 (1-2) | **0.200 (1)** | 60.0 (1-3) |",
+    ]
+    text = caption(table)
+    assert METRICS["kl"].unit in text
+    assert "No record holds: flips %, bits per byte, ECE %, accuracy %." in text
+    header, first, *_ = long_form(table)
+    assert (header[-1], first[2]) == ("rank", "perplexity")
+
+
+def test_ranks_are_within_a_pattern_and_over_seeds(results):
+    records = [
+        record_of(method, [value + seed / 10] * 2, pattern=pattern, seed=seed)
+        for pattern, values in {"2:4": {"wanda": 5.0, "dass": 4.0}, "4:8": {"wanda": 3.0, "dass": 3.05}}.items()
+        for method, value in values.items()
+        for seed in range(3)
+    ]
+    cells = build_metric_table("made", PERPLEXITY, records, [failed("ria")], results).cells
+    ranks = {row: value.rank for (row, _), value in cells.items() if not isinstance(value, str)}
+    assert ranks == {"2:4 dass": "1", "2:4 wanda": "2", "4:8 dass": "1-2", "4:8 wanda": "1-2"}
+    assert cells["2:4 ria", "perplexity"] == "failed"
+    assert format_value(cells["2:4 dass", "perplexity"], "perplexity") == "4.10 ± 0.10 (1)"
 
 
 # Layouts

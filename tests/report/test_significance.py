@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from dass_exp.report.significance import bootstrap, pairs_differ, seeds_differ
+from dass_exp.report.significance import Outcomes, bootstrap, pairs_differ, seeds_differ
 
 
 def one(outcomes):
     """The outcomes of a score with a single group of windows or documents."""
-    return (np.array(outcomes, dtype=float),)
+    return Outcomes((np.array(outcomes, dtype=float),))
 
 
 def test_a_constant_difference_has_no_spread():
