@@ -19,7 +19,7 @@ import transformers
 from dass_exp.api import load, method_of
 from dass_exp.benchmark.measure import PruningJob, compare_methods, time_floor, time_mask, time_pruning
 from dass_exp.benchmark.report import draw, markdown
-from dass_exp.benchmark.scoring import perplexity_ratio, zero_shot_ratio
+from dass_exp.benchmark.scoring import divergence_ratio, perplexity_ratio, zero_shot_ratio
 from dass_exp.benchmark.sweep import sweep_ratio
 from dass_exp.config.settings import CalibrationConfig
 from dass_exp.data.texts import OfflineText
@@ -52,6 +52,7 @@ def measure(repeats: int) -> dict[str, Any]:
     measured["growth"] = list(_growth(model, tokens))
     log.info("scoring")
     measured["perplexity"] = perplexity_ratio(model, windows, 4, repeats)
+    measured["divergence"] = divergence_ratio(model, windows, 4, repeats)
     measured["zero_shot"] = zero_shot_ratio(model, tokenizer, TASKS, 20, repeats)
     overrides = [f"model={MODEL}", "protocol=demo", "eval=ppl_mini"]
     floor_s, plain_s = measured["floor_s"]["median"], measured["perplexity"]["plain_s"]

@@ -50,6 +50,8 @@ def _against_targets(measured: dict[str, Any]) -> Iterator[Sequence[str]]:
         ("perplexity", measured["perplexity"]["ratio"], "of plain passes", 1.1),
         ("zero-shot", measured["zero_shot"]["ratio"], "of plain passes", 1.5),
     ]
+    if (divergence := measured.get("divergence")) is not None:  # former versions did not measure it
+        rows.append(("divergence", divergence, "of perplexity alone", 1.25))
     for name, ratio, unit, target in rows:
         met = "" if target is None else "yes" if ratio <= target else "**no**"
         yield name, f"{ratio:.3f} {unit}", "none" if target is None else f"at most {target}", met

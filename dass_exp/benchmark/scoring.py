@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dass_exp.benchmark.measure import time_call
 from dass_exp.engine.capture import eval_mode
-from dass_exp.evaluate.perplexity import perplexity
+from dass_exp.evaluate.perplexity import last_hidden_states, perplexity
 from dass_exp.evaluate.zeroshot import ZeroShotOptions, zero_shot
 
 
@@ -17,6 +17,19 @@ def perplexity_ratio(model: Any, windows: Tensor, batch_size: int, repeats: int)
     """Compare perplexity with the model's own forward pass, logits included, over int64 [windows, tokens]."""
     batches = windows.split(batch_size)
     return _compare(lambda: perplexity(model, windows, batch_size), model, batches, repeats)
+
+
+def divergence_ratio(model: Any, windows: Tensor, batch_size: int, repeats: int) -> float:
+    """Compare perplexity and divergence from a dense model whose hidden states are kept with perplexity alone."""
+    dense = last_hidden_states(model, windows, batch_size)
+    pairs = [
+        (
+            time_call(lambda: perplexity(model, windows, batch_size)),
+            time_call(lambda: perplexity(model, windows, batch_size, dense)),
+        )
+        for _ in range(repeats)
+    ]
+    return statistics.median(both / alone for alone, both in pairs)
 
 
 def zero_shot_ratio(model: Any, tokenizer: Any, tasks: Sequence[str], limit: int, repeats: int) -> dict[str, float]:

@@ -76,6 +76,7 @@ def test_scoring_is_timed_over_the_tokens_that_it_scores(tiny):
     scored = scoring.perplexity_ratio(model, torch.randint(0, 512, (4, 16)), 2, 1)
     assert scored["tokens"] == 64
     assert scored["tokens_per_second"] == pytest.approx(64 / scored["seconds"])
+    assert 0.1 < scoring.divergence_ratio(model, torch.randint(0, 512, (4, 16)), 2, 1) < 20
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
     scored = scoring.zero_shot_ratio(model, tokenizer, ["piqa"], 3, 1)
     assert scored["tokens"] > 6 * 5
@@ -98,7 +99,9 @@ def test_the_page_is_the_committed_one(measured):
 
 def test_the_page_says_which_target_is_missed(measured):
     measured["ratios_to_floor"] = {"dass": 1.10, "sparsegpt": 1.81, "magnitude": 0.03}
+    measured["divergence"] = 1.26
     page = report.markdown(measured)
+    assert "| divergence | 1.260 of perplexity alone | at most 1.25 | **no** |" in page
     assert "| dass | 1.100 of the floor | at most 1.1 | yes |" in page
     assert "| sparsegpt | 1.810 of the floor | at most 1.8 | **no** |" in page
     assert "| magnitude | 0.030 of the floor | none |  |" in page
