@@ -17,7 +17,8 @@ _LABELS = ("model", "method", "pattern", "scope", "calibration", "seed")
 def comparison(records: list[Record]) -> pd.DataFrame:
     """Return one row of text per record, best perplexity first (best mean accuracy if no perplexity was scored).
 
-    Labels other than the method are left out if they are the same in all records.
+    Labels other than the method are left out if they are the same in all records. ``KL`` is the divergence from the
+    dense model in nats per token, ``agree`` the share of positions at which both predict the same token.
     """
     varying = varying_settings(records)
     rows = sorted(records, key=_rank)
@@ -44,6 +45,9 @@ def _row(record: Record, varying: Mapping[str, Sequence[str]]) -> dict[str, str]
     }
     if perplexities := metrics.get("perplexity"):
         row["perplexity"] = " ".join(f"{value:.2f}" for value in perplexities.values())
+    if divergences := metrics.get("divergence", {}).values():
+        row["KL"] = " ".join(f"{divergence['kl']:.3f}" for divergence in divergences)
+        row["agree %"] = " ".join(f"{100 * divergence['agreement']:.1f}" for divergence in divergences)
     row |= {task: with_error(scores, "acc") for task, scores in metrics.get("tasks", {}).items()}
     for name, label in (("mean_acc", "mean acc"), ("mean_acc_norm", "mean acc_norm")):
         if name in metrics:

@@ -110,6 +110,9 @@ def _summary(record: Record) -> dict[str, str]:
     """Return the rows of a run's summary by label."""
     metrics, cost = record["metrics"], record["cost"]
     rows = {f"perplexity {name}": f"{value:.2f}" for name, value in metrics.get("perplexity", {}).items()}
+    for name, divergence in metrics.get("divergence", {}).items():
+        rows[f"KL from dense on {name}, nats a token"] = f"{divergence['kl']:.4f}"
+        rows[f"same most likely token on {name} %"] = f"{100 * divergence['agreement']:.1f}"
     for task, scores in metrics.get("tasks", {}).items():
         rows |= {f"{task} {name} %": with_error(scores, name) for name in ("acc", "acc_norm") if name in scores}
     for name in ("mean_acc", "mean_acc_norm"):

@@ -123,9 +123,11 @@ def _failure_as_warning(safe: str) -> Iterator[None]:
 
 
 def flat_metrics(record: dict[str, Any]) -> dict[str, float]:
-    """Return a record's numbers by flat name: ``perplexity/wikipedia_mini``, ``piqa/acc``, ``sparsity/scope``, ..."""
+    """Return a record's numbers by flat name: ``perplexity/wikipedia_mini``, ``kl/wikipedia_mini``, ``piqa/acc``, ...."""
     metrics, sparsity = record["metrics"], record["sparsity"]
     flat = {f"perplexity/{name}": value for name, value in metrics.get("perplexity", {}).items()}
+    for name, divergence in metrics.get("divergence", {}).items():
+        flat |= {f"{score}/{name}": value for score, value in divergence.items()}
     for task, scores in metrics.get("tasks", {}).items():
         names = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
         flat |= {f"{task}/{name}": scores[name] for name in names if name in scores}

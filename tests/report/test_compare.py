@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from factory import NOTE, record_of, task, write_record
+from factory import NOTE, diverged, record_of, task, write_record
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -75,6 +75,13 @@ def test_every_score_has_its_standard_error(demo):
     row = comparison(demo).iloc[0]
     labels = ("piqa", "winogrande", "mean acc", "mean acc_norm")
     assert [row[label] for label in labels] == ["60.0 ± 5.0", "50.0 ± 5.0", "50.0", "50.0"]
+
+
+def test_the_divergence_from_the_dense_model_stands_beside_the_perplexity(demo):
+    diverged(demo[2], [0.5, 1.5], [0.25, 0.5], 4.0)
+    row = comparison(demo).set_index("method").loc[demo[2]["config"]["method"]["name"]]
+    assert (row["KL"], row["agree %"]) == ("1.000", "37.5")
+    assert comparison(demo).iloc[0]["KL"] == ""  # the dense model
 
 
 def test_labels_that_are_the_same_everywhere_are_in_the_settings_line(demo):

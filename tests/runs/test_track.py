@@ -212,6 +212,7 @@ def test_flat_names_of_the_numbers():
     record = {
         "metrics": {
             "perplexity": {"wikipedia_mini": 20.5},
+            "divergence": {"wikipedia_mini": {"kl": 0.5, "agreement": 0.75, "perplexity_ratio": 2.0}},
             "tasks": {"piqa": {"acc": 0.6, "acc_stderr": 0.1, "version": 1.0, "limit": 20}},
             "mean_acc": 0.6,
             "mean_acc_norm": 0.6,
@@ -221,6 +222,9 @@ def test_flat_names_of_the_numbers():
     }
     assert flat_metrics(record) == {
         "perplexity/wikipedia_mini": 20.5,
+        "kl/wikipedia_mini": 0.5,
+        "agreement/wikipedia_mini": 0.75,
+        "perplexity_ratio/wikipedia_mini": 2.0,
         "piqa/acc": 0.6,
         "piqa/acc_stderr": 0.1,
         "mean_acc": 0.6,
