@@ -5,6 +5,7 @@ Ties are broken in favour of the lower index, so the sparsity is exact: weights 
 
 import functools
 import itertools
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,10 @@ class Pattern(ABC):
     def check(self, shape: tuple[int, int], dim: int | None) -> None:
         """Raise a UserError if a matrix of ``shape`` cannot have this pattern along ``dim``."""
         del shape, dim
+
+    def of_slabs(self, shape: tuple[int, int], width: int) -> list["Pattern"]:
+        """Return the pattern of each slab of ``width`` input columns of a matrix of ``shape``; the last may be less."""
+        return [self] * -(-shape[1] // width)
 
     def kernel_ready(self, dim: int | None) -> bool:
         """Whether a stock 2:4 kernel can use a mask made along ``dim``: it needs groups along the input axis."""
@@ -135,6 +140,17 @@ class Budget(Unstructured):
         if dim is None:
             return super().violations(mask, None)
         return int(((~mask).sum(dim) != self._zeros(mask.shape[1 - dim], mask.numel(), mask.device)).sum())
+
+    def of_slabs(self, shape: tuple[int, int], width: int) -> list[Pattern]:
+        """Round the slabs so that they lose as many weights together as the matrix does in one piece."""
+        rows, columns = shape
+        whole, edges = int(self.sparsity * rows * columns), [*range(0, columns, width), columns]
+        patterns: list[Pattern] = []
+        for first, last in itertools.pairwise(edges):
+            zeros, size = whole * last // columns - whole * first // columns, rows * (last - first)
+            share = min(zeros, size - 1) / size
+            patterns.append(Budget(share if int(share * size) >= min(zeros, size - 1) else math.nextafter(share, 1)))
+        return patterns
 
     def _zeros(self, groups: int, size: int, device: torch.device) -> Tensor:
         """Return how many weights each group loses: the larger numbers are spread evenly."""

@@ -98,8 +98,9 @@ def _verify_linear(linear: LinearView, result: MaskResult, pattern: Pattern, err
         )
     if not bool(torch.isfinite(weight).all()):
         raise NumericalError(f"{name}: its pruned weights hold numbers that are not finite")
-    slabs = keep.split(result.slab_width, dim=1) if result.slab_width else (keep,)
-    if wrong := sum(pattern.violations(slab, result.dim) for slab in slabs):
+    width = result.slab_width or keep.shape[1]
+    slabs = zip(keep.split(width, dim=1), pattern.of_slabs((len(keep), keep.shape[1]), width), strict=True)
+    if wrong := sum(of_slab.violations(slab, result.dim) for slab, of_slab in slabs):
         axis = AXES[result.dim]
         raise VerificationError(
             f"{name}: {wrong} groups of its mask do not have the sparsity of {pattern.name} along the {axis} axis"

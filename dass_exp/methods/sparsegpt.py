@@ -56,7 +56,8 @@ class SparseGPT(Pruner):
         pruned, lost = torch.empty_like(dense), torch.empty_like(dense)
         keep = torch.empty_like(dense, dtype=torch.bool)
         ranges: list[Tensor] = []
-        for start in range(0, len(dense), width):
+        of_slabs = pattern.of_slabs((dense.shape[1], len(dense)), width)
+        for start, of_slab in zip(range(0, len(dense), width), of_slabs, strict=True):
             slab = slice(start, min(start + width, len(dense)))
             torch.addmm(dense[slab], factor.feedback[:start, slab].T, lost[:start], out=pruned[slab])
             for first in range(slab.start, slab.stop, tile_width):
@@ -64,7 +65,7 @@ class SparseGPT(Pruner):
                 tile = slice(first, last)
                 scores = (pruned[tile] * factor.diagonal[tile, None]).square_()  # w^2 / U_jj^2
                 ranges += torch.aminmax(scores)
-                keep[tile] = pattern.keep(scores, 0 if isinstance(pattern, NM) else None)
+                keep[tile] = of_slab.keep(scores, 0 if isinstance(pattern, NM) else None)
                 _prune_tile(pruned[tile], keep[tile], factor.feedback[tile, tile])
                 torch.sub(dense[tile], pruned[tile], out=lost[tile])
                 pruned[last : slab.stop].addmm_(factor.feedback[tile, last : slab.stop].T, lost[tile])

@@ -123,7 +123,7 @@ def _failure_as_warning(safe: str) -> Iterator[None]:
 
 
 def flat_metrics(record: dict[str, Any]) -> dict[str, float]:
-    """Return a record's numbers by flat name: ``perplexity/wikipedia_mini``, ``kl/wikipedia_mini``, ``piqa/acc``, ..."""
+    """Return a record's numbers by flat name: ``perplexity/wikipedia_mini``, ``kl/wikipedia_mini``, ``piqa/acc``."""
     metrics, sparsity = record["metrics"], record["sparsity"]
     flat = {f"perplexity/{name}": value for name, value in metrics.get("perplexity", {}).items()}
     for name, divergence in metrics.get("divergence", {}).items():

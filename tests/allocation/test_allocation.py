@@ -72,6 +72,19 @@ def test_a_budget_removes_the_integer_part_of_the_matrix_and_spreads_it(sparsity
         assert pattern.violations(torch.ones_like(keep), dim) > 0
 
 
+@pytest.mark.parametrize("width", [1, 4, 7, 29, 40])
+@pytest.mark.parametrize("sparsity", [0.0, 0.31, 0.5, 0.9])
+def test_slabs_of_a_budget_lose_together_what_the_matrix_does(sparsity, width):
+    """SparseGPT ranks a slab of columns at a time; other patterns round each of them, as its code does."""
+    scores, pattern = torch.randn(13, 29, generator=torch.Generator().manual_seed(0)), Budget(sparsity)
+    slabs = scores.split(width, dim=1)
+    of_slabs = pattern.of_slabs((13, 29), width)
+    kept = [of_slab.keep(slab, None) for of_slab, slab in zip(of_slabs, slabs, strict=True)]
+    assert sum(int((~keep).sum()) for keep in kept) == int(sparsity * 13 * 29)
+    assert all(abs(int((~keep).sum()) - sparsity * keep.numel()) <= 1 + 1e-9 for keep in kept)
+    assert Unstructured(sparsity).of_slabs((13, 29), width) == [Unstructured(sparsity)] * len(slabs)
+
+
 def test_uniform_changes_no_pattern_and_serves_every_pattern():
     for pattern in (NM(2, 4), TransposableNM(2, 4), Unstructured(0.5)):
         Uniform().check(pattern)

@@ -82,7 +82,7 @@ def test_contract(chosen, method, scope, family, tiny_model, tokens, attached):
         blocks: Counter[int] = Counter()
         for report in pruning.reports:
             blocks[report.index] += sum(int((~result.keep).sum()) for result in report.results.values())
-        assert abs(sum(blocks.values()) - sum(layer.size for layer in layers) / 2) <= len(layers)
+        assert abs(sum(blocks.values()) - sum(layer.size for layer in layers) // 2) <= max(2, len(layers) // 4)
         assert len(set(blocks.values())) == 2  # the two blocks get different shares
     else:
         assert all(layer.zeros * 2 == layer.size for layer in layers)
