@@ -1,6 +1,6 @@
 """The Python interface: load, prune and score without Hydra."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from dass_exp.masks import NM, Pattern, TransposableNM, Unstructured
 from dass_exp.methods.base import Pruner
 from dass_exp.models.load import identify, load_model, load_tokenizer
 from dass_exp.models.locate import OFFLINE
-from dass_exp.storage.mask_file import load_masks
+from dass_exp.storage.mask_file import PackedMask, load_masks
 
 __all__ = ["Pruned", "load", "load_masks", "perplexity", "prune"]
 
@@ -29,11 +29,12 @@ class Pruned:
     """The masks of a model pruned by :func:`prune`, and what was verified.
 
     Args:
-        masks: bool [out_features, in_features] by name of the linear, True where the weight is kept.
+        masks: bool [out_features, in_features] by name of the linear, True where the weight is kept; they are kept
+            on the CPU, one bit a weight, and unpacked when they are read.
         layers: one verified entry per linear: zeros, axis, excess, score range, error of its block.
     """
 
-    masks: dict[str, Tensor]
+    masks: Mapping[str, Tensor]
     layers: list[Layer]
 
     @property
@@ -92,17 +93,29 @@ def prune(
     verification, masks = Verification(), _CollectMasks()
     options = EngineOptions(scope=scope, batch_size=batch_size, roles=roles, stages=stages)
     prune_model(model, tokens, chosen, shape, options, [verification, masks])
-    return Pruned(masks.by_linear, verification.layers)
+    return Pruned(masks, verification.layers)
 
 
-class _CollectMasks(Callback):
-    """Keep the masks of all blocks."""
+class _CollectMasks(Callback, Mapping[str, Tensor]):
+    """Keep the masks of all blocks, packed; a mapping that unpacks the one that is read."""
 
     def __init__(self) -> None:
-        self.by_linear: dict[str, Tensor] = {}
+        self._packed: dict[str, PackedMask] = {}
 
     def on_block_end(self, report: BlockReport) -> None:
-        self.by_linear.update({name: result.keep for name, result in report.results.items()})
+        self._packed.update({name: PackedMask.pack(result.keep) for name, result in report.results.items()})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._packed[name].unpack()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def __repr__(self) -> str:
+        return f"<masks of {len(self)} linears>"
 
 
 def perplexity(model: nn.Module, tokens: Tensor, context: int | None = None, batch_size: int = 4) -> float:

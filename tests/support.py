@@ -13,6 +13,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before a library reads it: no test here may touch a network
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the device is part of a key, and numbers here are those of a CPU
 
 import pytest
 import torch

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from support import CONF
+from support import CONF, contains
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -82,6 +82,26 @@ def test_defaults_are_the_paper_and_a_name_stands_for_an_instance(tiny_model, to
     assert equal(masks(), masks("dass", "2:4", "mlp"))
     assert equal(masks(), masks(Dass(alpha=0.5), NM(2, 4)))
     assert not equal(masks(), masks(Dass(alpha=0.0), NM(2, 4)))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_quantised_weights_are_refused_before_anything_is_pruned(dtype, tiny_model, tokens):
+    model = tiny_model("llama")
+    up, down = model.model.layers[1].mlp.up_proj, model.model.layers[0].mlp.down_proj.weight.clone()
+    up.weight = nn.Parameter(torch.ones_like(up.weight).to(dtype), requires_grad=False)
+    with pytest.raises(UserError) as caught:
+        prune(model, tokens, "magnitude")
+    assert contains(str(caught.value), ["layers.1.mlp.up_proj", str(dtype).removeprefix("torch."), "bfloat16"])
+    assert torch.equal(model.model.layers[0].mlp.down_proj.weight, down)
+
+
+def test_masks_are_kept_packed_and_read_as_bool(tiny_model, tokens):
+    model = tiny_model("llama")
+    masks = prune(model, tokens).masks
+    name = "model.layers.0.mlp.up_proj"
+    assert torch.equal(masks[name], model.get_submodule(name).weight != 0)
+    assert len(masks) == len(list(masks)) == 6 and repr(masks) == "<masks of 6 linears>"
+    assert masks[name] is not masks[name]
 
 
 def test_magnitude_needs_no_tokens(tiny_model):

@@ -131,9 +131,11 @@ class Stopwatch:
 
     @contextmanager
     def measure(self, purpose: str) -> Iterator[None]:
-        """Count the time until the block exits under ``purpose``."""
+        """Count the time until the block exits under ``purpose``, what an accelerator still has to do included."""
+        _wait()
         start = time.perf_counter()
         yield
+        _wait()
         self.add({purpose: time.perf_counter() - start, "prune": start - time.perf_counter()})
 
     def add(self, seconds: dict[str, float]) -> None:
@@ -144,3 +146,8 @@ class Stopwatch:
         """Return the seconds so far: ``prune``, and scoring of the ``dense`` and the ``pruned`` model."""
         prune = self._seconds["prune"] + time.perf_counter() - self._started
         return {"prune": prune, "dense": self._seconds["dense"], "pruned": self._seconds["pruned"]}
+
+
+def _wait() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()

@@ -134,6 +134,11 @@ def check_shapes(decoder: Decoder, method: Pruner, pattern: Pattern, scope: str)
         return
     sites = [site for index in range(len(decoder.blocks)) for site in decoder.sites(index, scope)]
     for site in sites:
+        if not (dtype := site.matrix.parameter.dtype).is_floating_point or dtype.itemsize < 2:
+            raise UserError(
+                f"{site.name}: its weights are {str(dtype).removeprefix('torch.')}; quantised weights cannot be "
+                "pruned: load the model in float32, bfloat16 or float16"
+            )
         shape = site.matrix.out_features, site.matrix.in_features
         try:
             pattern.check(shape, method.comparison_dim(site.role, pattern))

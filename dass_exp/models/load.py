@@ -200,6 +200,9 @@ def _device(setting: str) -> torch.device:
     if device.type != "cpu" and (accelerator is None or accelerator.type != device.type):
         available = accelerator.type if accelerator else "no accelerator"
         raise UserError(f"model.device={setting!r}: this machine has {available}; set model.device=auto")
+    if device.type != "cpu" and (device.index or 0) >= (count := torch.accelerator.device_count()):
+        found = ", ".join(f"{device.type}:{number}" for number in range(count))
+        raise UserError(f"model.device={setting!r}: this machine has {found}; choose one of them, or model.device=auto")
     return device
 
 
@@ -210,4 +213,7 @@ def _dtype(setting: str, config: Any, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     stored = getattr(config.get_text_config(), "dtype", None)
-    return stored if isinstance(stored, torch.dtype) and stored.is_floating_point else torch.float16
+    if not isinstance(stored, torch.dtype) or not stored.is_floating_point:
+        return torch.float16
+    has_no_bfloat16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float16 if stored == torch.bfloat16 and has_no_bfloat16 else stored

@@ -68,7 +68,7 @@ class StreamedBlocks:
             return
         reading = self._prefetched.pop(index, None) or self._read(index)
         for name, tensor in reading.result().items():
-            set_module_tensor_to_device(self._model, name, self._device, tensor, dtype=tensor.dtype)
+            _place(self._model, name, self._device, tensor)
         self._loaded.add(index)
         if index + 1 < len(self._blocks):
             self._prefetched[index + 1] = self._read(index + 1)
@@ -85,6 +85,11 @@ class StreamedBlocks:
 
     def _read(self, index: int) -> Future[dict[str, Tensor]]:
         return self._reader.submit(self.names.read, self._tensors[index])
+
+
+def _place(model: nn.Module, name: str, device: torch.device, tensor: Tensor) -> None:
+    """Make a tensor a weight of the model, without emptying the allocator's cache once per weight."""
+    set_module_tensor_to_device(model, name, device, tensor, dtype=tensor.dtype, clear_cache=False)
 
 
 def _trim() -> None:
@@ -112,7 +117,7 @@ def empty_model(
     decoder, names = decoder_of(model, roles), WeightNames(model, shards, dtype)
     blocks = tuple(f"{name}." for name in decoder.names)
     for name, tensor in names.read([name for name in names.names if not name.startswith(blocks)]).items():
-        set_module_tensor_to_device(model, name, device, tensor, dtype=tensor.dtype)
+        _place(model, name, device, tensor)
     model.tie_weights()
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):

@@ -45,7 +45,7 @@ def execute(run: ResolvedRun, context: RunContext) -> RunResult:
         UserError: a file of the model or of an interrupted start is missing or damaged, or the disk is too small.
         NumericalError, VerificationError: the method failed; the message names the layer.
     """
-    memory, save = PeakMemory(), run.config.save
+    memory, save = PeakMemory(run.spec.device), run.config.save
     with _opened(run, context) as (model, blocks):
         start = time.perf_counter()
         dense = None if run.streams else context.dense_hidden(run, model)

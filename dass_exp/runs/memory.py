@@ -181,7 +181,8 @@ def available_memory(device: torch.device, system: Path = Path("/")) -> int:
         system: the folder that holds ``proc`` and ``sys``.
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept  # torch's allocator gives out again what it keeps
     free = [_UNLIMITED]  # if nothing is known, assume that it fits
     with suppress(OSError, StopIteration):
         lines = (system / "proc/meminfo").read_text(encoding="ascii").splitlines()

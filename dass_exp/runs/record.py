@@ -70,7 +70,7 @@ def compose_record(run: ResolvedRun, result: RunResult) -> Record:
             "underfull_tiles": sum(layer.underfull for layer in result.layers),
             **({"starved_experts": result.starved} if result.starved else {}),
         },
-        "environment": environment(),
+        "environment": environment(run.spec.device),
     }
 
 
@@ -92,7 +92,7 @@ def compose_manifest(run: ResolvedRun, layers: Sequence[Layer]) -> dict[str, Any
             "scope": zeros / size if size else 0.0,
             "linears": {layer.name: layer.zeros / layer.size for layer in layers},
         },
-        "environment": environment(),
+        "environment": environment(run.spec.device),
     }
 
 

@@ -16,8 +16,11 @@ from dass_exp.paths import project_root
 _PACKAGES = ("dass_exp", "torch", "transformers", "datasets", "lm_eval", "tokenizers", "numpy")
 
 
-def environment() -> dict[str, Any]:
-    """Return versions, processor, threads and commit; nothing that names a person or a secret."""
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Return versions, processor, threads and commit; nothing that names a person or a secret.
+
+    ``device`` is what was computed on: without it, or on a CPU, no GPU is named.
+    """
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         **{name: _version(name) for name in _PACKAGES},
@@ -26,7 +29,8 @@ def environment() -> dict[str, Any]:
         "cpu": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else None,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),  # highest: no TF32
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": None if changes is None else bool(changes),
     }
@@ -59,17 +63,18 @@ def _git(*arguments: str) -> str | None:
 
 
 class PeakMemory:
-    """Peak resident memory since its creation, and peak memory of the GPU if there is one."""
+    """Peak resident memory since its creation, and peak memory of the GPU if ``device`` is one."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._gpu = device if device is not None and device.type == "cuda" else None
         with suppress(OSError):  # 5 resets the kernel's high-water mark of this process
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        if self._gpu is not None:
+            torch.cuda.reset_peak_memory_stats(self._gpu)
 
     def read(self) -> dict[str, int | None]:
         """Return ``peak_rss_bytes`` and ``peak_gpu_bytes``."""
-        gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        gpu = None if self._gpu is None else torch.cuda.max_memory_allocated(self._gpu)
         return {"peak_rss_bytes": process_memory("VmHWM") or _peak_rss(), "peak_gpu_bytes": gpu}
 
 

@@ -413,6 +413,14 @@ def test_what_does_not_fit_the_model_is_refused_before_its_weights_are_loaded(
     assert keys_in(results) == set()
 
 
+def test_a_gpu_that_is_not_there_is_refused(cell, results, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    message = refused(*cell, "model.device=cuda:5")
+    assert contains(message, ["model.device='cuda:5':", "cuda:0, cuda:1", "model.device=auto"]), message
+
+
 @pytest.mark.parametrize("method", ["dense", "magnitude"])
 def test_a_setting_that_the_method_ignores_is_not_held_against_it(cell, method):
     phases = Phases()

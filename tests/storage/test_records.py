@@ -13,6 +13,7 @@ import pytest
 import torch
 from support import Killed, bare_record, files_under
 
+from dass_exp.runs.memory import available_memory
 from dass_exp.storage.checksum import json_digest
 from dass_exp.storage.durable import now, read_json, write_json
 from dass_exp.storage.environment import PeakMemory, environment
@@ -190,5 +191,23 @@ def test_peak_memory_is_measured_from_its_start():
     assert peak >= size
     if os.access("/proc/self/clear_refs", os.W_OK):
         assert PeakMemory().read()["peak_rss_bytes"] <= peak - size // 2
-    if not torch.cuda.is_available():
-        assert before.read()["peak_gpu_bytes"] is None
+    assert before.read()["peak_gpu_bytes"] is None
+
+
+def test_the_gpu_of_a_record_is_that_of_its_run(monkeypatch):
+    """A machine with two GPUs: the card and the peak are those of the device that was computed on."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"card {device.index}")
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 100 + device.index)
+    second = torch.device("cuda:1")
+    assert (environment(second)["gpu"], PeakMemory(second).read()["peak_gpu_bytes"]) == ("card 1", 101)
+    for other in (None, torch.device("cpu")):
+        assert (environment(other)["gpu"], PeakMemory(other).read()["peak_gpu_bytes"]) == (None, None)
+
+
+def test_memory_that_the_allocator_of_a_gpu_keeps_is_free(monkeypatch):
+    sizes = {"mem_get_info": (10, 80), "memory_reserved": 60, "memory_allocated": 25}
+    for name, size in sizes.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size)
+    assert available_memory(torch.device("cuda")) == 10 + 60 - 25
