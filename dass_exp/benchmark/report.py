@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from dass_exp.benchmark.measure import PARTS
-from dass_exp.report.figures import COLOURS, HATCHES, canvas, save
+from dass_exp.report.figures import canvas, save
+from dass_exp.report.styles import series_style
 from dass_exp.report.write import markdown_table
 
 METHOD_TARGETS = {"dass": 1.1, "wanda": 1.1, "sparsegpt": 1.8}  # times the floor
@@ -84,8 +85,7 @@ def draw(measured: dict[str, Any], folder: Path) -> list[Path]:
         axes = figure.subplots()
         for number, part in enumerate(PARTS):
             widths = [floor if part == "forward" else 0.0, *(max(seconds[part], 0.0) for seconds in methods.values())]
-            colour, hatch = COLOURS[number % len(COLOURS)], HATCHES[number % len(HATCHES)]
-            style: dict[str, Any] = {"color": colour, "hatch": hatch, "edgecolor": "black", "linewidth": 0.6}
+            style: dict[str, Any] = {**series_style(number).bar, "edgecolor": "black", "linewidth": 0.6}
             axes.barh(names, widths, left=left, label=part, **style)
             left = [start + width for start, width in zip(left, widths, strict=True)]
         for row, (name, end) in enumerate(zip(names, left, strict=True)):

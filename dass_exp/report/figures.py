@@ -14,6 +14,7 @@ from dass_exp.report.console import labels, method_label, pattern_label
 from dass_exp.report.curves import curves_of
 from dass_exp.report.load import Record, block_of, model_name
 from dass_exp.report.metrics import metric_of
+from dass_exp.report.styles import Style, display, series_style, styles_of
 from dass_exp.report.table import ResultTable, TableValue, is_finite
 from dass_exp.report.write import format_value
 from dass_exp.storage.durable import scratch_file
@@ -22,13 +23,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito: distinguishable by the colour-blind
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#BBBBBB")
-# straight lines: circles make an SVG ten times as large
-HATCHES = ("", "///", "\\\\\\", "xxx", "---", "|||", "+++", "/")
-_DASHES: tuple[Any, ...] = ("-", "-.", ":", (0, (7, 1)), (0, (3, 1, 1, 1, 1, 1)))
-_MARKERS = "os^DvPX*"
 _AXES = {"num_samples": "calibration sequences", "seq_len": "tokens per calibration sequence", "sparsity": "sparsity %"}
+_POWERS_OF_2 = ("num_samples", "seq_len")
+_DECADE = 10  # values whose largest is this many times their smallest are drawn on a log axis
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dass_exp",
@@ -40,7 +37,7 @@ _STYLE = {
     "axes.axisbelow": True,
     "hatch.linewidth": 0.6,
 }
-_LINE = {"linewidth": 1.6, "markersize": 6, "markeredgecolor": "black", "markeredgewidth": 0.6}
+_LINE: dict[str, Any] = {"linewidth": 1.6, "markersize": 6, "markeredgecolor": "black", "markeredgewidth": 0.6}
 _DENSE: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.3}
 
 
@@ -77,10 +74,10 @@ def draw_layers(record: Record, folder: Path) -> list[Path]:
         roles.setdefault(tuple(sorted(series.items())), []).append(role)
     with canvas() as figure:
         upper, lower = figure.subplots(2, 1, sharex=True)
-        upper.plot(*zip(*sorted(errors.items()), strict=True), **_line_style(0))
+        upper.plot(*zip(*sorted(errors.items()), strict=True), **_LINE, **series_style(0).line)
         upper.set(ylabel="relative error of\nthe block's output", ylim=(0, None))
         for number, (points, names) in enumerate(roles.items()):
-            lower.plot(*zip(*points, strict=True), label=" " + ", ".join(names), **_line_style(number))
+            lower.plot(*zip(*points, strict=True), label=" " + ", ".join(names), **_LINE, **series_style(number).line)
         lower.set(xlabel="index of the block", ylabel="sparsity %", ylim=(0, 105))
         lower.xaxis.get_major_locator().set_params(integer=True)
         _add_legend(figure, lower)
@@ -99,20 +96,27 @@ def _draw_bars(table: ResultTable, figure: Figure) -> bool:
     width = max(6.4 if across == 1 else 5.2, 2 + 0.28 * max(map(len, panels.values())) * len(table.columns))
     figure.set_size_inches(min(13, across * width), 1.3 + 3.2 * down)
     panes = list(figure.subplots(down, across, squeeze=False).flat)
+    shown = {row.removeprefix(f"{model} ") for model, rows in panels.items() for row in rows}
+    styles = styles_of((row for row in shown if not row.endswith("dense")), _methods(table))
     for spare in panes[len(panels) :]:
         spare.set_axis_off()
     for pane, (model, rows) in zip(panes, panels.items(), strict=False):
         pane.set_title(model, fontsize="medium")
-        _draw_panel(pane, table, model, rows, several=len(panels) > 1)
+        _draw_panel(pane, table, model, rows, styles)
         _name_columns(pane, table.columns, figure.get_figwidth())
-        shown = [value for (row, _), value in table.cells.items() if row in rows and is_finite(value)]
-        _set_scale(pane, table.metric, shown, floor=True)
+        values = [value for (row, _), value in table.cells.items() if row in rows and is_finite(value)]
+        _set_scale(pane, table.metric, values, floor=True)
     _add_legend(figure, *panes)
     return True
 
 
-def _draw_panel(pane: Axes, table: ResultTable, model: str, rows: Sequence[str], several: bool) -> None:
-    """Draw the bars and dense lines of one model; ``several``: there are panels of other models."""
+def _methods(table: ResultTable) -> set[str]:
+    return {record["config"]["method"]["name"] for record in table.records}
+
+
+def _draw_panel(pane: Axes, table: ResultTable, model: str, rows: Sequence[str], styles: Mapping[str, Style]) -> None:
+    """Draw the bars and dense lines of one model; its name is empty if there are no panels of others."""
+    several = len(pane.figure.axes) > 1
     pruned = [row for row in rows if not row.endswith("dense")]
     width = 0.8 / max(len(pruned), 1)
     for number, row in enumerate(pruned):
@@ -120,10 +124,10 @@ def _draw_panel(pane: Axes, table: ResultTable, model: str, rows: Sequence[str],
         cells = {place + shift: table.cells.get((row, column)) for place, column in enumerate(table.columns)}
         values = {x: value for x, value in cells.items() if value is not None}
         bars = {x: value for x, value in values.items() if is_finite(value)}
-        style: Any = {"color": COLOURS[number % len(COLOURS)], "hatch": HATCHES[number % len(HATCHES)]}
         means = [value.mean for value in bars.values()]
-        label = " " + row.removeprefix(f"{model} ")
-        pane.bar(list(bars), means, width, label=label, edgecolor="black", linewidth=0.8, **style)
+        name = row.removeprefix(f"{model} ")
+        label = f" {display(name)}"
+        pane.bar(list(bars), means, width, label=label, edgecolor="black", linewidth=0.8, **styles[name].bar)
         _draw_spread(pane, bars)
         for x, value in values.items():
             if x not in bars:
@@ -151,7 +155,7 @@ def _draw_dense(pane: Axes, label: str, levels: Mapping[int, float], several: bo
 
 def _name_columns(pane: Axes, columns: Sequence[str], inches: float) -> None:
     room = max(int(11 * (inches - 1) / max(len(columns), 1)), 8)  # characters of the default font that fit in a group
-    names = [textwrap.fill(column, room, break_long_words=False) for column in columns]
+    names = [textwrap.fill(display(column), room, break_long_words=False) for column in columns]
     crowded = any(len(line) > room for name in names for line in name.splitlines())
     place: Any = {"rotation": 30, "ha": "right"} if crowded else {"rotation": 0, "ha": "center"}
     pane.set_xticks(range(len(columns)), names, va="top", rotation_mode="anchor", **place)
@@ -164,15 +168,17 @@ def _draw_lines(table: ResultTable, x_axis: str, figure: Figure) -> bool:
     if not curves:
         return False
     pane = figure.subplots()
-    for number, (label, curve) in enumerate(curves.items()):
-        pane.plot(list(curve), [value.mean for value in curve.values()], label=f" {label}", **_line_style(number))
+    styles = styles_of(curves, _methods(table))
+    for label, curve in curves.items():
+        means = [value.mean for value in curve.values()]
+        pane.plot(list(curve), means, label=f" {display(label)}", **_LINE, **styles[label].line)
         _draw_spread(pane, curve)
     for number, (label, baseline) in enumerate(baselines.items()):
         style = {**_DENSE, "linestyle": (0, (5 + 4 * number, 3))}
-        pane.axhline(baseline.mean, label=f" {label} ({baseline.mean:.4g})", **style)
+        pane.axhline(baseline.mean, label=f" {display(label)} ({baseline.mean:.4g})", **style)
     ticks, name = sorted({x for curve in curves.values() for x in curve}), x_axis.rsplit(".", 1)[-1]
-    if name == "num_samples" and ticks[0] > 0:
-        pane.set_xscale("log", base=2)
+    if ticks[0] > 0 and name != "sparsity" and (name in _POWERS_OF_2 or ticks[-1] >= _DECADE * ticks[0]):
+        pane.set_xscale("log", base=2 if name in _POWERS_OF_2 else 10)
     if len(ticks) <= 10:
         pane.set_xticks(ticks, [f"{x:.6g}" for x in ticks])
         pane.xaxis.minorticks_off()
@@ -189,21 +195,30 @@ def _draw_pareto(table: ResultTable, figure: Figure) -> bool:
     if not panels:
         return False
     figure.set_size_inches(min(13, 7 * len(panels)), 5.5)
-    for pane, (pattern, points) in zip(
-        figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True
-    ):
+    styles = styles_of({_method_of(label) for points in panels.values() for label in points})
+    panes = figure.subplots(1, len(panels), squeeze=False).flat
+    for pane, (pattern, points) in zip(panes, panels.items(), strict=True):
         best = front(points)
-        pane.scatter(*zip(*points.values(), strict=True), color=COLOURS[7], edgecolor="black", linewidth=0.6)
-        pane.plot(*zip(*(points[label] for label in best), strict=True), **_line_style(0))
+        pane.plot(*zip(*(points[label] for label in best), strict=True), color="black", linewidth=1, zorder=1)
+        for method, style in styles.items():
+            if own := [point for label, point in points.items() if _method_of(label) == method]:
+                look: Any = {"color": style.colour, "marker": style.marker, "edgecolor": "black", "linewidth": 0.6}
+                pane.scatter(*zip(*own, strict=True), label=f" {display(method)}", **look)
         for label in best:
-            pane.annotate(label, points[label], (4, 4), textcoords="offset points", fontsize="x-small", rotation=20)
-        pane.set(title=pattern, xscale="log", yscale="log", xlabel="seconds to prune")
-        pane.set_ylabel(f"{metric_of(table.metric).axis} (log scale)")
-        for axis in (pane.xaxis, pane.yaxis):
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter("")
+            place: Any = {"textcoords": "offset points", "fontsize": "x-small", "rotation": 20}
+            pane.annotate(display(label), points[label], (4, 4), **place)
+        notes = [
+            _log_axis(pane, name, [point[number] for point in points.values()]) for number, name in enumerate("xy")
+        ]
+        seconds, score = ("seconds to prune", metric_of(table.metric).axis)
+        pane.set(title=pattern, xlabel=f"{seconds}{notes[0]}", ylabel=f"{score}{notes[1]}")
         pane.grid(color="#DDDDDD", linewidth=0.6)
+    _add_legend(figure, *figure.axes)
     return True
+
+
+def _method_of(label: str) -> str:
+    return label.split(maxsplit=1)[0]
 
 
 def pareto_points(table: ResultTable, pattern: str) -> dict[str, tuple[float, float]]:
@@ -232,11 +247,6 @@ def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
     return labels
 
 
-def _line_style(number: int) -> dict[str, Any]:
-    own = {"color": COLOURS, "linestyle": _DASHES, "marker": _MARKERS}
-    return {**_LINE, **{name: choices[number % len(choices)] for name, choices in own.items()}}
-
-
 def _draw_spread(pane: Axes, values: Mapping[float, TableValue]) -> None:
     known = [(x, value.mean, value.spread) for x, value in values.items() if value.spread is not None]
     if known:
@@ -245,28 +255,37 @@ def _draw_spread(pane: Axes, values: Mapping[float, TableValue]) -> None:
 
 
 def _set_scale(pane: Axes, metric: str, values: Sequence[TableValue], floor: bool = False) -> None:
-    """Label the y axis with what its error bars are, and make it logarithmic for a wide range."""
-    from matplotlib.ticker import LogLocator
-
+    """Label the y axis with what its error bars are, and make it logarithmic if a ratio spans a decade."""
     means = [value.mean for value in values] or [1]
-    low, high = min(means), max(means)
     spread = [value for value in values if value.spread is not None]
     kinds = ["standard deviation" if value.sd is not None else "standard error" for value in spread]
-    logarithmic = low > 0 and high / low > 20
-    notes = [*(["log scale"] if logarithmic else []), *(f"± {kind}" for kind in dict.fromkeys(kinds))]
-    pane.set_ylabel(metric_of(metric).axis + (f"\n({', '.join(notes)})" if notes else ""))
+    described = metric_of(metric)
+    logarithmic = _log_axis(pane, "y", means) if described.ratio else ""
+    notes = [*([logarithmic.strip(" ()")] if logarithmic else []), *(f"± {kind}" for kind in dict.fromkeys(kinds))]
+    pane.set_ylabel(described.axis + (f"\n({', '.join(notes)})" if notes else ""))
     if logarithmic:
-        pane.set_yscale("log")
-        pane.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e4 else (1,)))
-        pane.yaxis.set_major_formatter("{x:g}")
-        pane.yaxis.set_minor_formatter("")
-        pane.set_ylim(low / 1.6 if floor else None)
+        pane.set_ylim(min(means) / 1.6 if floor else None)
     pane.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+
+
+def _log_axis(pane: Axes, name: str, values: Sequence[float]) -> str:
+    """Make an axis (x or y) logarithmic if positive values span a decade, and return what its label says of that."""
+    from matplotlib.ticker import LogLocator
+
+    low, high = min(values), max(values)
+    if low <= 0 or high < _DECADE * low:
+        return ""
+    pane.set(**{f"{name}scale": "log"})
+    axis = pane.xaxis if name == "x" else pane.yaxis
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e4 else (1,)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
+    return " (log scale)"
 
 
 def _add_legend(figure: Figure, *panes: Axes) -> None:
     handles = {label: handle for pane in panes for handle, label in zip(*pane.get_legend_handles_labels(), strict=True)}
-    widest = 8 + max(map(len, handles), default=0)  # in characters, of which about 13 fit in an inch; 8 for the handle
+    widest = 11 + max(map(len, handles), default=0)  # in characters, of which about 13 fit in an inch; 11: the handle
     rows = math.ceil(len(handles) * widest / (13 * figure.get_figwidth()))
     labels = [label[1:] for label in handles]  # matplotlib skips labels that begin with _, so all begin with a space
     style: Any = {"loc": "outside lower center", "frameon": False, "handlelength": 3.2}

@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from dass_exp.report.console import method_label, pattern_label, scope_label
 from dass_exp.report.load import Record, model_name
 from dass_exp.report.published import NOTHING_PUBLISHED, Published
+from dass_exp.report.styles import display
 from dass_exp.report.table import ResultTable
 from dass_exp.report.write import format_value
 from dass_exp.storage.durable import write_text
@@ -59,7 +60,7 @@ def write_page(sections: list[Section], problems: list[str], target: Path, resul
 def _template() -> Any:
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters |= {"csp_hash": _csp_hash, "format_value": format_value}
+    environment.filters |= {"csp_hash": _csp_hash, "display": display, "format_value": format_value}
     environment.globals["isfinite"] = math.isfinite
     return environment.get_template("page.html")
 

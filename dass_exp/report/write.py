@@ -9,6 +9,7 @@ from typing import Any
 from dass_exp.report.console import calibration_label, documents_label, windows_label
 from dass_exp.report.load import by_model_note, is_dense, model_identity
 from dass_exp.report.metrics import metric_of
+from dass_exp.report.styles import display
 from dass_exp.report.table import ResultTable, TableValue
 from dass_exp.storage.durable import write_text
 
@@ -91,8 +92,8 @@ def _marked(table: ResultTable, row: str, escape: Callable[[str], str], best: st
 
 def markdown(table: ResultTable) -> str:
     """Return the table in Markdown: best in bold, second underlined."""
-    rows = [[_pipe(row), *_marked(table, row, str, "**%s**", "<u>%s</u>")] for row in table.rows]
-    text = markdown_table(["", *map(_pipe, table.columns)], rows)
+    rows = [[_pipe(display(row)), *_marked(table, row, str, "**%s**", "<u>%s</u>")] for row in table.rows]
+    text = markdown_table(["", *map(_pipe, map(display, table.columns))], rows)
     return text.replace("|  |", "| |", 1)  # the empty head of the first column
 
 
@@ -140,10 +141,10 @@ def latex(table: ResultTable) -> str:
         dense = row.endswith("dense")
         if dense and lines and lines[-1] != r"\midrule":
             lines.append(r"\midrule")
-        lines.append(_tex_line([tex(row), *_marked(table, row, tex, r"\textbf{%s}", r"\underline{%s}")]))
+        lines.append(_tex_line([tex(display(row)), *_marked(table, row, tex, r"\textbf{%s}", r"\underline{%s}")]))
         if dense and number + 1 < len(table.rows):
             lines.append(r"\midrule")
-    head = _tex_line(["", *map(tex, table.columns)])
+    head = _tex_line(["", *map(tex, map(display, table.columns))])
     title = tex(f"{table.title}. {caption(table)}")
     return _tex_table(f"l{'r' * len(table.columns)}", head, lines, title, table.name)
 

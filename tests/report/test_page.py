@@ -176,13 +176,13 @@ needs_chromium = pytest.mark.skipif(
 def test_the_page_sorts_in_a_browser(report):
     up = dom_after(report, click(1))
     # as numbers; equal ones as they stood
-    assert order(up) == [HOSTILE, "dense", "dass alpha=0.25", "wanda", "dass alpha=0.5", "magnitude"]
+    assert order(up) == [HOSTILE, "dense", "DaSS alpha=0.25", "Wanda", "DaSS alpha=0.5", "Magnitude"]
     assert 'aria-sort="ascending"' in up
     down = dom_after(report, click(1, times=2))
-    assert order(down) == ["wanda", "dass alpha=0.5", "dass alpha=0.25", "dense", HOSTILE, "magnitude"]
+    assert order(down) == ["Wanda", "DaSS alpha=0.5", "DaSS alpha=0.25", "dense", HOSTILE, "Magnitude"]
     assert 'aria-sort="descending"' in down
     named = order(dom_after(report, click(0)))
-    assert named.index("dass alpha=0.25") < named.index("dass alpha=0.5") < named.index("dense") < named.index("wanda")
+    assert named.index("DaSS alpha=0.25") < named.index("DaSS alpha=0.5") < named.index("dense") < named.index("Wanda")
 
 
 @needs_chromium

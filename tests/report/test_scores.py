@@ -63,7 +63,7 @@ def test_divergence_stands_by_setting_and_is_marked_by_windows(table_of, metric,
 def test_a_record_without_the_field_says_so_and_the_others_stand(table_of):
     table = table_of([*two(), record_of("magnitude", [9.0, 9.5, 9.9])], "kl")
     assert table.cells["magnitude", "2:4"] == "not recorded"
-    assert "| magnitude | not recorded |" in markdown(table)
+    assert "| Magnitude | not recorded |" in markdown(table)
     assert table.cells["dass", "2:4"].mark == "best"
     assert markdown(table_of([record_of("wanda")], "kl")).count("not recorded") == 1
 
@@ -205,9 +205,9 @@ def test_every_method_by_every_metric_with_its_ranks(results):
     # perplexity does not separate dass and ria, the divergence does; the agreement separates none
     assert lines == [
         "| dense | 2.10 |  |  |",
-        "| 2:4 wanda | 5.23 (3) | 0.600 (3) | 60.0 (1-3) |",
-        "| 2:4 dass | 4.23 (1-2) | <u>0.300 (2)</u> | 60.0 (1-3) |",
-        "| 2:4 ria | 4.23 (1-2) | **0.200 (1)** | 60.0 (1-3) |",
+        "| 2:4 Wanda | 5.23 (3) | 0.600 (3) | 60.0 (1-3) |",
+        "| 2:4 DaSS | 4.23 (1-2) | <u>0.300 (2)</u> | 60.0 (1-3) |",
+        "| 2:4 RIA | 4.23 (1-2) | **0.200 (1)** | 60.0 (1-3) |",
     ]
     text = caption(table)
     assert METRICS["kl"].unit in text

@@ -237,7 +237,7 @@ def test_a_failed_cell_is_in_its_place(table_of):
     assert table.cells["sparsegpt", "4:8"] == table.cells["dass", "4:8"] == "failed"
     assert table.cells["dass", "2:4"].mean > 0
     assert ("sparsegpt", "2:4") not in table.cells
-    assert "| sparsegpt |  | failed |" in markdown(table)
+    assert "| SparseGPT |  | failed |" in markdown(table)
     lines = list(csv.DictReader(to_csv(long_form(table)).splitlines()))
     assert [line["status"] for line in lines if line["row"] == "sparsegpt"] == ["failed"]
     assert {line["status"] for line in lines if line["row"] == "wanda"} == {"done"}
@@ -286,8 +286,8 @@ def test_the_written_forms_agree(table_of, tmp_path):
     paths = write_table(table, tmp_path, "a note", HEADER)
     assert [path.name for path in paths] == ["perplexity.md", "perplexity.csv", "perplexity.tex"]
     text = paths[0].read_text()
-    assert "| dass | **3.40** |" in text
-    assert "| wanda | <u>5.40</u> |" in text
+    assert "| DaSS | **3.40** |" in text
+    assert "| Wanda | <u>5.40</u> |" in text
     assert text.endswith("a note\n")
     rows = list(csv.DictReader(paths[1].open()))
     assert {row["row"]: float(row["mean"]) for row in rows} == {row: table.cells[row, "2:4"].mean for row in table.rows}
@@ -306,7 +306,7 @@ def test_the_caption_states_the_protocol(table_of):
 def test_a_word_is_shown_as_it_is(table_of):
     table = table_of(four())
     table.cells["wanda", "2:4"] = "failed"
-    assert "| wanda | failed |" in markdown(table)
+    assert "| Wanda | failed |" in markdown(table)
 
 
 def test_latex_escapes_and_marks(table_of):
