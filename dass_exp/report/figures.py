@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dass_exp.errors import one_of
-from dass_exp.report.console import labels, method_label, pattern_label
+from dass_exp.report.console import labels
 from dass_exp.report.curves import curves_of
 from dass_exp.report.load import Record, block_of, model_name
 from dass_exp.report.metrics import metric_of
+from dass_exp.report.pareto import draw_pareto
 from dass_exp.report.styles import Style, display, series_style, styles_of
 from dass_exp.report.table import ResultTable, TableValue, is_finite
 from dass_exp.report.write import format_value
@@ -54,7 +55,7 @@ def draw(table: ResultTable, folder: Path) -> list[Path]:
         if kind == "line":
             drawn = _draw_lines(table, str(table.figure["x"]), figure)
         else:
-            drawn = (_draw_bars if kind == "bars" else _draw_pareto)(table, figure)
+            drawn = (_draw_bars if kind == "bars" else draw_pareto)(table, figure)
         return save(figure, table.title, folder / table.name) if drawn else []
 
 
@@ -187,64 +188,6 @@ def _draw_lines(table: ResultTable, x_axis: str, figure: Figure) -> bool:
     _set_scale(pane, table.metric, [*values, *baselines.values()])
     _add_legend(figure, pane)
     return True
-
-
-def _draw_pareto(table: ResultTable, figure: Figure) -> bool:
-    """Draw one panel per pattern: a point for each combination, and a line through those that none beats in both."""
-    panels = {pattern: found for pattern in table.columns if (found := pareto_points(table, pattern))}
-    if not panels:
-        return False
-    figure.set_size_inches(min(13, 7 * len(panels)), 5.5)
-    styles = styles_of({_method_of(label) for points in panels.values() for label in points})
-    panes = figure.subplots(1, len(panels), squeeze=False).flat
-    for pane, (pattern, points) in zip(panes, panels.items(), strict=True):
-        best = front(points)
-        pane.plot(*zip(*(points[label] for label in best), strict=True), color="black", linewidth=1, zorder=1)
-        for method, style in styles.items():
-            if own := [point for label, point in points.items() if _method_of(label) == method]:
-                look: Any = {"color": style.colour, "marker": style.marker, "edgecolor": "black", "linewidth": 0.6}
-                pane.scatter(*zip(*own, strict=True), label=f" {display(method)}", **look)
-        for label in best:
-            place: Any = {"textcoords": "offset points", "fontsize": "x-small", "rotation": 20}
-            pane.annotate(display(label), points[label], (4, 4), **place)
-        notes = [
-            _log_axis(pane, name, [point[number] for point in points.values()]) for number, name in enumerate("xy")
-        ]
-        seconds, score = ("seconds to prune", metric_of(table.metric).axis)
-        pane.set(title=pattern, xlabel=f"{seconds}{notes[0]}", ylabel=f"{score}{notes[1]}")
-        pane.grid(color="#DDDDDD", linewidth=0.6)
-    _add_legend(figure, *figure.axes)
-    return True
-
-
-def _method_of(label: str) -> str:
-    return label.split(maxsplit=1)[0]
-
-
-def pareto_points(table: ResultTable, pattern: str) -> dict[str, tuple[float, float]]:
-    """Return mean seconds of pruning and mean score over seeds, by combination, of the records of a pattern."""
-    values: dict[str, list[tuple[float, float]]] = {}
-    for record in table.records:
-        if pattern_label(record["config"]) == pattern and record["key"] in table.headlines:
-            point = record["cost"]["prune_s"], table.headlines[record["key"]]
-            values.setdefault(method_label(record["config"]), []).append(point)
-    means = {
-        label: tuple(math.fsum(column) / len(points) for column in zip(*points, strict=True))
-        for label, points in values.items()
-    }
-    return {
-        label: (seconds, score) for label, (seconds, score) in means.items() if math.isfinite(score) and seconds > 0
-    }
-
-
-def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Return the labels of the points that no other one beats in both numbers, from the fastest to the slowest."""
-    best, labels = math.inf, []
-    for label, (_, score) in sorted(points.items(), key=lambda entry: entry[1]):
-        if score < best:
-            best = score
-            labels.append(label)
-    return labels
 
 
 def _draw_spread(pane: Axes, values: Mapping[float, TableValue]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from factory import record_of
 
 from dass_exp.errors import UserError
-from dass_exp.report.figures import draw, draw_layers, front
+from dass_exp.report.figures import draw, draw_layers
 from dass_exp.report.table import ResultTable, TableValue
 
 BARS = {"kind": "bars"}
@@ -206,14 +206,3 @@ def test_layers_by_block(tmp_path):
 
 def test_a_dense_record_has_no_layers_to_draw(tmp_path):
     assert draw_layers(record_of("dense"), tmp_path) == []
-
-
-def test_the_front_is_what_nothing_beats_in_both_numbers():
-    points = {
-        "fast": (1.0, 50.0),
-        "worse": (2.0, 60.0),
-        "better": (3.0, 40.0),
-        "same": (4.0, 40.0),
-        "best": (9.0, 30.0),
-    }
-    assert front(points) == ["fast", "better", "best"]
