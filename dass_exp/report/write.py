@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from dass_exp.storage.durable import write_text
 _MARKS = (
     " Bold is best and underlined second, only where a paired bootstrap (95 %) or the seeds set it apart from the next."
 )
+_COLUMN_CHARACTERS = 42  # that fit into one column of a page with two
 _RANKS = (
     " In parentheses the rank among the rows of the same model and the same first label; several (1-3) where neither a "
     "paired bootstrap (95 %) nor the seeds separate them."
@@ -135,7 +137,7 @@ def to_csv(rows: Iterable[Sequence[Any]]) -> str:
 
 
 def latex(table: ResultTable) -> str:
-    """Return a LaTeX table environment; it needs the package booktabs."""
+    """Return a LaTeX table environment, which says what packages it needs."""
     lines: list[str] = []
     for number, row in enumerate(table.rows):
         dense = row.endswith("dense")
@@ -161,9 +163,27 @@ def _tex_line(cells: Iterable[str]) -> str:
 
 
 def _tex_table(columns: str, header: str, lines: list[str], title: str, label: str) -> str:
-    top = [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", header, r"\midrule"]
-    end = [r"\bottomrule", r"\end{tabular}", rf"\caption{{{title}}}", rf"\label{{tab:{label}}}", r"\end{table}"]
-    return "\n".join([*top, *lines, *end]) + "\n"
+    """Return a table that fits: across both columns of a page if it is wide, and scaled to the line if it is wider."""
+    wide = max(map(_printed_width, (header, *lines)), default=0) > _COLUMN_CHARACTERS
+    environment = "table*" if wide else "table"
+    packages = [rf"\usepackage{{{name}}}" for name in ("booktabs", *(["graphicx"] if wide else []))]
+    fit = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
+    top = [
+        f"% needs {' and '.join(packages)}",
+        rf"\begin{{{environment}}}",
+        r"\centering\sloppy",
+        *([fit] if wide else []),
+        rf"\begin{{tabular}}{{{columns}}}",
+    ]
+    end = [r"\end{tabular}" + ("}" if wide else ""), rf"\caption{{{title}}}", rf"\label{{tab:{label}}}"]
+    body = [r"\toprule", header, r"\midrule", *lines, r"\bottomrule"]
+    return "\n".join([*top, *body, *end, rf"\end{{{environment}}}"]) + "\n"
+
+
+def _printed_width(line: str) -> int:
+    """Count the characters that a line of a table prints, each gap between columns as two."""
+    plain = re.sub(r"\\(?:textbf|underline|textbackslash|textasciitilde|textasciicircum|pm)\b|[\\{}$]", "", line)
+    return len(plain.replace(" & ", "  "))
 
 
 def tex(text: str) -> str:

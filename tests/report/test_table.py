@@ -11,6 +11,7 @@ from dass_exp.errors import UserError
 from dass_exp.report import published
 from dass_exp.report.figures import draw
 from dass_exp.report.load import SweepCell
+from dass_exp.report.metric_table import build_metric_table
 from dass_exp.report.page import Section, write_page
 from dass_exp.report.table import TableValue, build_table
 from dass_exp.report.write import (
@@ -329,12 +330,46 @@ def test_published_numbers_are_in_all_three_forms(table_of, tmp_path):
     assert not written[3].exists()  # what no longer has a counterpart goes
 
 
+TASKS = ("hellaswag", "winogrande", "arc_easy", "arc_challenge", "piqa")
+MODELS = ("tiny_swiglu", "tiny_geglu")
+
+
+def as_in_zero_shot():
+    """Records by method and pattern with the tasks of the zero-shot table, and its layout."""
+    pruned = [(method, pattern) for method in ("magnitude", "sparsegpt") for pattern in ("4:8", "2:4")]
+    cells = [("dense", "2:4"), *pruned]
+    return [
+        record_of(method, pattern=pattern, tasks=dict.fromkeys(TASKS, task(0.5))) for method, pattern in cells
+    ], ACCURACY
+
+
+def as_in_glu_variants():
+    """Records of several models over seeds, and their layout."""
+    cells = [(model, pattern, seed) for model in MODELS for pattern in ("50%", "4:8", "2:4") for seed in (0, 1)]
+    records = [record_of("sparsegpt", [70 + s, 71], pattern, seed=s, model=model) for model, pattern, s in cells]
+    return records, {**LAYOUT, "columns": "pattern"}
+
+
+@pytest.mark.parametrize(
+    ("wide", "records_and_layout"), [(True, as_in_zero_shot()), (True, as_in_glu_variants()), (False, (four(), LAYOUT))]
+)
+def test_a_wide_table_takes_both_columns_of_a_page(table_of, wide, records_and_layout):
+    text = latex(table_of(*records_and_layout))
+    assert (r"\begin{table*}" in text) == (r"\end{table*}" in text) == wide
+    assert (r"\resizebox" in text) == (r"\usepackage{graphicx}" in text.splitlines()[0]) == wide
+    assert text.startswith(r"% needs \usepackage{booktabs}")
+
+
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no TeX is installed")
-def test_latex_compiles(table_of, tmp_path):
-    table = table_of(four())
-    body = latex(table) + latex_published(table, PUBLISHED)
-    head = r"\documentclass{article}\usepackage{booktabs}"
+@pytest.mark.parametrize("columns", ["onecolumn", "twocolumn"])
+def test_latex_compiles_and_fits_the_page(table_of, results, tmp_path, columns):
+    tables = [table_of(four()), *(table_of(*given) for given in (as_in_zero_shot(), as_in_glu_variants()))]
+    tables.append(build_metric_table("perplexity", LAYOUT, as_in_zero_shot()[0], [], results))
+    body = "".join(map(latex, tables)) + latex_published(tables[0], PUBLISHED)
+    head = rf"\documentclass[{columns}]{{article}}\usepackage{{booktabs,graphicx}}"
     (tmp_path / "t.tex").write_text(rf"{head}\begin{{document}}{body}\end{{document}}")
     call = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
     done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+    assert "Overfull" not in done.stdout
+    assert "Float too large" not in done.stdout
