@@ -133,6 +133,13 @@ hydra:
     assert "scope='wrong'" in done.err
 
 
+def test_own_tasks_come_from_the_command_line_only(dass_exp, work, tiny):
+    (work / "tasks").mkdir()
+    arguments = config_file(work, "eval:\n  zeroshot: {include_path: tasks, tasks: [piqa]}\n")
+    refusal(dass_exp(*arguments, "scope=wrong"), "eval.zeroshot.include_path", "only the command line")
+    assert "scope='wrong'" in dass_exp(*arguments, "eval.zeroshot.include_path=tasks", "scope=wrong").err
+
+
 MISTAKES = {
     "results_dir=''": ["results_dir=''", "empty"],
     "results_dir=/": ["results_dir='/'", "root"],
@@ -141,7 +148,7 @@ MISTAKES = {
     "threads=1000000": ["threads=1000000", "1024"],
     f"seed={10**29}": [f"seed={10**29}", str(2**64 - 1)],
     "seed=18446744073709551616": ["seed=", str(2**64 - 1)],
-    "eval.zeroshot.limit=1": ["eval.zeroshot.limit=1", "at least 2"],
+    "eval.zeroshot.limit=0": ["eval.zeroshot.limit=0", "at least 1"],
     "results_dir=${results_dir}": ["results_dir"],
     "results_dir=${nothing}": ["results_dir", "nothing"],
     "results_dir=${nothing:1}": ["results_dir", "nothing"],

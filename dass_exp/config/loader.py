@@ -33,6 +33,7 @@ ENVIRONMENT = ("HOME", "USER", "HOSTNAME", "TMPDIR", "SCRATCH", "CUDA_VISIBLE_DE
 _READ_ENVIRONMENT = re.compile(r"\boc\.env\s*:\s*['\"]?([^,}'\"\s]*)")
 # variables that make a process load code, so no config may set them
 _LOADS_CODE = re.compile(r"PATH|PYTHON\w*|LD_\w*|DYLD_\w*|WANDB__\w*|DASS_EXP_PLUGINS|BASH_ENV|ENV", re.I)
+_OWN_TASKS = "eval.zeroshot.include_path"  # its files may name Python functions
 _SHELL = ("setup",)  # settings of a launcher that are commands
 
 _HOW = "name another package in DASS_EXP_PLUGINS or with plugins=[...] on the command line"
@@ -109,6 +110,10 @@ def check_composed(composed: DictConfig, packages: frozenset[str], typed: tuple[
     try:
         _check_code(composed.hydra, packages, typed)
         _check_folders(composed)
+        if OmegaConf.select(composed, _OWN_TASKS, throw_on_resolution_failure=False) and not _is_typed(
+            _OWN_TASKS, typed
+        ):
+            raise UserError(f"{_OWN_TASKS}: the files in it can run code, so only the command line may set it")
     except RecursionError as error:
         raise UserError("the config refers to itself: an interpolation leads back to its own setting") from error
 
@@ -144,13 +149,15 @@ def _check_code(node: DictConfig, packages: frozenset[str], typed: tuple[str, ..
                 _check_target(setting, value, packages | _HYDRA if built_by_hydra else packages, kind, built_by_hydra)
     for name in _SHELL:
         setting = f"hydra.launcher.{name}"
-        if OmegaConf.select(node, f"launcher.{name}") and not any(
-            text.lstrip("+").startswith((f"{setting}=", f"{setting}.")) for text in typed
-        ):
+        if OmegaConf.select(node, f"launcher.{name}") and not _is_typed(setting, typed):
             raise UserError(f"{setting}: its value is run by a shell, so only the command line may set it")
     for name in node.job.env_set:
         if _LOADS_CODE.fullmatch(str(name)):
             raise UserError(f"hydra.job.env_set.{name}: programs load code from it, so it is not admitted in a config")
+
+
+def _is_typed(setting: str, typed: tuple[str, ...]) -> bool:
+    return any(text.lstrip("+").startswith((f"{setting}=", f"{setting}.")) for text in typed)
 
 
 def _check_target(setting: str, value: Any, allowed: frozenset[str], kind: type, built_by_hydra: bool) -> None:

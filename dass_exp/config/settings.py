@@ -124,16 +124,23 @@ class PerplexityConfig:
 
 @dataclass
 class ZeroShotConfig:
-    """Tasks of lm-eval; the first ``limit`` documents of each, null for all; ``data`` is ``offline`` or ``hub``."""
+    """Tasks of lm-eval; the first ``limit`` documents of each, null for all; ``data`` is ``offline`` or ``hub``.
+
+    ``num_fewshot`` examples stand before each question. ``include_path`` is a folder of your own tasks, which only the
+    command line may name.
+    """
 
     tasks: list[str] = MISSING
     limit: int | None = None
     data: str = "hub"
+    num_fewshot: int = 0
+    include_path: str | None = None
 
     def __post_init__(self) -> None:
         one_of("eval.zeroshot.data", self.data, TASK_DATA)
+        whole_number("eval.zeroshot.num_fewshot", self.num_fewshot, least=0)
         if self.limit is not None:
-            whole_number("eval.zeroshot.limit", self.limit, least=2)  # one document has no standard error
+            whole_number("eval.zeroshot.limit", self.limit, least=1)
 
 
 @dataclass

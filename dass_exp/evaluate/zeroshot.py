@@ -1,65 +1,43 @@
-"""Zero-shot tasks through lm-eval, on the model in memory. Only this file imports ``lm_eval``.
-
-Offline tasks are lm-eval's own, read from local files: a generated YAML includes the installed one.
-"""
+"""Zero- and few-shot tasks through lm-eval, on the model in memory. Only this file imports ``lm_eval``."""
 
 import functools
 import tempfile
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
+import torch
 from torch import nn
 
-from dass_exp.data import assets
-from dass_exp.errors import UserError
+from dass_exp.errors import NumericalError, UserError, one_line
+from dass_exp.evaluate import offline_tasks
 from dass_exp.evaluate.loglikelihood import loglikelihoods
+from dass_exp.evaluate.task_scores import ACCURACIES, ZeroShotResult, collect
 from dass_exp.models.locate import quiet_loggers
 
-# lm-eval's file of each offline task
-_INSTALLED = {
-    "hellaswag": "hellaswag/hellaswag.yaml",
-    "piqa": "piqa/piqa.yaml",
-    "winogrande": "winogrande/default.yaml",
-    "arc_easy": "arc/arc_easy.yaml",
-    "arc_challenge": "arc/arc_challenge.yaml",
-    "boolq": "super_glue/boolq/default.yaml",
-    "openbookqa": "openbookqa/openbookqa.yaml",
-}
-# what else must change for the local data: BoolQ's labels are booleans in this copy
-_OVERRIDES = {"boolq": {"doc_to_target": "{{answer|int}}"}}
-_METRICS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+# what lm-eval scores a task by that lists no metrics
+_DEFAULT_METRICS = {"multiple_choice": ("acc",), "loglikelihood": ("acc",), "generate_until": ("exact_match",)}
+_FEWSHOT_SEED = 1234  # lm-eval's own, of the examples that it draws
 
 
 @dataclass(frozen=True)
 class ZeroShotOptions:
-    """Requests per batch; whether each request starts with the beginning-of-sequence token."""
+    """How tasks are scored.
+
+    Args:
+        batch_size: requests per batch.
+        bos: whether each request starts with the beginning-of-sequence token.
+        num_fewshot: examples before each question.
+        include_path: folder of own tasks.
+    """
 
     batch_size: int = 16
     bos: bool = False
-
-
-@dataclass(frozen=True)
-class ZeroShotResult:
-    """Scores by task."""
-
-    # acc and acc_stderr, acc_norm and acc_norm_stderr where the task has them, version, split, limit, documents
-    tasks: dict[str, dict[str, Any]]
-    # the outcome (0 or 1) of acc and acc_norm for each document, for paired tests
-    documents: dict[str, dict[str, list[float]]]
-
-    @property
-    def mean_acc(self) -> float:
-        """Mean of acc over the tasks."""
-        return sum(task["acc"] for task in self.tasks.values()) / len(self.tasks)
-
-    @property
-    def mean_acc_norm(self) -> float:
-        """Mean of acc_norm over the tasks, acc where a task has none (WinoGrande)."""
-        return sum(task.get("acc_norm", task["acc"]) for task in self.tasks.values()) / len(self.tasks)
+    num_fewshot: int = 0
+    include_path: str | None = None
 
 
 def lm_eval_version() -> str:
@@ -67,48 +45,121 @@ def lm_eval_version() -> str:
     return version("lm_eval")
 
 
-def check_tasks(tasks: Sequence[str], data: str) -> None:
-    """Raise a UserError that names the first unknown task; called before a model is loaded."""
+def check_tasks(tasks: Sequence[str], data: str, num_fewshot: int = 0, include_path: str | None = None) -> None:
+    """Check everything about tasks that can be checked before a model is loaded.
+
+    Raises:
+        UserError: names the first task that is unknown, or cannot be scored.
+    """
     if not tasks or len(set(tasks)) != len(tasks):
         raise UserError(f"eval.zeroshot.tasks={list(tasks)}: name at least one task, and none twice")
-    known: Collection[str] = _INSTALLED if data == "offline" else _all_tasks()
-    listed = "a task of lm-eval (`lm-eval ls tasks` lists them)"
-    allowed = f"one of {', '.join(_INSTALLED)}" if data == "offline" else listed
-    if unknown := [task for task in tasks if task not in known]:
-        raise UserError(f"eval.zeroshot.tasks: unknown task {unknown[0]!r}; expected {allowed}")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise UserError(f"eval.zeroshot.include_path={include_path!r}: expected a folder of task files (YAML)")
+    offline = data == "offline"
+    index = {} if offline and include_path is None else _own_manager(offline, include_path).task_index
+    counts: Counter[str] = Counter()
+    for task in tasks:
+        if task in index:
+            counts.update(_checked(index, task))
+        elif offline and task in offline_tasks.NAMES:
+            counts.update(offline_tasks.members([task]))
+            _check_examples(task, num_fewshot)
+        else:
+            listed = "a task of lm-eval (`lm-eval ls tasks` lists them)"
+            allowed = f"one of {', '.join(offline_tasks.NAMES[:15])}, or a subject of it" if offline else listed
+            raise UserError(f"eval.zeroshot.tasks: unknown task {task!r}; expected {allowed}")
+    if twice := [task for task, count in counts.items() if count > 1]:
+        raise UserError(f"eval.zeroshot.tasks={list(tasks)}: {twice[0]} is in two of them; leave one out")
+
+
+def _check_examples(task: str, num_fewshot: int) -> None:
+    if num_fewshot > offline_tasks.EXAMPLES and task.startswith("mmlu"):
+        most = f"{task} has {offline_tasks.EXAMPLES} examples; set at most that"
+        raise UserError(f"eval.zeroshot.num_fewshot={num_fewshot}: {most}")
+
+
+def _checked(index: Mapping[str, Any], task: str) -> list[str]:
+    """Return the names of the tasks behind a name, or refuse what has no accuracy and no exact match."""
+    entry, leaves = index[task], dict(_leaves(index, task))
+    expected = f"expected a task scored by {', '.join(ACCURACIES)}"
+    if entry.kind.name == "TAG":
+        raise UserError(f"eval.zeroshot.tasks: {task} is a label of several tasks; name them: {', '.join(leaves)}")
+    if entry.kind.name == "GROUP":
+        means = [mean.get("metric") for mean in _listed(entry.cfg.get("aggregate_metric_list"))]
+        if not set(means) & set(ACCURACIES):
+            raise UserError(
+                f"eval.zeroshot.tasks: {task} is a group without a mean; name its tasks: {', '.join(leaves)}"
+            )
+    for name, config in leaves.items():
+        default = [
+            {"metric": metric} for metric in _DEFAULT_METRICS.get(config.get("output_type", "generate_until"), ())
+        ]
+        listed = _listed(config.get("metric_list") or ([] if "class" in config else default))
+        metrics = [str(each.get("metric")) for each in listed]
+        if not set(metrics) & set(ACCURACIES):
+            how = ", ".join(metrics) or "code of its own"
+            raise UserError(f"eval.zeroshot.tasks: {name} is scored by {how}; {expected}")
+    return list(leaves)
+
+
+def _listed(value: Any) -> list[dict[str, Any]]:
+    return [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, dict)]
+
+
+def _leaves(index: Mapping[str, Any], name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield name and settings of every task behind the name of a task, a group or a label."""
+    if (entry := index.get(name)) is None:
+        return
+    if entry.kind.name not in ("TAG", "GROUP"):
+        yield name, entry.cfg
+        return
+    for member in sorted(entry.tags) if entry.kind.name == "TAG" else entry.cfg.get("task", ()):
+        inner = member.get("task", member.get("group")) if isinstance(member, dict) else member
+        for child in inner if isinstance(inner, list) else [inner]:
+            yield from _leaves(index, str(child))
 
 
 def zero_shot(
     model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int | None, data: str, options: ZeroShotOptions
 ) -> ZeroShotResult:
-    """Score a model on multiple-choice tasks of lm-eval, without examples in the prompt.
+    """Score a model on tasks of lm-eval: multiple choice, or an exact match of what it generates.
 
     Uses the first ``limit`` documents of each task (None: all) from ``data``, ``offline`` (assets) or ``hub``; raises a
     UserError where they are not available.
     """
     from lm_eval.evaluator import evaluate
-    from lm_eval.tasks import TaskManager
 
     with tempfile.TemporaryDirectory() as folder, quiet_loggers("lm_eval", "evaluate", "datasets"):
-        if data == "offline":
-            for task in tasks:
-                _write_task(task, Path(folder))
-            manager = TaskManager(include_path=folder, include_defaults=False)
-        else:
-            manager = TaskManager()
+        manager = _manager(tasks, data, options.include_path, Path(folder))
         adapter = _adapter(model, tokenizer, options)
         try:
             loaded = manager.load(list(tasks))
             for task in loaded["tasks"].values():
-                task.set_config(key="num_fewshot", value=0)
+                # as in lm-eval, a task whose own file says 0 keeps that: examples are part of its prompt
+                if options.num_fewshot == 0 or task.get_config("num_fewshot") != 0:
+                    task.set_config(key="num_fewshot", value=options.num_fewshot)
+                task.set_fewshot_seed(seed=_FEWSHOT_SEED)
             output = evaluate(adapter, loaded, limit=limit, bootstrap_iters=1000)
-        except (OSError, RuntimeError, ValueError) as error:
-            if data != "hub" or isinstance(error, UserError):
+        except (OSError, RuntimeError, ValueError, AssertionError) as error:
+            foreign = data == "hub" or options.include_path is not None or isinstance(error, AssertionError)
+            if not foreign or isinstance(error, (UserError, NumericalError)):
                 raise
-            reason = " ".join(str(error).split())[:300]
-            advice = f"check the network, or set eval=zeroshot_mini ({reason})"
-            raise UserError(f"the zero-shot tasks cannot be scored: {advice}") from error
-    return _collect(output, tasks, limit)
+            advice = "check the network, or set eval=zeroshot_mini" if data == "hub" else "choose other tasks"
+            raise UserError(f"the zero-shot tasks cannot be scored: {advice} ({one_line(error)})") from error
+    return collect(output, loaded, tasks, limit)
+
+
+def _manager(tasks: Sequence[str], data: str, include_path: str | None, folder: Path) -> Any:
+    """Return what loads the tasks; those of offline data are written into ``folder`` first."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    if data != "offline":
+        return _own_manager(False, include_path)
+    known = [task for task in tasks if task in offline_tasks.NAMES]
+    offline_tasks.write_tasks(known, folder, Path(lm_eval.__file__).parent / "tasks")
+    own = [] if include_path is None else [include_path]
+    return TaskManager(include_path=[str(folder), *own], include_defaults=False)
 
 
 def _adapter(model: nn.Module, tokenizer: Any, options: ZeroShotOptions) -> Any:
@@ -126,8 +177,18 @@ def _adapter(model: nn.Module, tokenizer: Any, options: ZeroShotOptions) -> Any:
             start = [tokenizer.bos_token_id] if options.bos and add_special_tokens is not False else []
             return ids if ids[:1] == start else [*start, *ids]
 
+        def tok_batch_encode(
+            self, strings: Sequence[str], padding_side: str = "left", left_truncate_len: int | None = None, **_: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            rows = [self.tok_encode(string)[-(left_truncate_len or 0) :] for string in strings]
+            encoded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+            return encoded["input_ids"], encoded["attention_mask"]
+
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
         def _loglikelihood_tokens(self, requests: Any, **settings: Any) -> list[tuple[float, bool]]:
             pairs = [(context, continuation) for _, context, continuation in requests]
@@ -138,47 +199,18 @@ def _adapter(model: nn.Module, tokenizer: Any, options: ZeroShotOptions) -> Any:
     )
 
 
-def _write_task(task: str, folder: Path) -> None:
-    """Write a YAML that includes the installed task's (prompt, target, metrics) and replaces its data."""
-    import lm_eval
-
-    installed = Path(lm_eval.__file__).parent / "tasks" / _INSTALLED[task]
-    config = {
-        "include": str(installed),
-        "task": task,
-        "dataset_path": "arrow",
-        "dataset_kwargs": {"data_files": {"validation": str(assets.fetch(assets.TASKS[task]))}},
-        "validation_split": "validation",
-        **dict.fromkeys(("dataset_name", "training_split", "test_split", "fewshot_split")),  # none of these
-        **_OVERRIDES.get(task, {}),
-    }
-    (folder / f"{task}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+def _own_manager(offline: bool, include_path: str | None) -> Any:
+    """Return lm-eval's manager of its own tasks (not if ``offline``) and of those in ``include_path``."""
+    files = () if include_path is None else Path(include_path).rglob("*")
+    stamp = tuple(sorted((str(file), file.stat().st_mtime_ns) for file in files if file.is_file()))
+    return _manager_of(offline, include_path, stamp)
 
 
-def _collect(output: Any, tasks: Sequence[str], limit: int | None) -> ZeroShotResult:
-    scores: dict[str, dict[str, Any]] = {}
-    documents: dict[str, dict[str, list[float]]] = {}
-    for task in tasks:
-        row = {key.removesuffix(",none"): value for key, value in output["results"][task].items()}
-        metrics = {key: row[key] for key in _METRICS if isinstance(row.get(key), float)}
-        if "acc" not in metrics:
-            raise UserError(f"eval.zeroshot.tasks: {task} has no accuracy; only multiple-choice tasks can be scored")
-        config = output["configs"][task]
-        samples = sorted(output["samples"][task], key=lambda sample: sample["doc_id"])
-        scores[task] = {
-            **metrics,
-            "version": output["versions"].get(task),
-            "split": config.get("test_split") or config.get("validation_split"),
-            "limit": limit,
-            "documents": len(samples),
-        }
-        outcomes = [metric for metric in ("acc", "acc_norm") if metric in metrics]
-        documents[task] = {metric: [float(sample[metric]) for sample in samples] for metric in outcomes}
-    return ZeroShotResult(scores, documents)
-
-
-@functools.cache
-def _all_tasks() -> frozenset[str]:
+@functools.lru_cache(maxsize=4)
+def _manager_of(offline: bool, include_path: str | None, stamp: tuple[tuple[str, int], ...]) -> Any:
+    """Create that manager, once until a file is edited: reading the files of all tasks takes seconds."""
     from lm_eval.tasks import TaskManager
 
-    return frozenset(TaskManager().all_tasks)
+    del stamp
+    with quiet_loggers("lm_eval"):
+        return TaskManager(include_path=include_path, include_defaults=not offline)

@@ -6,8 +6,8 @@ import pandas as pd
 from rich.table import Table
 
 from dass_exp.config.components import choice
-from dass_exp.report.console import calibration_label, method_label, pattern_label, scope_label, with_error
-from dass_exp.report.load import Record, by_model_note, model_name, varying_settings
+from dass_exp.report.console import calibration_label, method_label, pattern_label, scope_label, shots_label, with_error
+from dass_exp.report.load import Record, accuracy_name, asked_tasks, by_model_note, model_name, varying_settings
 from dass_exp.report.write import markdown_table
 
 PAPER_MODELS = ("llama2_7b", "llama2_13b", "llama2_70b", "mistral_7b", "gemma_7b", "llama31_8b")
@@ -48,7 +48,7 @@ def _row(record: Record, varying: Mapping[str, Sequence[str]]) -> dict[str, str]
     if divergences := metrics.get("divergence", {}).values():
         row["KL"] = " ".join(f"{divergence['kl']:.3f}" for divergence in divergences)
         row["agree %"] = " ".join(f"{100 * divergence['agreement']:.1f}" for divergence in divergences)
-    row |= {task: with_error(scores, "acc") for task, scores in metrics.get("tasks", {}).items()}
+    row |= {task: with_error(scores, accuracy_name(scores)) for task, scores in asked_tasks(record).items()}
     for name, label in (("mean_acc", "mean acc"), ("mean_acc_norm", "mean acc_norm")):
         if name in metrics:
             row[label] = f"{100 * metrics[name]:.1f}"
@@ -90,7 +90,7 @@ def _differences(record: Record) -> Iterator[str]:
     yield from _tokens_differ(record)
     if protocol.get("limit"):
         yield (
-            f"zero-shot: the first {protocol['limit']} documents of each task; the paper: all. "
+            f"{shots_label(protocol)}: the first {protocol['limit']} documents of each task; the paper: all. "
             "Beside each accuracy stands its standard error"
         )
     tasks = record["metrics"].get("tasks", {})

@@ -72,7 +72,7 @@ def _scores(first: Record, second: Record, results: Path) -> Iterator[_Score]:
     for task in sorted(set(ours.get("tasks", {})) & set(theirs.get("tasks", {}))):
         our_scores, their_scores = ours["tasks"][task], theirs["tasks"][task]
         our_outcomes, their_outcomes = our_documents.get(task, {}), their_documents.get(task, {})
-        for metric in ("acc", "acc_norm", "bits_per_byte", "ece"):
+        for metric in ("acc", "acc_norm", "exact_match", "bits_per_byte", "ece"):
             if metric in our_scores and metric in their_scores:
                 pairs = our_outcomes.get(metric, []), their_outcomes.get(metric, [])
                 paired = pairs if len(pairs[0]) == len(pairs[1]) > 0 else None

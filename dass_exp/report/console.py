@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from dass_exp.config.settings import STAGE_GROUPS
-from dass_exp.report.load import Record, model_name
+from dass_exp.report.load import Record, asked_tasks, model_name
 
 _PLAIN_WIDTH = 160  # columns for a pipe or a file, which have no width of their own
 _SPARSITIES = {
@@ -113,8 +113,9 @@ def _summary(record: Record) -> dict[str, str]:
     for name, divergence in metrics.get("divergence", {}).items():
         rows[f"KL from dense on {name}, nats a token"] = f"{divergence['kl']:.4f}"
         rows[f"same most likely token on {name} %"] = f"{100 * divergence['agreement']:.1f}"
-    for task, scores in metrics.get("tasks", {}).items():
-        rows |= {f"{task} {name} %": with_error(scores, name) for name in ("acc", "acc_norm") if name in scores}
+    for task, scores in asked_tasks(record).items():
+        names = ("acc", "acc_norm", "exact_match")
+        rows |= {f"{task} {name} %": with_error(scores, name) for name in names if name in scores}
     for name in ("mean_acc", "mean_acc_norm"):
         if name in metrics:
             rows[f"{name.replace('_', ' ', 1)} %"] = f"{100 * metrics[name]:.1f}"
@@ -127,8 +128,9 @@ def _summary(record: Record) -> dict[str, str]:
 
 
 def with_error(scores: dict[str, Any], name: str) -> str:
-    """Format a score in percent with its standard error."""
-    return f"{100 * scores[name]:.1f} ± {100 * scores[f'{name}_stderr']:.1f}"
+    """Format a score in percent with its standard error, if it has one."""
+    error = scores.get(f"{name}_stderr")
+    return f"{100 * scores[name]:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def labels(record: Record) -> list[str]:
@@ -178,6 +180,11 @@ def documents_label(protocol: dict[str, Any]) -> str:
     return f"the first {protocol['limit']} documents of each task" if protocol["limit"] else "all documents"
 
 
+def shots_label(protocol: dict[str, Any]) -> str:
+    """Return ``zero-shot``, or ``5-shot`` with five examples before each question."""
+    return f"{protocol.get('num_fewshot') or 'zero'}-shot"
+
+
 def caption(record: Record, others: Sequence[Record] = ()) -> str:
     """Describe how the numbers of a record were obtained; calibration and seed only if all ``others`` share them."""
     protocol = record["protocol"]
@@ -190,6 +197,6 @@ def caption(record: Record, others: Sequence[Record] = ()) -> str:
     if "dataset" in protocol:
         parts.append(f"perplexity over {windows_label(protocol)}")
     if "lm_eval" in protocol:
-        parts.append(f"zero-shot by lm-eval {protocol['lm_eval']} on {documents_label(protocol)}")
+        parts.append(f"{shots_label(protocol)} by lm-eval {protocol['lm_eval']} on {documents_label(protocol)}")
     parts.append(f"beginning-of-sequence token: {protocol['bos']}")
     return "; ".join(parts) + "."

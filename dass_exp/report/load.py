@@ -164,6 +164,17 @@ def evaluation_of(record: Record) -> str:
     return json.dumps([identity.get(name) for name in ("model", "dtype", "device", "bos", "eval")], sort_keys=True)
 
 
+def asked_tasks(record: Record) -> dict[str, dict[str, Any]]:
+    """Return the scores of the tasks that were asked for, by name: of a group that is the group, not its tasks."""
+    tasks = record["metrics"].get("tasks", {})
+    return {name: scores for name, scores in tasks.items() if "group" not in scores}
+
+
+def accuracy_name(scores: Mapping[str, Any], metric: str = "acc") -> str:
+    """Return the metric by which a task is shown: this one if it has it, else acc, else exact_match."""
+    return next(name for name in (metric, "acc", "exact_match") if name in scores)
+
+
 def documents(results: Path, key: str) -> dict[str, dict[str, list[Any]]]:
     """Return the outcomes by task, metric and document; empty if the run scored no tasks.
 

@@ -15,6 +15,8 @@ _REPETITIONS = ("seed", "repeat")
 # A model determines these: they may differ between the models of a table, but not within one.
 _PER_MODEL = ("model", "roles", "dtype", "bos", "experts")
 _WINDOWS = "windows_sha256"
+# settings of tasks that are in an identity only if they are set
+_ZERO_SHOT_ONLY_IF_SET = frozenset({"num_fewshot", "own_tasks"})
 # Parts of an identity that count as one value, with the setting that names it.
 _NAMES = {
     "pattern": "pattern.name",
@@ -93,6 +95,9 @@ def _settings(record: Record) -> Iterator[tuple[str, str, str]]:
     for repetition in (*_REPETITIONS, "trained"):
         identity.pop(repetition, None)
     yield from _leaves(identity, record["config"], "")
+    if zeroshot := identity.get("eval", {}).get("zeroshot"):
+        for name in _ZERO_SHOT_ONLY_IF_SET.difference(zeroshot):
+            yield f"eval.zeroshot.{name}", "none", "none"
     if windows := record["protocol"].get(_WINDOWS):
         yield _WINDOWS, str(windows)[:8], str(windows)
 

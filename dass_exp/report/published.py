@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dass_exp.errors import UserError
-from dass_exp.report.load import Record, is_dense, model_name
+from dass_exp.report.load import Record, asked_tasks, is_dense, model_name
 from dass_exp.report.write import markdown_table
 
 PERPLEXITY_TOLERANCE = 0.02  # relative
@@ -70,7 +70,7 @@ def counterparts(records: list[Record], rows: list[dict[str, str]]) -> list[Publ
 
 def _scores(record: Record) -> Iterator[tuple[dict[str, str], float]]:
     """Each score of a record, described in the columns of the reference file."""
-    config, metrics, tasks = record["config"], record["metrics"], record["metrics"].get("tasks", {})
+    config, metrics, tasks = record["config"], record["metrics"], asked_tasks(record)
     described = {
         "model": _normalised(model_name(record)),
         "method": config["method"]["name"],
@@ -80,9 +80,9 @@ def _scores(record: Record) -> Iterator[tuple[dict[str, str], float]]:
     for dataset, value in metrics.get("perplexity", {}).items():
         context = str(record["protocol"]["context"])
         yield {**described, "metric": "perplexity", "dataset": dataset, "context": context}, value
-    if any(scores["limit"] is not None for scores in tasks.values()):
-        return
-    accuracies = {task: scores["acc"] for task, scores in tasks.items()}
+    if record["protocol"].get("num_fewshot") or any(scores["limit"] is not None for scores in tasks.values()):
+        return  # the published ones are of all documents, without examples
+    accuracies = {task: scores["acc"] for task, scores in tasks.items() if "acc" in scores}
     if len(tasks) == 5:
         accuracies["mean5"] = metrics["mean_acc"]
     for task, value in accuracies.items():

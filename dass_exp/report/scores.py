@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dass_exp.report.load import Record, documents, evaluation_of, is_dense
+from dass_exp.report.load import Record, asked_tasks, documents, evaluation_of, is_dense
 from dass_exp.report.metrics import metric_of
 from dass_exp.report.significance import Outcomes
 
@@ -80,7 +80,7 @@ class Scores:
             yield Score("", self._metric.scale * value, None, _group(paired, self._metric.scale))
 
     def _tasks(self, record: Record) -> list[Score]:
-        tasks = record["metrics"].get("tasks", {})
+        tasks = asked_tasks(record)
         if self._name == "flips":
             return self._flips(record, tasks)
         scores = [score for task in tasks if (score := self._task(record, task)) is not None]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dass_exp.report.console import calibration_label, documents_label, windows_label
+from dass_exp.report.console import calibration_label, documents_label, shots_label, windows_label
 from dass_exp.report.load import by_model_note, is_dense, model_identity
 from dass_exp.report.metrics import metric_of
 from dass_exp.report.styles import display
@@ -65,7 +65,7 @@ def caption(table: ResultTable) -> str:
     if "lm_eval" in protocol and by_task:
         errors = any(isinstance(value, TableValue) and value.stderr is not None for value in table.cells.values())
         documents = documents_label(protocol) + (", ± standard error" if errors else "")
-        parts.append(f"{', '.join(by_task)} by lm-eval {protocol['lm_eval']}, zero-shot, {documents}")
+        parts.append(f"{', '.join(by_task)} by lm-eval {protocol['lm_eval']}, {shots_label(protocol)}, {documents}")
     parts.append(f"beginning-of-sequence token: {_joined(record['protocol']['bos'] for record in pruned)}")
     repeated = any(isinstance(value, TableValue) and value.sd is not None for value in table.cells.values())
     spread = " ± is the standard deviation over seeds." if repeated else ""

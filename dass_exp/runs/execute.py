@@ -214,6 +214,7 @@ def _tasks(run: ResolvedRun, context: RunContext, model: nn.Module) -> ZeroShotR
         saved = replace(run.spec, source=str(target_of(str(run.config.save))), revision=None)
         model = load.load_model(saved)
     with context.reporter.phase(f"zero-shot tasks of {run.method.name}"):
-        options = ZeroShotOptions(4 * evaluation.batch_size, run.bos != "never")
+        own = zeroshot.num_fewshot, zeroshot.include_path
+        options = ZeroShotOptions(4 * evaluation.batch_size, run.bos != "never", *own)
         tokenizer = context.tokenizer(run)
         return zero_shot(model, tokenizer, zeroshot.tasks, zeroshot.limit, zeroshot.data, options)

@@ -151,7 +151,7 @@ def _protocol(run: ResolvedRun, result: RunResult) -> dict[str, Any]:
             "tasks": list(zeroshot.tasks),
             "limit": zeroshot.limit,
             "task_data": zeroshot.data,
-            "num_fewshot": 0,
+            "num_fewshot": zeroshot.num_fewshot,
         }
     return protocol
 

@@ -15,13 +15,13 @@ from typing import Any
 from dass_exp.config.components import OURS, build
 from dass_exp.config.plugin_source import source_digest
 from dass_exp.config.settings import STAGE_GROUPS, RunConfig
-from dass_exp.data import assets
 from dass_exp.data.texts import Text
 from dass_exp.engine.prune import ENGINE_VERSION
 from dass_exp.engine.stages import Stages, build_stages
 from dass_exp.engine.verify import VerificationError
 from dass_exp.errors import naming
 from dass_exp.evaluate import EVALUATION_VERSION
+from dass_exp.evaluate.offline_tasks import documents_identity
 from dass_exp.evaluate.zeroshot import check_tasks, lm_eval_version
 from dass_exp.masks import Pattern
 from dass_exp.methods.base import Pruner
@@ -31,6 +31,7 @@ from dass_exp.models.load import ModelSpec
 from dass_exp.models.save import is_saved, partial_folder_of
 from dass_exp.runs.memory import MemoryNeeds
 from dass_exp.runs.track import Tracker
+from dass_exp.storage.checksum import folder_digest
 from dass_exp.storage.records import Record, RecordStore
 
 _STARVED = {"uniform": "level", "raise": "refuse"}  # as identities spelt them before they were renamed
@@ -56,7 +57,7 @@ class Components:
         """
         scored, zeroshot = config.eval.perplexity, config.eval.zeroshot
         if zeroshot is not None:
-            check_tasks(zeroshot.tasks, zeroshot.data)
+            check_tasks(zeroshot.tasks, zeroshot.data, zeroshot.num_fewshot, zeroshot.include_path)
         stages = build_stages({group: getattr(config, group) for group in STAGE_GROUPS})
         method, pattern = build(config.method, Pruner, "method"), build(config.pattern, Pattern, "pattern")
         stages.check(method, pattern, config.scope)
@@ -267,8 +268,12 @@ def _evaluation(run: ResolvedRun) -> dict[str, Any]:
             identity["divergence"] = evaluation.divergence
     if (zeroshot := evaluation.zeroshot) is not None:
         offline = zeroshot.data == "offline"
-        tasks = {task: assets.TASKS[task].sha256 for task in zeroshot.tasks} if offline else sorted(zeroshot.tasks)
+        tasks = documents_identity(zeroshot.tasks) if offline else sorted(zeroshot.tasks)
         identity["zeroshot"] = {"tasks": tasks, "limit": zeroshot.limit, "lm_eval": lm_eval_version()}
+        if zeroshot.num_fewshot:
+            identity["zeroshot"]["num_fewshot"] = zeroshot.num_fewshot
+        if zeroshot.include_path is not None:
+            identity["zeroshot"]["own_tasks"] = folder_digest(Path(zeroshot.include_path))
     if identity:
         identity["version"] = EVALUATION_VERSION
     return identity

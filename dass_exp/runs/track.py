@@ -129,7 +129,8 @@ def flat_metrics(record: dict[str, Any]) -> dict[str, float]:
     for name, divergence in metrics.get("divergence", {}).items():
         flat |= {f"{score}/{name}": value for score, value in divergence.items()}
     for task, scores in metrics.get("tasks", {}).items():
-        names = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+        shares = ("acc", "acc_norm", "exact_match")
+        names = [*shares, *(f"{name}_stderr" for name in shares), "bits_per_byte", "ece"]
         flat |= {f"{task}/{name}": scores[name] for name in names if name in scores}
     flat |= {name: metrics[name] for name in ("mean_acc", "mean_acc_norm") if name in metrics}
     flat |= {f"sparsity/{name}": sparsity[name] for name in ("scope", "decoder", "model")}

@@ -50,6 +50,13 @@ def stamp(path: Path) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
+def folder_digest(folder: Path) -> str:
+    """Return the checksum of the files below a folder and of their names, hidden ones and compiled code apart."""
+    files = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
+    seen = [file for file in files if not any(part.startswith((".", "__pycache__")) for part in file.parts)]
+    return json_digest({file.as_posix(): digest_once(folder / file) for file in sorted(seen)})
+
+
 def json_digest(content: Any) -> str:
     """Return the checksum of a JSON value, whatever the order of its keys and its white space."""
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

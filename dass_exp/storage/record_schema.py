@@ -65,6 +65,7 @@ class _Protocol(TypedDict):
     windows_sha256: NotRequired[str]
     lm_eval: NotRequired[str]
     tasks: NotRequired[list[str]]
+    num_fewshot: NotRequired[_Count]
     limit: NotRequired[int | None]
 
 
@@ -89,10 +90,18 @@ class _Sparsity(TypedDict):
 
 
 class _Task(TypedDict):
-    acc: _Share
-    acc_stderr: _Size
+    """One of acc and exact_match; a single document has no standard error."""
+
+    acc: NotRequired[_Share]
+    acc_stderr: NotRequired[_Size]
+    exact_match: NotRequired[_Share]
+    exact_match_stderr: NotRequired[_Size]
     acc_norm: NotRequired[_Share]
     acc_norm_stderr: NotRequired[_Size]
+    bits_per_byte: NotRequired[_Size]
+    ece: NotRequired[_Share]
+    group: NotRequired[str]
+    documents: NotRequired[_Count]
     split: str | None
     limit: int | None
 
@@ -193,8 +202,16 @@ def _contradiction(metrics: _Metrics, protocol: _Protocol) -> str | None:
         return "metrics: tasks without their mean_acc and mean_acc_norm"
     if tasks and not {"lm_eval", "limit"} <= protocol.keys():
         return "protocol: it does not say which lm_eval scored the tasks"
-    if any("acc_norm" in task and "acc_norm_stderr" not in task for task in tasks.values()):
-        return "metrics.tasks: an acc_norm without its standard error"
+    return next(filter(None, map(_task_problem, tasks.values())), None)
+
+
+def _task_problem(task: _Task) -> str | None:
+    if "acc" not in task and "exact_match" not in task:
+        return "metrics.tasks: a task with neither acc nor exact_match"
+    if task.get("documents") != 1:  # a single document has no standard error
+        for name in ("acc", "acc_norm", "exact_match"):
+            if name in task and f"{name}_stderr" not in task:
+                return f"metrics.tasks: an {name} without its standard error"
     return None
 
 

@@ -63,7 +63,7 @@ def index(tmp_path, monkeypatch):
 def cache(tmp_path, monkeypatch):
     """An empty cache, and empty tables of assets."""
     monkeypatch.setenv("DASS_EXP_CACHE", str(tmp_path / "cache"))
-    for table in ("MODELS", "TEXTS", "TASKS"):
+    for table in ("MODELS", "TEXTS", "TASKS", "EXAMPLES"):
         monkeypatch.setattr(assets, table, {})
     return tmp_path / "cache"
 
@@ -271,15 +271,18 @@ def test_a_model_converted_by_an_earlier_version_is_taken_over_as_it_is(model):
 # The real assets
 
 
-DATA = assets.TEXTS | assets.TASKS
+DATA = assets.TEXTS | assets.TASKS | {f"{name} examples": asset for name, asset in assets.EXAMPLES.items()}
 REAL = assets.MODELS | DATA
 
 
 def test_the_offline_assets():
     assert set(assets.MODELS) == {"smollm2_135m", "gemma3_270m"}
     assert set(assets.TEXTS) == {"c4", "wikipedia", "code", "technical"}
-    assert set(assets.TASKS) == {"hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "boolq", "openbookqa"}
-    assert len(REAL) == len(assets.MODELS) + len(assets.TEXTS) + len(assets.TASKS)
+    older = {"hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "boolq", "openbookqa"}
+    newer = {"sciq", "social_iqa", "commonsense_qa", "copa", "rte", "triviaqa", "nq_open"}
+    assert {name for name in assets.TASKS if not name.startswith("mmlu_")} == older | newer
+    assert len(assets.MMLU_SUBJECTS) == len(assets.EXAMPLES) == 57
+    assert len(REAL) == sum(map(len, (assets.MODELS, assets.TEXTS, assets.TASKS, assets.EXAMPLES)))
     assert len({asset.file for asset in REAL.values()}) == len({asset.sha256 for asset in REAL.values()}) == len(REAL)
 
 

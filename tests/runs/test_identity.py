@@ -63,7 +63,14 @@ GROUPS = {
     "repair._target_": "repair=least_squares",
 }
 OWN_TEST = {  # below, or in test_tiny.py
-    *("allocation._target_", "model.path", "model.revision", "model.device", "model.training_seed"),
+    *(
+        "eval.zeroshot.include_path",
+        "allocation._target_",
+        "model.path",
+        "model.revision",
+        "model.device",
+        "model.training_seed",
+    ),
     *("calibration.text._target_", "eval.perplexity.text._target_"),
 }
 
@@ -150,6 +157,7 @@ def test_records_of_the_demo_are_found_by_the_keys_that_they_have_always_had(met
     overrides = ["model=smollm2_135m", "model.device=cpu", f"method={method}", "pattern=2of4", "eval=mini"]
     identity = identify_run(settings_of(*overrides), RunContext()).identity
     identity["eval"]["zeroshot"]["lm_eval"] = "0.4.13"  # which scored them
+    identity["eval"]["version"] = 1  # before the log-likelihoods of all choices were kept
     assert key_of(identity) == key
 
 
@@ -229,6 +237,18 @@ def test_the_type_of_device_is_in_the_key(tiny):
         for device in ("cuda:0", "cuda:1", "cpu")
     }
     assert on["cuda:0"] == on["cuda:1"] != on["cpu"]
+
+
+def test_own_tasks_are_in_the_key_by_their_content(tiny, base, tmp_path):
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        (folder / "__pycache__").mkdir(parents=True)
+        (folder / "task.yaml").write_text("task: mine\ndataset_path: json\nmetric_list: [{metric: acc}]\n")
+        (folder / "__pycache__" / "x.pyc").write_text(folder.name)
+    keys = [key_with(tiny, f"eval.zeroshot.include_path={folder}") for folder in folders]
+    assert keys[0] == keys[1] != base
+    (folders[0] / "data.jsonl").write_text("{}")
+    assert key_with(tiny, f"eval.zeroshot.include_path={folders[0]}") != keys[0]
 
 
 # --- which model
