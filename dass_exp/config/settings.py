@@ -117,9 +117,13 @@ class PerplexityConfig:
     max_windows: int | None = None
 
     def __post_init__(self) -> None:
-        whole_number("eval.perplexity.context", self.context, least=2)
+        self.check("eval.perplexity")
+
+    def check(self, setting: str) -> None:
+        """Raise a UserError, which names the fields of ``setting``, unless both numbers are allowed."""
+        whole_number(f"{setting}.context", self.context, least=2)
         if self.max_windows is not None:
-            whole_number("eval.perplexity.max_windows", self.max_windows, least=1)
+            whole_number(f"{setting}.max_windows", self.max_windows, least=1)
 
 
 @dataclass
@@ -140,12 +144,15 @@ class ZeroShotConfig:
 class EvalConfig:
     """What to score. ``batch_size`` changes no number beyond rounding.
 
+    ``extra_perplexity`` holds further sets by name, beside ``perplexity``, which is that of the tables.
+
     ``divergence`` measures on the windows of the perplexity how far the pruned model is from the dense one, whose last
     hidden states are kept in ``cache``: ``memory``, for one process, or ``disk``, in the results folder.
     """
 
     name: str = field(default=MISSING, metadata=NO_EFFECT)
     perplexity: PerplexityConfig | None = None
+    extra_perplexity: Any = None  # PerplexityConfig by name; if it were typed so, the command line could not set it
     divergence: bool = True
     cache: str = field(default="memory", metadata=NO_EFFECT)
     zeroshot: ZeroShotConfig | None = None
@@ -154,6 +161,40 @@ class EvalConfig:
     def __post_init__(self) -> None:
         whole_number("eval.batch_size", self.batch_size, least=1)
         one_of("eval.cache", self.cache, HIDDEN_CACHES)
+        extra = {} if self.extra_perplexity is None else self.extra_perplexity
+        if not isinstance(extra, dict):
+            raise UserError(
+                f"eval.extra_perplexity={extra!r}: expected a mapping, {{NAME: {{text: ..., context: ...}}}}"
+            )
+        if extra and self.perplexity is None:
+            raise UserError(
+                "eval.extra_perplexity: expected only beside eval.perplexity, which is null; set that first"
+            )
+        self.extra_perplexity = {str(name): self._extra(str(name), fields) for name, fields in extra.items()} or None
+
+    @property
+    def perplexity_sets(self) -> dict[str, tuple[str, PerplexityConfig]]:
+        """All sets of windows to score by name, each after the setting that describes it; that of the tables first."""
+        if self.perplexity is None:
+            return {}
+        extra = self.extra_perplexity or {}
+        sets = {name: (f"eval.extra_perplexity.{name}", scored) for name, scored in extra.items()}
+        return {self.perplexity.name: ("eval.perplexity", self.perplexity), **sets}
+
+    def _extra(self, name: str, settings: Any) -> PerplexityConfig:
+        setting = f"eval.extra_perplexity.{name}"
+        if isinstance(settings, PerplexityConfig):
+            return settings
+        if self.perplexity is not None and name == self.perplexity.name:
+            raise UserError(f"{setting}: eval.perplexity has this name; choose another")
+        if not isinstance(settings, dict) or "text" not in settings:
+            raise UserError(f"{setting}={settings!r}: expected {{text: ..., context: ..., max_windows: ...}}")
+        for key in settings:
+            one_of(f"{setting}: its setting", key, ("text", "context", "max_windows"))
+        scored = PerplexityConfig(name, settings["text"])
+        scored.context, scored.max_windows = settings.get("context", scored.context), settings.get("max_windows")
+        scored.check(setting)
+        return scored
 
 
 @dataclass

@@ -167,7 +167,7 @@ def calibration_label(record: Record) -> str:
     return f"{used['num_samples']} x {used['seq_len']} tokens of {used['name']}" if used else ""
 
 
-def windows_label(protocol: dict[str, Any]) -> str:
+def windows_label(protocol: Mapping[str, Any]) -> str:
     """Return ``16 windows of 512 tokens of wikipedia_mini (even)``; a file of one's own has no split."""
     label = "{windows} windows of {context} tokens of {dataset}".format_map(protocol)
     return f"{label} ({protocol['split']})" if protocol["split"] else label
@@ -188,7 +188,8 @@ def caption(record: Record, others: Sequence[Record] = ()) -> str:
     if len(calibrations) == 1:
         parts.append(f"calibration {calibrations.pop()}" + (f", seed {seeds.pop()}" if len(seeds) == 1 else ""))
     if "dataset" in protocol:
-        parts.append(f"perplexity over {windows_label(protocol)}")
+        sets = protocol, *protocol.get("extra_perplexity", {}).values()
+        parts.append(f"perplexity over {' and '.join(map(windows_label, sets))}")
     if "lm_eval" in protocol:
         parts.append(f"zero-shot by lm-eval {protocol['lm_eval']} on {documents_label(protocol)}")
     parts.append(f"beginning-of-sequence token: {protocol['bos']}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from functools import partial
 from pathlib import Path
 
@@ -97,11 +98,9 @@ def place(run: ResolvedRun, context: RunContext, requested: str | None = None) -
 
 def _check(run: ResolvedRun, context: RunContext) -> None:
     """Check lengths, shapes and texts before weights are loaded."""
-    config, scored, limit = run.config, run.config.eval.perplexity, run.spec.positions
-    lengths = {
-        "calibration.seq_len": config.calibration.seq_len if run.calibrated else 0,
-        "eval.perplexity.context": scored.context if scored else 0,
-    }
+    config, limit = run.config, run.spec.positions
+    lengths = {"calibration.seq_len": config.calibration.seq_len if run.calibrated else 0}
+    lengths |= {f"{setting}.context": scored.context for setting, scored in config.eval.perplexity_sets.values()}
     for setting, length in lengths.items():
         if limit is not None and length > limit:
             raise UserError(f"{setting}={length}: model {run.spec.name} has {limit} positions; choose at most that")
@@ -113,7 +112,7 @@ def _check(run: ResolvedRun, context: RunContext) -> None:
 
 
 def _needs(run: ResolvedRun, context: RunContext) -> MemoryNeeds:
-    config, scored, windows = run.config, run.config.eval.perplexity, context.windows(run)
+    config, windows = run.config, [windows.ids for windows in context.windows(run).values()]
     workload = Workload(
         scope=config.scope if run.method.prunes else None,
         kinds=partial(run.stages.kinds, run.method),
@@ -128,7 +127,8 @@ def _needs(run: ResolvedRun, context: RunContext) -> MemoryNeeds:
         solver_bytes=run.stages.solver_bytes(run.method),
     )
     calibration = (config.calibration.num_samples, config.calibration.seq_len) if run.calibrated else (0, 0)
-    size = (len(windows.ids), scored.context) if scored is not None and windows is not None else (0, 0)
+    longest = max((ids.shape[1] for ids in windows), default=0)  # all sets, as windows of the longest context
+    size = (math.ceil(sum(ids.numel() for ids in windows) / longest), longest) if windows else (0, 0)
     skeleton = context.skeleton(run)
     return memory_needs(decoder_of(skeleton, run.spec.roles), skeleton, calibration, size, workload)
 

@@ -45,7 +45,7 @@ class Components:
     stages: Stages
     tracker: Tracker
     calibration_text: Text
-    evaluation_text: Text | None
+    evaluation_texts: dict[str, Text]  # by name of the set of windows
 
     @classmethod
     def of(cls, config: RunConfig) -> Components:
@@ -54,8 +54,7 @@ class Components:
         Raises:
             UserError: a value is not allowed; the message names the setting.
         """
-        scored, zeroshot = config.eval.perplexity, config.eval.zeroshot
-        if zeroshot is not None:
+        if (zeroshot := config.eval.zeroshot) is not None:
             check_tasks(zeroshot.tasks, zeroshot.data)
         stages = build_stages({group: getattr(config, group) for group in STAGE_GROUPS})
         method, pattern = build(config.method, Pruner, "method"), build(config.pattern, Pattern, "pattern")
@@ -66,7 +65,10 @@ class Components:
             stages=stages if method.prunes else Stages(),
             tracker=build(config.tracker, Tracker, "tracker"),
             calibration_text=build(config.calibration.text, Text, "calibration.text"),
-            evaluation_text=build(scored.text, Text, "eval.perplexity.text") if scored else None,
+            evaluation_texts={
+                name: build(scored.text, Text, f"{setting}.text")
+                for name, (setting, scored) in config.eval.perplexity_sets.items()
+            },
         )
 
     @property
@@ -175,9 +177,9 @@ class ResolvedRun(Components):
             **self.stages.active,
             "pattern": self.pattern,
             "calibration.text": self.calibration_text,
-            "eval.perplexity.text": self.evaluation_text,
+            **_texts_by_setting(self),
         }
-        kinds = {setting: type(part) for setting, part in settings.items() if part is not None}
+        kinds = {setting: type(part) for setting, part in settings.items()}
         foreign = [
             f"{setting}._target_={part.__module__}.{part.__qualname__}"
             for setting, part in kinds.items()
@@ -252,19 +254,32 @@ def _plugin_code(run: ResolvedRun) -> dict[str, str]:
         parts["pattern"] = run.pattern
     if "calibration" in run.uses:
         parts["calibration.text"] = run.calibration_text
-    if run.evaluation_text is not None:
-        parts["eval.perplexity.text"] = run.evaluation_text
+    parts |= _texts_by_setting(run)
     return {name: digest for name, part in parts.items() if (digest := source_digest(type(part)))}
 
 
+def _texts_by_setting(run: ResolvedRun) -> dict[str, Text]:
+    sets = run.config.eval.perplexity_sets
+    return {f"{setting}.text": run.evaluation_texts[name] for name, (setting, _) in sets.items()}
+
+
 def _evaluation(run: ResolvedRun) -> dict[str, Any]:
+    evaluation = run.config.eval
+    windows = {
+        name: {
+            "text": run.evaluation_texts[name].identity,
+            "context": scored.context,
+            "max_windows": scored.max_windows,
+        }
+        for name, (_, scored) in evaluation.perplexity_sets.items()
+    }
     identity: dict[str, Any] = {}
-    evaluation, text = run.config.eval, run.evaluation_text
-    if (scored := evaluation.perplexity) is not None and text is not None:
-        cut = {"context": scored.context, "max_windows": scored.max_windows}
-        identity["perplexity"] = {"text": text.identity, **cut}
+    if evaluation.perplexity is not None:
+        identity["perplexity"] = windows.pop(evaluation.perplexity.name)
         if run.method.prunes:
             identity["divergence"] = evaluation.divergence
+    if windows:
+        identity["extra_perplexity"] = windows
     if (zeroshot := evaluation.zeroshot) is not None:
         offline = zeroshot.data == "offline"
         tasks = {task: assets.TASKS[task].sha256 for task in zeroshot.tasks} if offline else sorted(zeroshot.tasks)

@@ -52,6 +52,14 @@ class _Identity(TypedDict):
     trained: NotRequired[_Training]
 
 
+class _Windows(TypedDict):
+    context: int
+    dataset: str
+    split: str | None
+    windows: _Count
+    windows_sha256: str
+
+
 class _Protocol(TypedDict):
     bos: str
     dtype: str
@@ -63,6 +71,7 @@ class _Protocol(TypedDict):
     split: NotRequired[str | None]
     windows: NotRequired[_Count]
     windows_sha256: NotRequired[str]
+    extra_perplexity: NotRequired[dict[str, _Windows]]  # further sets, by name
     lm_eval: NotRequired[str]
     tasks: NotRequired[list[str]]
     limit: NotRequired[int | None]
