@@ -141,6 +141,18 @@ class ZeroShotConfig:
 
 
 @dataclass
+class GenerationConfig:
+    """Greedy generation of ``tokens`` tokens after the starts of the first ``prompts`` windows of ``perplexity``."""
+
+    prompts: int = 16
+    tokens: int = 32
+
+    def __post_init__(self) -> None:
+        whole_number("eval.generation.prompts", self.prompts, least=1)
+        whole_number("eval.generation.tokens", self.tokens, least=4)  # repetition is counted in sequences of four
+
+
+@dataclass
 class EvalConfig:
     """What to score. ``batch_size`` changes no number beyond rounding.
 
@@ -156,11 +168,17 @@ class EvalConfig:
     divergence: bool = True
     cache: str = field(default="memory", metadata=NO_EFFECT)
     zeroshot: ZeroShotConfig | None = None
+    generation: GenerationConfig | None = None
     batch_size: int = field(default=4, metadata=NO_EFFECT)
 
     def __post_init__(self) -> None:
         whole_number("eval.batch_size", self.batch_size, least=1)
         one_of("eval.cache", self.cache, HIDDEN_CACHES)
+        if self.generation is not None and self.perplexity is None:
+            problem = "its prompts are windows of eval.perplexity, which is null"
+            raise UserError(
+                f"eval.generation: {problem}; choose another file beside it: eval=[ppl_mini,generation_mini]"
+            )
         extra = {} if self.extra_perplexity is None else self.extra_perplexity
         if not isinstance(extra, dict):
             raise UserError(
@@ -316,7 +334,8 @@ def _named(composed: DictConfig, choices: Mapping[str, str | None]) -> DictConfi
     """Add the name of the chosen file to each part of the config that states no name."""
     composed = composed.copy()
     for group in ("model", "calibration", "eval", "protocol"):
-        node, name = composed.get(group), choices.get(group)
+        # Hydra names no choice where several were made: eval=[mini,generation_mini]
+        node, name = composed.get(group), choices.get(group, "several" if group == "eval" and choices else None)
         if (
             name is not None
             and isinstance(node, DictConfig)

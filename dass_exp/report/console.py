@@ -118,6 +118,9 @@ def _summary(record: Record) -> dict[str, str]:
     for name in ("mean_acc", "mean_acc_norm"):
         if name in metrics:
             rows[f"{name.replace('_', ' ', 1)} %"] = f"{100 * metrics[name]:.1f}"
+    if (generation := metrics.get("generation")) is not None:
+        rows["generated tokens equal to dense %"] = f"{100 * generation['equal']:.1f}"
+        rows["distinct 4-grams %"] = f"{100 * generation['distinct_4']:.1f}"
     rows |= {label: f"{100 * record['sparsity'][name]:.1f}" for name, label in _SPARSITIES.items()}
     rows |= {label: f"{cost[name]:.1f}" for name, label in _SECONDS.items()}
     rows["peak memory GB"] = f"{cost['peak_rss_bytes'] / 1e9:.2f}"

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dass_exp.config.settings import ModelConfig
 from dass_exp.data import tokens
 from dass_exp.engine.callbacks import Callback
 from dass_exp.errors import DamagedFileError
+from dass_exp.evaluate.generation import PROMPT, generate
 from dass_exp.evaluate.perplexity import last_hidden_states
 from dass_exp.models import load
 from dass_exp.models.decoder import decoder_of
@@ -204,6 +205,28 @@ class RunContext:
             return windows.checked(run.spec.vocabulary, run.spec.source)
 
         return self.cache.get(key, cut)
+
+    def dense_generation(self, run: ResolvedRun, model: nn.Module) -> Tensor | None:
+        """Return what the dense model generates, once per process and model; None if that is not requested.
+
+        ``model`` must still be dense.
+        """
+        if (prompts := self.prompts(run)) is None or run.config.eval.generation is None:
+            return None
+        tokens = run.config.eval.generation.tokens
+
+        def generated() -> Tensor:
+            with self.reporter.phase("generation of the dense model"):
+                return generate(model, prompts, tokens)
+
+        return self.cache.get(("generation", _identity(run.spec), repr(prompts.tolist()), tokens), generated)
+
+    def prompts(self, run: ResolvedRun) -> Tensor | None:
+        """Return the starts of the first windows, int64 [prompts, tokens]; None if no generation is requested."""
+        check = run.config.eval.generation
+        if check is None:
+            return None
+        return next(iter(self.windows(run).values())).ids[: check.prompts, :PROMPT]
 
     @contextmanager
     def resident_model(self, run: ResolvedRun) -> Iterator[nn.Module]:

@@ -15,6 +15,7 @@ from dass_exp.engine.activation_cache import ActivationCache
 from dass_exp.engine.callbacks import BlockReport, Callback, ProgressBar, SeedEachBlock, Stopwatch
 from dass_exp.engine.prune import EngineOptions, prune_model
 from dass_exp.engine.verify import Verification
+from dass_exp.evaluate.generation import Generation, generate
 from dass_exp.evaluate.perplexity import Perplexity, perplexity, perplexity_of_hidden
 from dass_exp.evaluate.streamed import Scores, StreamedPerplexity
 from dass_exp.evaluate.zeroshot import ZeroShotOptions, ZeroShotResult, zero_shot
@@ -49,6 +50,7 @@ def execute(run: ResolvedRun, context: RunContext) -> RunResult:
     with _opened(run, context) as (model, blocks):
         start = time.perf_counter()
         dense = {} if run.streams else context.dense_hidden(run, model)
+        dense_text = None if run.streams else context.dense_generation(run, model)
         dense_s = time.perf_counter() - start
         writer = None if save is None else _checkpoint_writer(run, model)
         result = _run_blocks(run, context, model, blocks, writer)
@@ -61,6 +63,7 @@ def execute(run: ResolvedRun, context: RunContext) -> RunResult:
         start = time.perf_counter()
         if not run.streams:
             result = replace(result, perplexity=_perplexity(run, context, model, dense))
+            result = replace(result, generation=_generation(run, context, model, dense_text))
         result = replace(result, tasks=_tasks(run, context, model))
         result.cost["load_s"] = 0.0 if run.streams else context.load_s
         result.cost["eval_s"] += time.perf_counter() - start + dense_s
@@ -213,6 +216,15 @@ def _perplexity(
             else:
                 scores[name] = perplexity(model, windows.ids, batch_size, hidden)
     return scores
+
+
+def _generation(run: ResolvedRun, context: RunContext, model: nn.Module, dense: Tensor | None) -> Generation | None:
+    if dense is None or (prompts := context.prompts(run)) is None:
+        return None
+    if not run.method.prunes:
+        return Generation.of(dense, dense)
+    with context.reporter.phase(f"generation of {run.method.name}"):
+        return Generation.of(generate(model, prompts, dense.shape[1]), dense)
 
 
 def _tasks(run: ResolvedRun, context: RunContext, model: nn.Module) -> ZeroShotResult | None:

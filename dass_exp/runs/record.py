@@ -10,6 +10,7 @@ from typing import Any
 from dass_exp.config.settings import RunConfig
 from dass_exp.data.tokens import Tokens
 from dass_exp.engine.verify import Layer
+from dass_exp.evaluate.generation import Generation
 from dass_exp.evaluate.perplexity import Perplexity
 from dass_exp.evaluate.zeroshot import ZeroShotResult, lm_eval_version
 from dass_exp.models.families import Role
@@ -32,6 +33,7 @@ class RunResult:
         masks: by name of the linear; None if they are not kept.
         perplexity: of the model, pruned unless the method is dense, by name of the set of windows.
         tasks: zero-shot scores.
+        generation: what it generates, compared with the dense model.
         model_size: parameters of the model.
         decoder_size: weights of all matrices in its blocks.
         calibration, windows: the tokens that were used; windows by name of their set.
@@ -49,6 +51,7 @@ class RunResult:
     calibration: Tokens | None = field(repr=False, default=None)
     windows: dict[str, Tokens] = field(repr=False, default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
+    generation: Generation | None = None
     dense: RunResult | None = None
 
 
@@ -118,8 +121,9 @@ def describe_config(config: RunConfig, components: Components, spec: ModelSpec |
         "seed": config.seed if "seed" in uses else None,
     }
     evaluation = dataclasses.asdict(config.eval)
-    if config.eval.extra_perplexity is None:
-        del evaluation["extra_perplexity"]
+    for name in ("extra_perplexity", "generation"):
+        if evaluation[name] is None:
+            del evaluation[name]
     return {
         "model": model,
         "method": {"name": method.name, **method.settings()},
@@ -200,6 +204,8 @@ def _metrics(result: RunResult) -> dict[str, Any]:
         }
         metrics["window_kl"] = {name: each.window_kl for name, each in compared.items()}
         metrics["window_agreement"] = {name: each.window_agreement for name, each in compared.items()}
+    if result.generation is not None:
+        metrics["generation"] = dataclasses.asdict(result.generation)
     if (tasks := result.tasks) is not None:
         metrics |= {"tasks": tasks.tasks, "mean_acc": tasks.mean_acc, "mean_acc_norm": tasks.mean_acc_norm}
     return metrics

@@ -164,8 +164,8 @@ class ResolvedRun(Components):
         if not self.method.prunes or (evaluation.perplexity is None and evaluation.zeroshot is None):
             return None
         model, placement = self.config.model, self.placement
-        if evaluation.zeroshot is not None and placement != "resident":
-            # tasks need the whole model in memory, where it may fit alone
+        if (evaluation.zeroshot or evaluation.generation) is not None and placement != "resident":
+            # tasks and generation need the whole model in memory, where it may fit alone
             model, placement = dataclasses.replace(model, placement="resident"), None
         config = dataclasses.replace(self.config, model=model, rerun=False, repeat=0, save=None)
         return dataclasses.replace(self, config=config, method=Dense(), stages=Stages(), placement=placement)
@@ -284,6 +284,8 @@ def _evaluation(run: ResolvedRun) -> dict[str, Any]:
         offline = zeroshot.data == "offline"
         tasks = {task: assets.TASKS[task].sha256 for task in zeroshot.tasks} if offline else sorted(zeroshot.tasks)
         identity["zeroshot"] = {"tasks": tasks, "limit": zeroshot.limit, "lm_eval": lm_eval_version()}
+    if evaluation.generation is not None:
+        identity["generation"] = dataclasses.asdict(evaluation.generation)
     if identity:
         identity["version"] = EVALUATION_VERSION
     return identity

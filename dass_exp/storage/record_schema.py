@@ -112,6 +112,13 @@ class _Divergence(TypedDict):
     perplexity_ratio: Annotated[float, Ge(0), Lt(math.inf)]
 
 
+class _Generation(TypedDict):
+    prompts: _Count
+    tokens: _Count
+    equal: _Share
+    distinct_4: _Share
+
+
 class _Metrics(TypedDict):
     perplexity: NotRequired[dict[str, Annotated[float, Ge(1), Lt(math.inf)]]]
     window_nll: NotRequired[dict[str, list[Annotated[float, Ge(-1e-3), Lt(math.inf)]]]]
@@ -120,6 +127,7 @@ class _Metrics(TypedDict):
     window_kl: NotRequired[dict[str, list[_Size]]]
     window_agreement: NotRequired[dict[str, list[_Share]]]
     tasks: NotRequired[dict[str, _Task]]
+    generation: NotRequired[_Generation]
     mean_acc: NotRequired[_Share]
     mean_acc_norm: NotRequired[_Share]
 
