@@ -117,9 +117,13 @@ class PerplexityConfig:
     max_windows: int | None = None
 
     def __post_init__(self) -> None:
-        whole_number("eval.perplexity.context", self.context, least=2)
+        self.check("eval.perplexity")
+
+    def check(self, setting: str) -> None:
+        """Raise a UserError, which names the fields of ``setting``, unless both numbers are allowed."""
+        whole_number(f"{setting}.context", self.context, least=2)
         if self.max_windows is not None:
-            whole_number("eval.perplexity.max_windows", self.max_windows, least=1)
+            whole_number(f"{setting}.max_windows", self.max_windows, least=1)
 
 
 @dataclass
@@ -144,8 +148,22 @@ class ZeroShotConfig:
 
 
 @dataclass
+class GenerationConfig:
+    """Greedy generation of ``tokens`` tokens after the starts of the first ``prompts`` windows of ``perplexity``."""
+
+    prompts: int = 16
+    tokens: int = 32
+
+    def __post_init__(self) -> None:
+        whole_number("eval.generation.prompts", self.prompts, least=1)
+        whole_number("eval.generation.tokens", self.tokens, least=4)  # repetition is counted in sequences of four
+
+
+@dataclass
 class EvalConfig:
     """What to score. ``batch_size`` changes no number beyond rounding.
+
+    ``extra_perplexity`` holds further sets by name, beside ``perplexity``, which is that of the tables.
 
     ``divergence`` measures on the windows of the perplexity how far the pruned model is from the dense one, whose last
     hidden states are kept in ``cache``: ``memory``, for one process, or ``disk``, in the results folder.
@@ -153,14 +171,55 @@ class EvalConfig:
 
     name: str = field(default=MISSING, metadata=NO_EFFECT)
     perplexity: PerplexityConfig | None = None
+    extra_perplexity: Any = None  # PerplexityConfig by name; if it were typed so, the command line could not set it
     divergence: bool = True
     cache: str = field(default="memory", metadata=NO_EFFECT)
     zeroshot: ZeroShotConfig | None = None
+    generation: GenerationConfig | None = None
     batch_size: int = field(default=4, metadata=NO_EFFECT)
 
     def __post_init__(self) -> None:
         whole_number("eval.batch_size", self.batch_size, least=1)
         one_of("eval.cache", self.cache, HIDDEN_CACHES)
+        if self.generation is not None and self.perplexity is None:
+            problem = "its prompts are windows of eval.perplexity, which is null"
+            raise UserError(
+                f"eval.generation: {problem}; choose another file beside it: eval=[ppl_mini,generation_mini]"
+            )
+        extra = {} if self.extra_perplexity is None else self.extra_perplexity
+        if not isinstance(extra, dict):
+            raise UserError(
+                f"eval.extra_perplexity={extra!r}: expected a mapping, {{NAME: {{text: ..., context: ...}}}}"
+            )
+        if extra and self.perplexity is None:
+            raise UserError(
+                "eval.extra_perplexity: expected only beside eval.perplexity, which is null; set that first"
+            )
+        self.extra_perplexity = {str(name): self._extra(str(name), fields) for name, fields in extra.items()} or None
+
+    @property
+    def perplexity_sets(self) -> dict[str, tuple[str, PerplexityConfig]]:
+        """All sets of windows to score by name, each after the setting that describes it; that of the tables first."""
+        if self.perplexity is None:
+            return {}
+        extra = self.extra_perplexity or {}
+        sets = {name: (f"eval.extra_perplexity.{name}", scored) for name, scored in extra.items()}
+        return {self.perplexity.name: ("eval.perplexity", self.perplexity), **sets}
+
+    def _extra(self, name: str, settings: Any) -> PerplexityConfig:
+        setting = f"eval.extra_perplexity.{name}"
+        if isinstance(settings, PerplexityConfig):
+            return settings
+        if self.perplexity is not None and name == self.perplexity.name:
+            raise UserError(f"{setting}: eval.perplexity has this name; choose another")
+        if not isinstance(settings, dict) or "text" not in settings:
+            raise UserError(f"{setting}={settings!r}: expected {{text: ..., context: ..., max_windows: ...}}")
+        for key in settings:
+            one_of(f"{setting}: its setting", key, ("text", "context", "max_windows"))
+        scored = PerplexityConfig(name, settings["text"])
+        scored.context, scored.max_windows = settings.get("context", scored.context), settings.get("max_windows")
+        scored.check(setting)
+        return scored
 
 
 @dataclass
@@ -282,7 +341,8 @@ def _named(composed: DictConfig, choices: Mapping[str, str | None]) -> DictConfi
     """Add the name of the chosen file to each part of the config that states no name."""
     composed = composed.copy()
     for group in ("model", "calibration", "eval", "protocol"):
-        node, name = composed.get(group), choices.get(group)
+        # Hydra names no choice where several were made: eval=[mini,generation_mini]
+        node, name = composed.get(group), choices.get(group, "several" if group == "eval" and choices else None)
         if (
             name is not None
             and isinstance(node, DictConfig)

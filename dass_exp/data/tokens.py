@@ -93,7 +93,9 @@ def _document_windows(
     )
 
 
-def evaluation_windows(text: Text, context: int, max_windows: int | None, tokenizer: Any, bos: str) -> Tokens:
+def evaluation_windows(
+    text: Text, context: int, max_windows: int | None, tokenizer: Any, bos: str, setting: str = "eval.perplexity"
+) -> Tokens:
     """Cut a text, its documents joined by blank lines, into consecutive windows; drop the rest at the end.
 
     Args:
@@ -102,13 +104,14 @@ def evaluation_windows(text: Text, context: int, max_windows: int | None, tokeni
         max_windows: keep only the first ones; None for all.
         tokenizer: of the model.
         bos: see :func:`dass_exp.models.load.bos_policy`.
+        setting: that describes the windows, for messages.
     """
     joined, length = "\n\n".join(text.documents()), context - (bos == "window")
-    _refuse_short([joined], length, f"eval.perplexity.context={context}")
+    _refuse_short([joined], length, f"{setting}.context={context}")
     stream = encode(tokenizer, joined, bos)
     if len(stream) < length:
         problem = f"the text has only {len(stream)} tokens; choose a smaller one"
-        raise UserError(f"eval.perplexity.context={context}: {problem}")
+        raise UserError(f"{setting}.context={context}: {problem}")
     windows = stream[: len(stream) // length * length].view(-1, length)[:max_windows]
     return _with_bos(list(windows), tokenizer, bos)
 

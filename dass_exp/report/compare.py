@@ -8,6 +8,7 @@ from rich.table import Table
 from dass_exp.config.components import choice
 from dass_exp.report.console import calibration_label, method_label, pattern_label, scope_label, shots_label, with_error
 from dass_exp.report.load import Record, accuracy_name, asked_tasks, by_model_note, model_name, varying_settings
+from dass_exp.report.scores import main_text
 from dass_exp.report.write import markdown_table
 
 PAPER_MODELS = ("llama2_7b", "llama2_13b", "llama2_70b", "mistral_7b", "gemma_7b", "llama31_8b")
@@ -29,8 +30,8 @@ def comparison(records: list[Record]) -> pd.DataFrame:
 
 def _rank(record: Record) -> tuple[float, float]:
     metrics = record["metrics"]
-    perplexities = metrics.get("perplexity") or {"": float("inf")}
-    return sum(perplexities.values()), -metrics.get("mean_acc", 0.0)
+    perplexity = metrics.get("perplexity", {}).get(main_text(record), float("inf"))
+    return perplexity, -metrics.get("mean_acc", 0.0)
 
 
 def _row(record: Record, varying: Mapping[str, Sequence[str]]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dass_exp.report.load import Record, block_of, documents
+from dass_exp.report.load import Record, block_of, documents, windows_of
 from dass_exp.report.scores import outcomes_lost
 from dass_exp.report.significance import bootstrap
 from dass_exp.report.write import markdown_table
@@ -62,7 +62,8 @@ def _score_row(score: _Score) -> tuple[str, ...]:
 def _scores(first: Record, second: Record, results: Path) -> Iterator[_Score]:
     ours, theirs = first["metrics"], second["metrics"]
     for name in set(ours.get("perplexity", {})) & set(theirs.get("perplexity", {})):
-        same_windows = first["protocol"]["windows_sha256"] == second["protocol"]["windows_sha256"]
+        windows = [windows_of(record["protocol"], name)["windows_sha256"] for record in (first, second)]
+        same_windows = windows[0] == windows[1]
         nll = ours["window_nll"][name], theirs["window_nll"][name]
         means = (sum(nll[0]) / len(nll[0]), sum(nll[1]) / len(nll[1]))
         yield _Score(f"perplexity {name}", ours["perplexity"][name], theirs["perplexity"][name], None)

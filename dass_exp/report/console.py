@@ -119,6 +119,9 @@ def _summary(record: Record) -> dict[str, str]:
     for name in ("mean_acc", "mean_acc_norm"):
         if name in metrics:
             rows[f"{name.replace('_', ' ', 1)} %"] = f"{100 * metrics[name]:.1f}"
+    if (generation := metrics.get("generation")) is not None:
+        rows["generated tokens equal to dense %"] = f"{100 * generation['equal']:.1f}"
+        rows["distinct 4-grams %"] = f"{100 * generation['distinct_4']:.1f}"
     rows |= {label: f"{100 * record['sparsity'][name]:.1f}" for name, label in _SPARSITIES.items()}
     rows |= {label: f"{cost[name]:.1f}" for name, label in _SECONDS.items()}
     rows["peak memory GB"] = f"{cost['peak_rss_bytes'] / 1e9:.2f}"
@@ -169,7 +172,7 @@ def calibration_label(record: Record) -> str:
     return f"{used['num_samples']} x {used['seq_len']} tokens of {used['name']}" if used else ""
 
 
-def windows_label(protocol: dict[str, Any]) -> str:
+def windows_label(protocol: Mapping[str, Any]) -> str:
     """Return ``16 windows of 512 tokens of wikipedia_mini (even)``; a file of one's own has no split."""
     label = "{windows} windows of {context} tokens of {dataset}".format_map(protocol)
     return f"{label} ({protocol['split']})" if protocol["split"] else label
@@ -195,7 +198,8 @@ def caption(record: Record, others: Sequence[Record] = ()) -> str:
     if len(calibrations) == 1:
         parts.append(f"calibration {calibrations.pop()}" + (f", seed {seeds.pop()}" if len(seeds) == 1 else ""))
     if "dataset" in protocol:
-        parts.append(f"perplexity over {windows_label(protocol)}")
+        sets = protocol, *protocol.get("extra_perplexity", {}).values()
+        parts.append(f"perplexity over {' and '.join(map(windows_label, sets))}")
     if "lm_eval" in protocol:
         parts.append(f"{shots_label(protocol)} by lm-eval {protocol['lm_eval']} on {documents_label(protocol)}")
     parts.append(f"beginning-of-sequence token: {protocol['bos']}")

@@ -150,6 +150,12 @@ def by_model_note(records: Iterable[Record]) -> dict[str, list[Record]]:
     return notes
 
 
+def windows_of(protocol: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return what a protocol says about one of its sets of windows; of an unknown name, about that of the tables."""
+    described: Mapping[str, Any] = protocol.get("extra_perplexity", {}).get(name, protocol)
+    return described
+
+
 def setting(config: Mapping[str, Any], path: str) -> Any:
     """Return the value of a setting by its dotted name; None if there is no such setting."""
     value: Any = config

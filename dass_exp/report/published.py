@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dass_exp.errors import UserError
-from dass_exp.report.load import Record, asked_tasks, is_dense, model_name
+from dass_exp.report.load import Record, asked_tasks, is_dense, model_name, windows_of
 from dass_exp.report.write import markdown_table
 
 PERPLEXITY_TOLERANCE = 0.02  # relative
@@ -78,7 +78,7 @@ def _scores(record: Record) -> Iterator[tuple[dict[str, str], float]]:
         **({} if is_dense(record) else {"scope": config["scope"]}),
     }
     for dataset, value in metrics.get("perplexity", {}).items():
-        context = str(record["protocol"]["context"])
+        context = str(windows_of(record["protocol"], dataset)["context"])
         yield {**described, "metric": "perplexity", "dataset": dataset, "context": context}, value
     if record["protocol"].get("num_fewshot") or any(scores["limit"] is not None for scores in tasks.values()):
         return  # the published ones are of all documents, without examples

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dass_exp.report.console import calibration_label, documents_label, shots_label, windows_label
-from dass_exp.report.load import by_model_note, is_dense, model_identity
+from dass_exp.report.load import by_model_note, is_dense, model_identity, windows_of
 from dass_exp.report.metrics import metric_of
 from dass_exp.report.styles import display
 from dass_exp.report.table import ResultTable, TableValue
@@ -60,8 +60,9 @@ def caption(table: ResultTable) -> str:
     if calibrations := [label for record in pruned if (label := calibration_label(record))]:
         seeds = {record["config"]["seed"] for record in pruned if record["config"]["seed"] is not None}
         parts.append(f"calibration {_joined(calibrations)}, seeds {_joined(sorted(seeds))}")
-    if "dataset" in protocol and any(metric.source == "windows" for metric in metrics.values()):
-        parts.append(windows_label(protocol))
+    texts = [name.partition(":")[2] for name, metric in metrics.items() if metric.source == "windows"]
+    if "dataset" in protocol and texts:
+        parts.append(" and ".join(dict.fromkeys(windows_label(windows_of(protocol, text)) for text in texts)))
     if "lm_eval" in protocol and by_task:
         errors = any(isinstance(value, TableValue) and value.stderr is not None for value in table.cells.values())
         documents = documents_label(protocol) + (", ± standard error" if errors else "")

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dass_exp.config.settings import ModelConfig
 from dass_exp.data import tokens
 from dass_exp.engine.callbacks import Callback
 from dass_exp.errors import DamagedFileError
+from dass_exp.evaluate.generation import PROMPT, generate
 from dass_exp.evaluate.perplexity import last_hidden_states
 from dass_exp.models import load
 from dass_exp.models.decoder import decoder_of
@@ -186,23 +187,46 @@ class RunContext:
             config = replace(run.config.calibration, num_samples=1)
             tokens.calibration_tokens(run.calibration_text, config, self.tokenizer(run), run.bos, run.config.seed)
 
-    def windows(self, run: ResolvedRun) -> tokens.Tokens | None:
-        """Return the windows to score; None if no perplexity is requested.
+    def windows(self, run: ResolvedRun) -> dict[str, tokens.Tokens]:
+        """Return the windows to score by name of the set, that of the tables first; empty without any perplexity.
 
         Raises:
-            UserError: the text is shorter than one window, or cannot be loaded.
+            UserError: a text is shorter than one window, or cannot be loaded.
         """
-        scored, text = run.config.eval.perplexity, run.evaluation_text
-        if scored is None or text is None:
-            return None
+        return {name: self._windows(run, name) for name in run.config.eval.perplexity_sets}
+
+    def _windows(self, run: ResolvedRun, name: str) -> tokens.Tokens:
+        (setting, scored), text = run.config.eval.perplexity_sets[name], run.evaluation_texts[name]
         size = scored.context, scored.max_windows
         key = ("windows", run.spec.identity, run.bos, json.dumps(text.identity, sort_keys=True), *size)
 
         def cut() -> tokens.Tokens:
-            windows = tokens.evaluation_windows(text, *size, self.tokenizer(run), run.bos)
+            windows = tokens.evaluation_windows(text, *size, self.tokenizer(run), run.bos, setting)
             return windows.checked(run.spec.vocabulary, run.spec.source)
 
         return self.cache.get(key, cut)
+
+    def dense_generation(self, run: ResolvedRun, model: nn.Module) -> Tensor | None:
+        """Return what the dense model generates, once per process and model; None if that is not requested.
+
+        ``model`` must still be dense.
+        """
+        if (prompts := self.prompts(run)) is None or run.config.eval.generation is None:
+            return None
+        tokens = run.config.eval.generation.tokens
+
+        def generated() -> Tensor:
+            with self.reporter.phase("generation of the dense model"):
+                return generate(model, prompts, tokens)
+
+        return self.cache.get(("generation", _identity(run.spec), repr(prompts.tolist()), tokens), generated)
+
+    def prompts(self, run: ResolvedRun) -> Tensor | None:
+        """Return the starts of the first windows, int64 [prompts, tokens]; None if no generation is requested."""
+        check = run.config.eval.generation
+        if check is None:
+            return None
+        return next(iter(self.windows(run).values())).ids[: check.prompts, :PROMPT]
 
     @contextmanager
     def resident_model(self, run: ResolvedRun) -> Iterator[nn.Module]:
@@ -230,18 +254,19 @@ class RunContext:
             if run.method.prunes and not self.shared:
                 self.cache.clear()  # it is not dense any more
 
-    def dense_hidden(self, run: ResolvedRun, model: nn.Module) -> torch.Tensor | None:
+    def dense_hidden(self, run: ResolvedRun, model: nn.Module) -> dict[str, torch.Tensor]:
         """Return the last hidden states of a model that is still dense, for the windows of a run that is not streamed.
 
         They are computed once for a model in memory and, with ``eval.cache=disk``, once for a results folder.
 
         Returns:
-            [windows, tokens, features] on the CPU; None if no divergence is measured.
+            [windows, tokens, features] on the CPU by name of the set of windows; empty if no divergence is measured.
         """
-        windows, evaluation = self.windows(run), run.config.eval
-        if windows is None or not evaluation.divergence:
-            return None
-        kept = self.cache.dense_hidden
+        sets = self.windows(run) if run.config.eval.divergence else {}
+        return {name: self._dense_hidden(run, model, windows) for name, windows in sets.items()}
+
+    def _dense_hidden(self, run: ResolvedRun, model: nn.Module, windows: tokens.Tokens) -> torch.Tensor:
+        evaluation, kept = run.config.eval, self.cache.dense_hidden
         if windows.sha256 not in kept:
             path = self._hidden_file(run, windows) if evaluation.cache == "disk" else None
             stored = None if path is None else _read_hidden(path)

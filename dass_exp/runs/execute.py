@@ -4,7 +4,7 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,6 +15,7 @@ from dass_exp.engine.activation_cache import ActivationCache
 from dass_exp.engine.callbacks import BlockReport, Callback, ProgressBar, SeedEachBlock, Stopwatch
 from dass_exp.engine.prune import EngineOptions, prune_model
 from dass_exp.engine.verify import Verification
+from dass_exp.evaluate.generation import Generation, generate
 from dass_exp.evaluate.perplexity import Perplexity, perplexity, perplexity_of_hidden
 from dass_exp.evaluate.streamed import Scores, StreamedPerplexity
 from dass_exp.evaluate.zeroshot import ZeroShotOptions, ZeroShotResult, zero_shot
@@ -48,7 +49,8 @@ def execute(run: ResolvedRun, context: RunContext) -> RunResult:
     memory, save = PeakMemory(run.spec.device), run.config.save
     with _opened(run, context) as (model, blocks):
         start = time.perf_counter()
-        dense = None if run.streams else context.dense_hidden(run, model)
+        dense = {} if run.streams else context.dense_hidden(run, model)
+        dense_text = None if run.streams else context.dense_generation(run, model)
         dense_s = time.perf_counter() - start
         writer = None if save is None else _checkpoint_writer(run, model)
         result = _run_blocks(run, context, model, blocks, writer)
@@ -61,6 +63,7 @@ def execute(run: ResolvedRun, context: RunContext) -> RunResult:
         start = time.perf_counter()
         if not run.streams:
             result = replace(result, perplexity=_perplexity(run, context, model, dense))
+            result = replace(result, generation=_generation(run, context, model, dense_text))
         result = replace(result, tasks=_tasks(run, context, model))
         result.cost["load_s"] = 0.0 if run.streams else context.load_s
         result.cost["eval_s"] += time.perf_counter() - start + dense_s
@@ -108,7 +111,7 @@ def _run_blocks(
     """Pass the model's blocks through the engine once, with all callbacks of the run."""
     decoder, tokens, windows = decoder_of(model, run.spec.roles), context.calibration(run), context.windows(run)
     size = sum(parameter.numel() for parameter in model.parameters())
-    result = RunResult([], [], None, None, None, size, decoder.size, tokens, windows, {"prune_s": 0.0, "eval_s": 0.0})
+    result = RunResult([], [], None, {}, None, size, decoder.size, tokens, windows, {"prune_s": 0.0, "eval_s": 0.0})
     if not run.method.prunes and not run.streams:
         return result
     stopwatch, verification, earlier = Stopwatch(), Verification(), _earlier_state(run)
@@ -122,22 +125,25 @@ def _run_blocks(
         cache=_activation_cache(run),
         returns_tuple=earlier.returns_tuple if earlier else None,
     )
-    scorer, saver = None, None
-    if run.streams and windows is not None:
-        batch_size = run.config.eval.batch_size
-        scores = Scores(run.method.prunes, run.config.eval.divergence)
-        scorer = StreamedPerplexity(model, windows.ids, batch_size, options, stopwatch, scores)
+    scorers, saver = {}, None
+    if run.streams:
+        batch_size, scores = run.config.eval.batch_size, Scores(run.method.prunes, run.config.eval.divergence)
+        scorers = {
+            name: StreamedPerplexity(model, scored.ids, batch_size, options, stopwatch, scores)
+            for name, scored in windows.items()
+        }
     masks = MaskFiles(run.work_folder, done) if run.keeps_masks else None
     if writer is not None and isinstance(blocks, StreamedBlocks):
         writer.begin(blocks.names.to_checkpoint, len(decoder.blocks), done)
         saver = SaveBlocks(writer)
-    resume = ResumeState(run, earlier, verification, scorer, stopwatch)
+    resume = ResumeState(run, earlier, verification, scorers, stopwatch)
     phase = f"pruning with {run.method.name}"
     phase = f"reading, {phase} and scoring block by block" if run.streams else phase
     with context.reporter.phase(phase, len(decoder.blocks)) as advance:
         # the state counts a block as done, so it comes after everything that writes files of the block
-        own = (SeedEachBlock(run.config.seed), scorer, verification, masks, saver, resume, ProgressBar(advance))
-        callbacks = [callback for callback in (*own, *context.callbacks) if callback is not None]
+        later = (verification, masks, saver, resume, ProgressBar(advance), *context.callbacks)
+        own: list[Callback] = [SeedEachBlock(run.config.seed), *scorers.values()]
+        callbacks = own + [callback for callback in later if callback is not None]
         ids = tokens.ids if tokens is not None else None
         prune_model(model, ids, run.method, run.pattern, options, callbacks, blocks)
     seconds = stopwatch.read()
@@ -148,22 +154,24 @@ def _run_blocks(
         starved=verification.starved,
         masks=masks.read() if masks is not None else None,
     )
-    return result if scorer is None else _with_scores(run, result, scorer, seconds)
+    return _with_scores(run, result, scorers, seconds) if scorers else result
 
 
 def _with_scores(
-    run: ResolvedRun, result: RunResult, scorer: StreamedPerplexity, seconds: dict[str, float]
+    run: ResolvedRun, result: RunResult, scorers: dict[str, StreamedPerplexity], seconds: dict[str, float]
 ) -> RunResult:
     """Add what was scored while the blocks passed: perplexity, and the dense result unless tasks belong to it too."""
+    scored = {name: scorer.dense_perplexity for name, scorer in scorers.items() if scorer.dense_perplexity}
     if not run.method.prunes:
-        return replace(result, perplexity=scorer.dense_perplexity, cost={**result.cost, "eval_s": seconds["dense"]})
+        return replace(result, perplexity=scored, cost={**result.cost, "eval_s": seconds["dense"]})
     dense = None
     if run.config.eval.zeroshot is None:
         cost = {"prune_s": 0.0, "eval_s": seconds["dense"]}
         dense = replace(result, layers=[], starved=[], masks=None, calibration=None, cost=cost)
-        dense = replace(dense, perplexity=scorer.dense_perplexity)
+        dense = replace(dense, perplexity=scored)
     cost = {**result.cost, "eval_s": seconds["pruned"]}
-    return replace(result, perplexity=scorer.pruned_perplexity, cost=cost, dense=dense)
+    pruned = {name: scorer.pruned_perplexity for name, scorer in scorers.items() if scorer.pruned_perplexity}
+    return replace(result, perplexity=pruned, cost=cost, dense=dense)
 
 
 class SaveBlocks(Callback):
@@ -193,15 +201,30 @@ def _activation_cache(run: ResolvedRun) -> ActivationCache:
     return ActivationCache(run.config.calibration.cache, run.work_folder / f"activations-{uuid.uuid4().hex}")
 
 
-def _perplexity(run: ResolvedRun, context: RunContext, model: nn.Module, dense: Tensor | None) -> Perplexity | None:
-    """Score the windows; ``dense`` are the last hidden states of the dense model, None to measure no divergence."""
-    if (windows := context.windows(run)) is None:
-        return None
-    batch_size = run.config.eval.batch_size
+def _perplexity(
+    run: ResolvedRun, context: RunContext, model: nn.Module, dense: Mapping[str, Tensor]
+) -> dict[str, Perplexity]:
+    """Score all sets of windows; ``dense`` has the dense model's last hidden states, empty to measure no divergence."""
+    if not (sets := context.windows(run)):
+        return {}
+    batch_size, scores = run.config.eval.batch_size, {}
     with context.reporter.phase(f"perplexity of {run.method.name}"):
-        if dense is not None and not run.method.prunes:
-            return perplexity_of_hidden(model, dense, windows.ids, batch_size)
-        return perplexity(model, windows.ids, batch_size, dense)
+        for name, windows in sets.items():
+            hidden = dense.get(name)
+            if hidden is not None and not run.method.prunes:
+                scores[name] = perplexity_of_hidden(model, hidden, windows.ids, batch_size)
+            else:
+                scores[name] = perplexity(model, windows.ids, batch_size, hidden)
+    return scores
+
+
+def _generation(run: ResolvedRun, context: RunContext, model: nn.Module, dense: Tensor | None) -> Generation | None:
+    if dense is None or (prompts := context.prompts(run)) is None:
+        return None
+    if not run.method.prunes:
+        return Generation.of(dense, dense)
+    with context.reporter.phase(f"generation of {run.method.name}"):
+        return Generation.of(generate(model, prompts, dense.shape[1]), dense)
 
 
 def _tasks(run: ResolvedRun, context: RunContext, model: nn.Module) -> ZeroShotResult | None:

@@ -10,6 +10,7 @@ from typing import Any
 from dass_exp.config.settings import RunConfig
 from dass_exp.data.tokens import Tokens
 from dass_exp.engine.verify import Layer
+from dass_exp.evaluate.generation import Generation
 from dass_exp.evaluate.perplexity import Perplexity
 from dass_exp.evaluate.zeroshot import ZeroShotResult, lm_eval_version
 from dass_exp.models.families import Role
@@ -30,11 +31,12 @@ class RunResult:
         layers: verified, one per pruned linear.
         starved: experts with too few calibration tokens.
         masks: by name of the linear; None if they are not kept.
-        perplexity: of the model, pruned unless the method is dense.
+        perplexity: of the model, pruned unless the method is dense, by name of the set of windows.
         tasks: zero-shot scores.
+        generation: what it generates, compared with the dense model.
         model_size: parameters of the model.
         decoder_size: weights of all matrices in its blocks.
-        calibration, windows: the tokens that were used.
+        calibration, windows: the tokens that were used; windows by name of their set.
         cost: seconds and bytes.
         dense: of the dense model, if it was scored while the blocks were streamed.
     """
@@ -42,13 +44,14 @@ class RunResult:
     layers: list[Layer]
     starved: list[str]
     masks: dict[str, PackedMask] | None
-    perplexity: Perplexity | None
+    perplexity: dict[str, Perplexity]
     tasks: ZeroShotResult | None
     model_size: int
     decoder_size: int
     calibration: Tokens | None = field(repr=False, default=None)
-    windows: Tokens | None = field(repr=False, default=None)
+    windows: dict[str, Tokens] = field(repr=False, default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
+    generation: Generation | None = None
     dense: RunResult | None = None
 
 
@@ -63,7 +66,7 @@ def compose_record(run: ResolvedRun, result: RunResult) -> Record:
         "protocol": _protocol(run, result),
         "calibration": _calibration(run, result),
         "sparsity": _sparsity(result),
-        "metrics": _metrics(run, result),
+        "metrics": _metrics(result),
         "cost": {name: round(value, 3) if isinstance(value, float) else value for name, value in result.cost.items()},
         "solver": {
             "damping_retries": sum(layer.damping_retries for layer in result.layers),
@@ -117,18 +120,22 @@ def describe_config(config: RunConfig, components: Components, spec: ModelSpec |
         "experts": dataclasses.asdict(config.experts) if has_experts and components.calibrated else None,
         "seed": config.seed if "seed" in uses else None,
     }
+    evaluation = dataclasses.asdict(config.eval)
+    for name in ("extra_perplexity", "generation"):
+        if evaluation[name] is None:
+            del evaluation[name]
     return {
         "model": model,
         "method": {"name": method.name, **method.settings()},
         **{group: {"name": stage.name, **stage.settings()} for group, stage in components.stages.active.items()},
         **used,
-        "eval": dataclasses.asdict(config.eval),
+        "eval": evaluation,
         "protocol": config.protocol.get("name") if isinstance(config.protocol, dict) else None,
     }
 
 
 def _protocol(run: ResolvedRun, result: RunResult) -> dict[str, Any]:
-    evaluation, text, spec = run.config.eval, run.evaluation_text, run.spec
+    evaluation, spec = run.config.eval, run.spec
     protocol: dict[str, Any] = {
         "bos": run.bos,
         "dtype": spec.dtype_name,
@@ -137,14 +144,11 @@ def _protocol(run: ResolvedRun, result: RunResult) -> dict[str, Any]:
     }
     if remark := run.method.remark({Role(layer.role) for layer in result.layers}):
         protocol["method_note"] = remark
-    if evaluation.perplexity is not None and result.windows is not None and text is not None:
-        protocol |= {
-            "context": evaluation.perplexity.context,
-            "dataset": evaluation.perplexity.name,
-            "split": text.identity.get("split", text.identity.get("part")),
-            "windows": len(result.windows.ids),
-            "windows_sha256": result.windows.sha256,
-        }
+    sets = {name: _windows(run, name, windows) for name, windows in result.windows.items()}
+    if evaluation.perplexity is not None and sets:
+        protocol |= sets.pop(evaluation.perplexity.name)
+    if sets:
+        protocol["extra_perplexity"] = sets
     if (zeroshot := evaluation.zeroshot) is not None:
         protocol |= {
             "lm_eval": lm_eval_version(),
@@ -154,6 +158,17 @@ def _protocol(run: ResolvedRun, result: RunResult) -> dict[str, Any]:
             "num_fewshot": zeroshot.num_fewshot,
         }
     return protocol
+
+
+def _windows(run: ResolvedRun, name: str, windows: Tokens) -> dict[str, Any]:
+    identity = run.evaluation_texts[name].identity
+    return {
+        "context": windows.ids.shape[1],
+        "dataset": name,
+        "split": identity.get("split", identity.get("part")),
+        "windows": len(windows.ids),
+        "windows_sha256": windows.sha256,
+    }
 
 
 def _calibration(run: ResolvedRun, result: RunResult) -> dict[str, Any] | None:
@@ -175,19 +190,22 @@ def _sparsity(result: RunResult) -> dict[str, Any]:
     }
 
 
-def _metrics(run: ResolvedRun, result: RunResult) -> dict[str, Any]:
+def _metrics(result: RunResult) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
-    if (scored := result.perplexity) is not None and run.config.eval.perplexity is not None:
-        name = run.config.eval.perplexity.name
-        metrics["perplexity"] = {name: scored.value}
-        metrics["window_nll"] = {name: scored.window_nll}
-        metrics["predicted_tokens_per_window"] = {name: scored.predicted}
-        metrics["position_nll"] = {name: scored.position_nll}
-        if (kl := scored.kl) is not None:
-            compared = {"kl": kl, "agreement": scored.agreement, "perplexity_ratio": scored.ratio}
-            metrics["divergence"] = {name: compared}
-            metrics["window_kl"] = {name: scored.window_kl}
-            metrics["window_agreement"] = {name: scored.window_agreement}
+    if scored := result.perplexity:
+        metrics["perplexity"] = {name: each.value for name, each in scored.items()}
+        metrics["window_nll"] = {name: each.window_nll for name, each in scored.items()}
+        metrics["predicted_tokens_per_window"] = {name: each.predicted for name, each in scored.items()}
+        metrics["position_nll"] = {name: each.position_nll for name, each in scored.items()}
+    if compared := {name: each for name, each in result.perplexity.items() if each.kl is not None}:
+        metrics["divergence"] = {
+            name: {"kl": each.kl, "agreement": each.agreement, "perplexity_ratio": each.ratio}
+            for name, each in compared.items()
+        }
+        metrics["window_kl"] = {name: each.window_kl for name, each in compared.items()}
+        metrics["window_agreement"] = {name: each.window_agreement for name, each in compared.items()}
+    if result.generation is not None:
+        metrics["generation"] = dataclasses.asdict(result.generation)
     if (tasks := result.tasks) is not None:
         metrics |= {"tasks": tasks.tasks, "mean_acc": tasks.mean_acc, "mean_acc_norm": tasks.mean_acc_norm}
     return metrics

@@ -2,12 +2,14 @@
 
 import dataclasses
 import logging
+import math
 from functools import partial
 from pathlib import Path
 
 from dass_exp.config.settings import RunConfig
 from dass_exp.engine.prune import check_shapes
 from dass_exp.errors import UserError
+from dass_exp.evaluate.generation import PROMPT
 from dass_exp.models.decoder import decoder_of
 from dass_exp.models.load import bos_policy, check_weights
 from dass_exp.runs.context import RunContext
@@ -46,18 +48,21 @@ def resolve(config: RunConfig, context: RunContext) -> ResolvedRun:
 
 
 def _to_be_executed(run: ResolvedRun, context: RunContext) -> ResolvedRun:
-    config, without_tasks = run.config, None
-    if config.eval.zeroshot is not None:
-        evaluation = dataclasses.replace(config.eval, zeroshot=None)
-        without_tasks = dataclasses.replace(run, config=dataclasses.replace(config, eval=evaluation))
-    for candidate in filter(None, (run, without_tasks)):
+    config, streamed = run.config, _without(run, "generation")
+    without_tasks = _without(streamed, "zeroshot")
+    for candidate in dict.fromkeys((run, streamed, without_tasks)):
         if (earlier := placement_in(candidate.work_folder, candidate.identity)) is not None:
-            if candidate is without_tasks:
+            _warn_of_generation(run, candidate)
+            if candidate.config.eval.zeroshot is not config.eval.zeroshot:
                 log.warning("zero-shot tasks are left out, as they were when this run was interrupted")
             requested = config.model.placement
             return place(candidate, context, earlier if requested == "auto" else requested)
     run = place(run, context)
-    if without_tasks is None or not run.streams or not (reason := _tasks_do_not_fit(run, context)):
+    if not run.streams:
+        return run
+    _warn_of_generation(run, streamed)
+    run = dataclasses.replace(streamed, placement=run.placement, needs=run.needs)
+    if config.eval.zeroshot is None or not (reason := _tasks_do_not_fit(run, context)):
         return run
     if config.eval.perplexity is None and not run.method.prunes:
         raise UserError(
@@ -66,6 +71,21 @@ def _to_be_executed(run: ResolvedRun, context: RunContext) -> ResolvedRun:
         )
     log.warning("the model is read block by block, so zero-shot tasks are left out: %s", reason)
     return dataclasses.replace(without_tasks, placement=run.placement, needs=run.needs)
+
+
+def _without(run: ResolvedRun, part: str) -> ResolvedRun:
+    """Return a run that leaves a part of the evaluation out; the run itself if it has no such part."""
+    if getattr(run.config.eval, part) is None:
+        return run
+    evaluation = dataclasses.replace(run.config.eval)
+    setattr(evaluation, part, None)
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, eval=evaluation))
+
+
+def _warn_of_generation(run: ResolvedRun, executed: ResolvedRun) -> None:
+    if executed.config.eval.generation is not run.config.eval.generation:
+        advice = "score a saved model, or a smaller one, where it fits in memory"
+        log.warning("the model is read block by block, so eval.generation is left out: %s", advice)
 
 
 def place(run: ResolvedRun, context: RunContext, requested: str | None = None) -> ResolvedRun:
@@ -97,11 +117,12 @@ def place(run: ResolvedRun, context: RunContext, requested: str | None = None) -
 
 def _check(run: ResolvedRun, context: RunContext) -> None:
     """Check lengths, shapes and texts before weights are loaded."""
-    config, scored, limit = run.config, run.config.eval.perplexity, run.spec.positions
-    lengths = {
-        "calibration.seq_len": config.calibration.seq_len if run.calibrated else 0,
-        "eval.perplexity.context": scored.context if scored else 0,
-    }
+    config, limit = run.config, run.spec.positions
+    lengths = {"calibration.seq_len": config.calibration.seq_len if run.calibrated else 0}
+    lengths |= {f"{setting}.context": scored.context for setting, scored in config.eval.perplexity_sets.values()}
+    if config.eval.generation is not None and config.eval.perplexity is not None:
+        prompt = min(PROMPT, config.eval.perplexity.context)
+        lengths[f"{prompt} tokens of a prompt + eval.generation.tokens"] = prompt + config.eval.generation.tokens
     for setting, length in lengths.items():
         if limit is not None and length > limit:
             raise UserError(f"{setting}={length}: model {run.spec.name} has {limit} positions; choose at most that")
@@ -113,7 +134,7 @@ def _check(run: ResolvedRun, context: RunContext) -> None:
 
 
 def _needs(run: ResolvedRun, context: RunContext) -> MemoryNeeds:
-    config, scored, windows = run.config, run.config.eval.perplexity, context.windows(run)
+    config, windows = run.config, [windows.ids for windows in context.windows(run).values()]
     workload = Workload(
         scope=config.scope if run.method.prunes else None,
         kinds=partial(run.stages.kinds, run.method),
@@ -128,7 +149,8 @@ def _needs(run: ResolvedRun, context: RunContext) -> MemoryNeeds:
         solver_bytes=run.stages.solver_bytes(run.method),
     )
     calibration = (config.calibration.num_samples, config.calibration.seq_len) if run.calibrated else (0, 0)
-    size = (len(windows.ids), scored.context) if scored is not None and windows is not None else (0, 0)
+    longest = max((ids.shape[1] for ids in windows), default=0)  # all sets, as windows of the longest context
+    size = (math.ceil(sum(ids.numel() for ids in windows) / longest), longest) if windows else (0, 0)
     skeleton = context.skeleton(run)
     return memory_needs(decoder_of(skeleton, run.spec.roles), skeleton, calibration, size, workload)
 

@@ -46,7 +46,7 @@ class Components:
     stages: Stages
     tracker: Tracker
     calibration_text: Text
-    evaluation_text: Text | None
+    evaluation_texts: dict[str, Text]  # by name of the set of windows
 
     @classmethod
     def of(cls, config: RunConfig) -> Components:
@@ -55,8 +55,7 @@ class Components:
         Raises:
             UserError: a value is not allowed; the message names the setting.
         """
-        scored, zeroshot = config.eval.perplexity, config.eval.zeroshot
-        if zeroshot is not None:
+        if (zeroshot := config.eval.zeroshot) is not None:
             check_tasks(zeroshot.tasks, zeroshot.data, zeroshot.num_fewshot, zeroshot.include_path)
         stages = build_stages({group: getattr(config, group) for group in STAGE_GROUPS})
         method, pattern = build(config.method, Pruner, "method"), build(config.pattern, Pattern, "pattern")
@@ -67,7 +66,10 @@ class Components:
             stages=stages if method.prunes else Stages(),
             tracker=build(config.tracker, Tracker, "tracker"),
             calibration_text=build(config.calibration.text, Text, "calibration.text"),
-            evaluation_text=build(scored.text, Text, "eval.perplexity.text") if scored else None,
+            evaluation_texts={
+                name: build(scored.text, Text, f"{setting}.text")
+                for name, (setting, scored) in config.eval.perplexity_sets.items()
+            },
         )
 
     @property
@@ -163,8 +165,8 @@ class ResolvedRun(Components):
         if not self.method.prunes or (evaluation.perplexity is None and evaluation.zeroshot is None):
             return None
         model, placement = self.config.model, self.placement
-        if evaluation.zeroshot is not None and placement != "resident":
-            # tasks need the whole model in memory, where it may fit alone
+        if (evaluation.zeroshot or evaluation.generation) is not None and placement != "resident":
+            # tasks and generation need the whole model in memory, where it may fit alone
             model, placement = dataclasses.replace(model, placement="resident"), None
         config = dataclasses.replace(self.config, model=model, rerun=False, repeat=0, save=None)
         return dataclasses.replace(self, config=config, method=Dense(), stages=Stages(), placement=placement)
@@ -176,9 +178,9 @@ class ResolvedRun(Components):
             **self.stages.active,
             "pattern": self.pattern,
             "calibration.text": self.calibration_text,
-            "eval.perplexity.text": self.evaluation_text,
+            **_texts_by_setting(self),
         }
-        kinds = {setting: type(part) for setting, part in settings.items() if part is not None}
+        kinds = {setting: type(part) for setting, part in settings.items()}
         foreign = [
             f"{setting}._target_={part.__module__}.{part.__qualname__}"
             for setting, part in kinds.items()
@@ -253,19 +255,32 @@ def _plugin_code(run: ResolvedRun) -> dict[str, str]:
         parts["pattern"] = run.pattern
     if "calibration" in run.uses:
         parts["calibration.text"] = run.calibration_text
-    if run.evaluation_text is not None:
-        parts["eval.perplexity.text"] = run.evaluation_text
+    parts |= _texts_by_setting(run)
     return {name: digest for name, part in parts.items() if (digest := source_digest(type(part)))}
 
 
+def _texts_by_setting(run: ResolvedRun) -> dict[str, Text]:
+    sets = run.config.eval.perplexity_sets
+    return {f"{setting}.text": run.evaluation_texts[name] for name, (setting, _) in sets.items()}
+
+
 def _evaluation(run: ResolvedRun) -> dict[str, Any]:
+    evaluation = run.config.eval
+    windows = {
+        name: {
+            "text": run.evaluation_texts[name].identity,
+            "context": scored.context,
+            "max_windows": scored.max_windows,
+        }
+        for name, (_, scored) in evaluation.perplexity_sets.items()
+    }
     identity: dict[str, Any] = {}
-    evaluation, text = run.config.eval, run.evaluation_text
-    if (scored := evaluation.perplexity) is not None and text is not None:
-        cut = {"context": scored.context, "max_windows": scored.max_windows}
-        identity["perplexity"] = {"text": text.identity, **cut}
+    if evaluation.perplexity is not None:
+        identity["perplexity"] = windows.pop(evaluation.perplexity.name)
         if run.method.prunes:
             identity["divergence"] = evaluation.divergence
+    if windows:
+        identity["extra_perplexity"] = windows
     if (zeroshot := evaluation.zeroshot) is not None:
         offline = zeroshot.data == "offline"
         tasks = documents_identity(zeroshot.tasks) if offline else sorted(zeroshot.tasks)
@@ -274,6 +289,8 @@ def _evaluation(run: ResolvedRun) -> dict[str, Any]:
             identity["zeroshot"]["num_fewshot"] = zeroshot.num_fewshot
         if zeroshot.include_path is not None:
             identity["zeroshot"]["own_tasks"] = folder_digest(Path(zeroshot.include_path))
+    if evaluation.generation is not None:
+        identity["generation"] = dataclasses.asdict(evaluation.generation)
     if identity:
         identity["version"] = EVALUATION_VERSION
     return identity

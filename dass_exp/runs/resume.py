@@ -177,7 +177,7 @@ class ResumeState(Callback):
     Args:
         run: gives work folder, identity, placement, and whether to keep a state.
         earlier: the state of an earlier start.
-        verification, scorer, stopwatch: whose results belong to the state.
+        verification, scorers, stopwatch: whose results belong to the state; scorers by name of their windows.
     """
 
     def __init__(
@@ -185,11 +185,13 @@ class ResumeState(Callback):
         run: ResolvedRun,
         earlier: State | None,
         verification: Verification,
-        scorer: StreamedPerplexity | None,
+        scorers: Mapping[str, StreamedPerplexity],
         stopwatch: Stopwatch,
     ) -> None:
         self._run, self._earlier, self._folder = run, earlier, run.work_folder
-        self._verification, self._scorer, self._stopwatch = verification, scorer, stopwatch
+        self._verification, self._stopwatch = verification, stopwatch
+        # the hidden states of the first set have no prefix, as before there were several
+        self._scorers = {f"{name}: " * (number > 0): scorer for number, (name, scorer) in enumerate(scorers.items())}
         self._loop: LoopState | None = None
         if earlier is not None:
             verification.layers += [Layer(**layer) for layer in earlier.results["layers"]]
@@ -202,8 +204,9 @@ class ResumeState(Callback):
             return
         if loop.batches:
             restore_hidden(loop.batches, earlier.hidden["calibration"])
-        if self._scorer is not None:
-            self._scorer.hidden = earlier.hidden
+        for prefix, scorer in self._scorers.items():
+            own = {name: parts for name, parts in earlier.hidden.items() if name.startswith(prefix)}
+            scorer.hidden = {name.removeprefix(prefix): parts for name, parts in own.items()}
         if not self._run.streams:
             for index, block in enumerate(loop.decoder.blocks[: earlier.blocks]):
                 with as_user_error(_weights_file(self._folder, index), self._folder):
@@ -218,10 +221,12 @@ class ResumeState(Callback):
         self._folder.mkdir(parents=True, exist_ok=True)
         if not self._run.streams:  # a streamed block is in the growing checkpoint, if it is saved at all
             write_tensors(report.module.state_dict(), _weights_file(self._folder, report.index))
-        batches, scorer = self._loop.batches, self._scorer
+        batches = self._loop.batches
         hidden = {"calibration": [batch.cached.stored() for batch in batches]} if batches else {}
-        hidden |= scorer.hidden if scorer is not None else {}
-        returns_tuple = batches[0].returns_tuple if batches else scorer.returns_tuple if scorer is not None else False
+        for prefix, scorer in self._scorers.items():
+            hidden |= {prefix + name: parts for name, parts in scorer.hidden.items()}
+        known = [batches[0].returns_tuple] if batches else [scorer.returns_tuple for scorer in self._scorers.values()]
+        returns_tuple = next(iter(known), False)
         results = {
             "layers": [dataclasses.asdict(layer) for layer in self._verification.layers],
             "starved": self._verification.starved,

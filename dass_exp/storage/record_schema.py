@@ -52,6 +52,14 @@ class _Identity(TypedDict):
     trained: NotRequired[_Training]
 
 
+class _Windows(TypedDict):
+    context: int
+    dataset: str
+    split: str | None
+    windows: _Count
+    windows_sha256: str
+
+
 class _Protocol(TypedDict):
     bos: str
     dtype: str
@@ -63,6 +71,7 @@ class _Protocol(TypedDict):
     split: NotRequired[str | None]
     windows: NotRequired[_Count]
     windows_sha256: NotRequired[str]
+    extra_perplexity: NotRequired[dict[str, _Windows]]  # further sets, by name
     lm_eval: NotRequired[str]
     tasks: NotRequired[list[str]]
     num_fewshot: NotRequired[_Count]
@@ -112,6 +121,13 @@ class _Divergence(TypedDict):
     perplexity_ratio: Annotated[float, Ge(0), Lt(math.inf)]
 
 
+class _Generation(TypedDict):
+    prompts: _Count
+    tokens: _Count
+    equal: _Share
+    distinct_4: _Share
+
+
 class _Metrics(TypedDict):
     perplexity: NotRequired[dict[str, Annotated[float, Ge(1), Lt(math.inf)]]]
     window_nll: NotRequired[dict[str, list[Annotated[float, Ge(-1e-3), Lt(math.inf)]]]]
@@ -120,6 +136,7 @@ class _Metrics(TypedDict):
     window_kl: NotRequired[dict[str, list[_Size]]]
     window_agreement: NotRequired[dict[str, list[_Share]]]
     tasks: NotRequired[dict[str, _Task]]
+    generation: NotRequired[_Generation]
     mean_acc: NotRequired[_Share]
     mean_acc_norm: NotRequired[_Share]
 

@@ -35,6 +35,7 @@ NEEDED = {
     "refine/dsnot": ["method=wanda"],
     "pattern/nm": ["pattern.n=1", "pattern.m=4"],
     "calibration/text_file": ["calibration.text.path=my.txt"],
+    "eval/generation_mini": ["eval.perplexity={name: x, text: {_target_: dass_exp.data.texts.OfflineText, asset: c4}}"],
     "eval/ppl_text_file": ["eval.perplexity.text.path=my.txt"],
 }  # what a file leaves to the user
 

@@ -173,7 +173,7 @@ def test_a_run_of_a_gemma_begins_every_window_with_bos(family, bos, tmp_path, sh
     record, settings = run_with(*overrides).record, settings_of(*overrides)
     tokenizer, texts = AutoTokenizer.from_pretrained(folder), Components.of(settings)
     drawn = calibration_tokens(texts.calibration_text, settings.calibration, tokenizer, bos, settings.seed)
-    windows = evaluation_windows(texts.evaluation_text, 32, 4, tokenizer, bos)
+    windows = evaluation_windows(texts.evaluation_texts["wikipedia_mini"], 32, 4, tokenizer, bos)
     assert record["protocol"]["bos"] == bos
     assert record["calibration"]["tokens_sha256"] == drawn.sha256
     assert record["protocol"]["windows_sha256"] == windows.sha256
