@@ -198,32 +198,24 @@ def _draw_spread(pane: Axes, values: Mapping[float, TableValue]) -> None:
 
 
 def _set_scale(pane: Axes, metric: str, values: Sequence[TableValue], floor: bool = False) -> None:
-    """Label the y axis with what its error bars are, and make it logarithmic if a ratio spans a decade."""
+    """Label the y axis with what its error bars are, and make it logarithmic where ratios count and span a decade."""
+    from matplotlib.ticker import LogLocator
+
     means = [value.mean for value in values] or [1]
+    low, high = min(means), max(means)
     spread = [value for value in values if value.spread is not None]
     kinds = ["standard deviation" if value.sd is not None else "standard error" for value in spread]
     described = metric_of(metric)
-    logarithmic = _log_axis(pane, "y", means) if described.ratio else ""
-    notes = [*([logarithmic.strip(" ()")] if logarithmic else []), *(f"± {kind}" for kind in dict.fromkeys(kinds))]
+    logarithmic = described.ratio and low > 0 and high >= _DECADE * low
+    notes = [*(["log scale"] if logarithmic else []), *(f"± {kind}" for kind in dict.fromkeys(kinds))]
     pane.set_ylabel(described.axis + (f"\n({', '.join(notes)})" if notes else ""))
     if logarithmic:
-        pane.set_ylim(min(means) / 1.6 if floor else None)
+        pane.set_yscale("log")
+        pane.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e4 else (1,)))
+        pane.yaxis.set_major_formatter("{x:g}")
+        pane.yaxis.set_minor_formatter("")
+        pane.set_ylim(low / 1.6 if floor else None)
     pane.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-
-
-def _log_axis(pane: Axes, name: str, values: Sequence[float]) -> str:
-    """Make an axis (x or y) logarithmic if positive values span a decade, and return what its label says of that."""
-    from matplotlib.ticker import LogLocator
-
-    low, high = min(values), max(values)
-    if low <= 0 or high < _DECADE * low:
-        return ""
-    pane.set(**{f"{name}scale": "log"})
-    axis = pane.xaxis if name == "x" else pane.yaxis
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e4 else (1,)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter("")
-    return " (log scale)"
 
 
 def _add_legend(figure: Figure, *panes: Axes) -> None:

@@ -91,15 +91,6 @@ def test_a_method_has_its_colour_in_figures_of_every_kind(tmp_path):
     assert wanda not in colours(without)
 
 
-@pytest.mark.parametrize(("slowest", "logarithmic"), [(19.0, False), (20.0, True)])
-def test_points_are_on_a_log_axis_if_they_span_a_decade(tmp_path, slowest, logarithmic):
-    records = [record_of("wanda", [9.0]), record_of("dass", [5.0])]
-    records[1]["cost"]["prune_s"] = slowest  # the other takes 2 seconds
-    svg, _ = draw(table_of({("wanda", "2:4"): one(9.0)}, {"kind": "pareto"}, records=records), tmp_path)
-    assert ("seconds to prune (log scale)" in svg.read_text()) == logarithmic
-    assert "perplexity (log scale)" not in svg.read_text()
-
-
 def test_shares_stay_on_a_linear_axis(tmp_path):
     cells = {("dass", "2:4"): one(2.0), ("wanda", "2:4"): one(60.0)}
     assert "(log scale)" not in test_figures.drawn(table_of(cells, metric="flips"), tmp_path / "flips")
