@@ -14,11 +14,7 @@ from dass_exp.config.settings import STAGE_GROUPS
 from dass_exp.report.load import Record, asked_tasks, model_name
 
 _PLAIN_WIDTH = 160  # columns for a pipe or a file, which have no width of their own
-_SPARSITIES = {
-    "scope": "sparsity of the scope %",
-    "decoder": "of the decoder's linears %",
-    "model": "of the whole model %",
-}
+_SPARSITIES = {"scope": "the scope", "decoder": "the linears of all blocks", "model": "the whole model"}
 _SECONDS = {"load_s": "seconds to load", "prune_s": "to prune", "eval_s": "to evaluate"}
 
 
@@ -69,6 +65,7 @@ def show_run(record: Record, dense: Record | None, path: Path, found: bool, mode
         table.add_row(label, *(column.get(label, "") for column in columns))
     screen = console()
     screen.print(table)
+    screen.print(sizes_line(record))
     screen.print(caption(record))
     screen.print(f"{'found' if found else 'wrote'} {path}", soft_wrap=True)
 
@@ -122,12 +119,21 @@ def _summary(record: Record) -> dict[str, str]:
     if (generation := metrics.get("generation")) is not None:
         rows["generated tokens equal to dense %"] = f"{100 * generation['equal']:.1f}"
         rows["distinct 4-grams %"] = f"{100 * generation['distinct_4']:.1f}"
-    rows |= {label: f"{100 * record['sparsity'][name]:.1f}" for name, label in _SPARSITIES.items()}
     rows |= {label: f"{cost[name]:.1f}" for name, label in _SECONDS.items()}
     rows["peak memory GB"] = f"{cost['peak_rss_bytes'] / 1e9:.2f}"
     if cost.get("peak_gpu_bytes") is not None:
         rows["peak GPU memory GB"] = f"{cost['peak_gpu_bytes'] / 1e9:.2f}"
     return rows
+
+
+def sizes_line(record: Record) -> str:
+    """Return the zeros of a record, and the size of its model where it is known, in one line."""
+    sparsity = record["sparsity"]
+    zeros = ", ".join(f"{100 * sparsity[name]:.1f} % of {label}" for name, label in _SPARSITIES.items())
+    if "packed_bytes" not in sparsity:  # a record of an earlier version
+        return f"zeros: {zeros}"
+    dense, packed = (f"{sparsity[name] / 1e6:.1f} MB" for name in ("dense_bytes", "packed_bytes"))
+    return f"zeros: {zeros}; size: {dense} dense, {packed} packed (surviving values and one mask bit a weight)"
 
 
 def with_error(scores: dict[str, Any], name: str) -> str:

@@ -65,7 +65,7 @@ def compose_record(run: ResolvedRun, result: RunResult) -> Record:
         "identity": run.identity,
         "protocol": _protocol(run, result),
         "calibration": _calibration(run, result),
-        "sparsity": _sparsity(result),
+        "sparsity": _sparsity(result, run.spec.dtype.itemsize),
         "metrics": _metrics(result),
         "cost": {name: round(value, 3) if isinstance(value, float) else value for name, value in result.cost.items()},
         "solver": {
@@ -179,12 +179,18 @@ def _calibration(run: ResolvedRun, result: RunResult) -> dict[str, Any] | None:
     return {"name": name, "num_samples": samples, "seq_len": length, "tokens_sha256": tokens.sha256}
 
 
-def _sparsity(result: RunResult) -> dict[str, Any]:
+def _sparsity(result: RunResult, width: int) -> dict[str, Any]:
+    """Return the zeros, and the bytes of the model: as it is, and packed, with ``width`` bytes a value.
+
+    Packed, a pruned linear is its surviving values and one bit a weight that says where they stand.
+    """
     zeros, size = sum(layer.zeros for layer in result.layers), sum(layer.size for layer in result.layers)
     return {
         "scope": zeros / size if size else 0.0,
         "decoder": zeros / result.decoder_size,
         "model": zeros / result.model_size,
+        "dense_bytes": width * result.model_size,
+        "packed_bytes": width * (result.model_size - zeros) + sum(-(-layer.size // 8) for layer in result.layers),
         "excess_zeros": sum(layer.excess for layer in result.layers),
         "layers": [dataclasses.asdict(layer) for layer in result.layers],
     }

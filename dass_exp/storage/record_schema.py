@@ -95,6 +95,8 @@ class _Sparsity(TypedDict):
     scope: _Share
     decoder: _Share
     model: _Share
+    dense_bytes: NotRequired[_Count]
+    packed_bytes: NotRequired[_Count]
     layers: list[_Layer]
 
 

@@ -23,6 +23,7 @@ from dass_exp.report.console import (
     pattern_label,
     scope_label,
     show_run,
+    sizes_line,
     with_error,
 )
 from dass_exp.report.sweep_callback import Comparison, Sweep, note_cell
@@ -210,13 +211,22 @@ def test_labels(demo):
 def test_the_summary_shows_pruned_beside_dense_and_the_record(demo, capsys):
     show_run(demo[4], demo[0], Path("results/runs/x/result.json"), found=True)
     text = capsys.readouterr().out
-    expected = {"perplexity wikipedia_mini": ["20.40", "85.30"], "sparsity of the scope %": ["0.0", "50.0"]}
+    expected = {"perplexity wikipedia_mini": ["20.40", "85.30"]}
     for label, values in expected.items():
         line = next(line for line in text.splitlines() if label in line)
         assert re.findall(r"[\d.]+", line) == values
     for words in ("piqa acc %", "piqa acc_norm %", "60.0 ± 5.0", "mean acc %", "29.0", "37.0", "peak memory GB"):
         assert words in text, words
     assert "found results/runs/x/result.json" in text
+
+
+def test_one_line_has_the_zeros_and_the_size_of_the_model(demo):
+    record = {"sparsity": {"scope": 0.5, "decoder": 0.394, "model": 0.301}}
+    zeros = "zeros: 50.0 % of the scope, 39.4 % of the linears of all blocks, 30.1 % of the whole model"
+    assert sizes_line(record) == zeros  # an earlier version noted no sizes
+    record["sparsity"] |= {"dense_bytes": 538_060_000, "packed_bytes": 386_000_000}
+    assert sizes_line(record).startswith(f"{zeros}; size: 538.1 MB dense, 386.0 MB packed")
+    assert sizes_line(demo[4]).startswith("zeros: 50.0 % of the scope, 37.0 %")
 
 
 def test_the_summary_of_a_single_record(demo, capsys):
@@ -226,7 +236,7 @@ def test_the_summary_of_a_single_record(demo, capsys):
     assert "wrote result.json" in text
     demo[4]["metrics"] = {}  # nothing was scored
     show_run(demo[4], None, Path("result.json"), found=False)
-    assert "sparsity of the scope" in capsys.readouterr().out
+    assert "zeros: 50.0 % of the scope" in capsys.readouterr().out
 
 
 def test_a_phase_is_reported_once(capsys):

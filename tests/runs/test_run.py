@@ -142,7 +142,17 @@ def test_the_three_denominators_of_sparsity(cell):
     assert sparsity["decoder"] == MLP_SIZE / 2 / DECODER_SIZE
     assert sparsity["model"] == MLP_SIZE / 2 / MODEL_SIZE
     assert sparsity["excess_zeros"] == 0
+    # float32: the MLP at half its values and one bit a weight, the rest as it is
+    assert sparsity["dense_bytes"] == 4 * MODEL_SIZE
+    assert sparsity["packed_bytes"] == 4 * (MODEL_SIZE - MLP_SIZE) + 4 * MLP_SIZE // 2 + MLP_SIZE // 8
+    dense = run_with(*cell).dense["sparsity"]
+    assert dense["packed_bytes"] == dense["dense_bytes"] == 4 * MODEL_SIZE
     assert sum(layer["size"] for layer in sparsity["layers"]) == MLP_SIZE
+
+
+def test_a_packed_model_has_values_of_its_own_dtype(cell):
+    sparsity = run_with(*cell, "model.dtype=bfloat16", "pattern=4of8").record["sparsity"]
+    assert sparsity["packed_bytes"] == 2 * MODEL_SIZE - 2 * MLP_SIZE // 2 + MLP_SIZE // 8
 
 
 def test_all_linears_at_4_of_8_are_those_of_the_decoder_and_none_runs_on_a_2_of_4_kernel(cell):
