@@ -182,8 +182,9 @@ def _process_block(loop: LoopState, index: int, method: Pruner, options: EngineO
     linears = [linear for unit in units for linear in unit.linears]
     for linear in linears:
         linear.check_statistic()
-    heads = int(decoder.config.num_attention_heads)
-    orders = reorder(units, stages.permute, method, pattern, heads) if stages.permute.active else {}
+    orders = {}
+    if stages.permute.active:
+        orders = reorder(units, stages.permute, method, pattern, int(decoder.config.num_attention_heads))
     if orders and batches and index == loop.first_block:
         check_unchanged(name, dense[0].load(), batches[0].run_block(module, index))
     weights = {linear.name: linear.weight.clone() for linear in linears} if stages.need_dense_weights else {}

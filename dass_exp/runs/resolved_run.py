@@ -237,6 +237,8 @@ def identity_of(run: ResolvedRun) -> dict[str, Any]:
         if spec.family is not None and spec.family.experts is not None:
             experts = dataclasses.asdict(config.experts)
             identity["experts"] = {**experts, "starved": _STARVED[config.experts.starved]}
+    if method.prunes and config.eval.perplexity is not None and not config.eval.divergence:
+        identity["divergence"] = False  # not part of ``eval``, by which a dense record is found
     if code := _plugin_code(run):
         identity["code"] = code
     if spec.trained:
@@ -277,8 +279,6 @@ def _evaluation(run: ResolvedRun) -> dict[str, Any]:
     identity: dict[str, Any] = {}
     if evaluation.perplexity is not None:
         identity["perplexity"] = windows.pop(evaluation.perplexity.name)
-        if run.method.prunes:
-            identity["divergence"] = evaluation.divergence
     if windows:
         identity["extra_perplexity"] = windows
     if (zeroshot := evaluation.zeroshot) is not None:
