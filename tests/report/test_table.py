@@ -373,3 +373,13 @@ def test_latex_compiles_and_fits_the_page(table_of, results, tmp_path, columns):
     assert done.returncode == 0, done.stdout
     assert "Overfull" not in done.stdout
     assert "Float too large" not in done.stdout
+
+
+def test_records_with_and_without_examples_do_not_share_a_table():
+    none, five = (record_of("wanda", key=key, tasks={"piqa": task(0.5)}) for key in ("none", "five"))
+    for record, more in ((none, {}), (five, {"num_fewshot": 5})):
+        record["identity"]["eval"]["zeroshot"] = {"tasks": {"piqa": "6e14"}, "limit": 20, **more}
+    differing = Protocols([none, five]).differing(["method"])
+    assert differing == {"eval.zeroshot.num_fewshot": {"none", "5"}}
+    assert not Protocols([five, five]).differing(["method"])
+    assert not Protocols([none, five]).differing(["eval.zeroshot.num_fewshot"])

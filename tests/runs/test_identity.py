@@ -51,12 +51,13 @@ ANOTHER = {
     "eval.perplexity.text.asset": "c4",
     "eval.perplexity.text.part": "odd",
     "eval.extra_perplexity": "{more: {text: {_target_: dass_exp.data.texts.OfflineText, asset: c4}}}",
-    "eval.generation": "{prompts: 3}",
     "eval.zeroshot.tasks": "[piqa]",
     "eval.zeroshot.data": "hub",
+    "eval.cache": "disk",
     "plugins": "[another]",
 }
 GROUPS = {
+    "eval.generation": "eval=[mini,generation_mini]",
     "method._target_": "method=wanda",
     "pattern._target_": "pattern=unstructured",
     "tracker._target_": "tracker=none",
@@ -159,7 +160,7 @@ def test_records_of_the_demo_are_found_by_the_keys_that_they_have_always_had(met
     overrides = ["model=smollm2_135m", "model.device=cpu", f"method={method}", "pattern=2of4", "eval=mini"]
     identity = identify_run(settings_of(*overrides), RunContext()).identity
     identity["eval"]["zeroshot"]["lm_eval"] = "0.4.13"  # which scored them
-    identity["eval"]["version"] = 1  # before the log-likelihoods of all choices were kept
+    identity["eval"]["version"] = 1  # before divergence and the log-likelihoods of all choices
     assert key_of(identity) == key
 
 

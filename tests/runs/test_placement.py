@@ -123,7 +123,8 @@ TASKS = ["eval=mini", "eval.zeroshot.limit=3"]
 def test_zero_shot_is_left_out_with_a_word(cell, caplog):
     record = run_with(*cell, *TASKS, STREAM).record
     assert contains(caplog.text.strip(), ["zero-shot tasks are left out", "save=FOLDER keeps it"])
-    assert set(record["metrics"]) == {"perplexity", "window_nll", "predicted_tokens_per_window"}
+    assert {"perplexity", "window_nll", "divergence"} < record["metrics"].keys()
+    assert not {"tasks", "mean_acc"} & record["metrics"].keys()
     assert record["key"] == run_with(*cell, *TASKS, STREAM, "eval.zeroshot=null").record["key"]
 
 
@@ -158,7 +159,7 @@ def test_zero_shot_is_left_out_where_the_saved_model_does_not_fit(cell, tmp_path
     overrides = [*cell, *TASKS, STREAM, f"model.path={folder}", f"save={tmp_path}/saved"]
     needs = resolve(settings_of(*overrides), RunContext()).needs
     record = run_with(*overrides, context=FixedMemory(needs.scored - 1)).record
-    missing = ["zero-shot tasks are left out", "the model alone needs 1.0 GB", f"score {tmp_path}/saved where it fits"]
+    missing = ["zero-shot tasks are left out", "the model alone needs 1.2 GB", f"score {tmp_path}/saved where it fits"]
     assert contains(caplog.text.strip(), missing)
     assert "tasks" not in record["metrics"]
 
@@ -307,7 +308,7 @@ NEEDS = MemoryNeeds(**WEIGHTS, activations=100, windows=100, solver=100, batch=1
 
 
 def test_sizes_add_up():
-    assert NEEDS.resident == memory.BASE + 10_000_000_300
+    assert NEEDS.resident == memory.BASE + 10_000_000_350  # half of the windows are those of the dense model
     assert NEEDS.streamed == memory.BASE + 1_300_000_400
     assert "model 10.00, block 0.50, ahead 0.50" in NEEDS.parts()
 
