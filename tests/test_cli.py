@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from support import command, files_under, tiny_overrides
+from fork_server import forked_command as command
+from support import files_under, tiny_overrides
 
 from dass_exp.report.load import cells_of
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from support import run_with
 
+from dass_exp.runs.context import ModelCache, RunContext
+
 SHORT = [
     "model=smollm2_135m",
     "pattern=2of4",
@@ -23,7 +25,11 @@ def records(tmp_path_factory):
     """One record per method."""
     results = tmp_path_factory.mktemp("results")
     methods = ("dense", "magnitude", *CALIBRATED)
-    return {method: run_with(*SHORT, f"method={method}", f"results_dir={results}").record for method in methods}
+    shared = ModelCache()  # as the cells of a sweep share it
+    return {
+        method: run_with(*SHORT, f"method={method}", f"results_dir={results}", context=RunContext(shared=shared)).record
+        for method in methods
+    }
 
 
 def test_a_calibrated_method_lies_between_dense_and_magnitude(records):

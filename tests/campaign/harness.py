@@ -9,17 +9,16 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from fork_server import Result, Server
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from server import write_texts
-from support import ROOT, save_tiny, tiny_overrides
+from support import save_tiny, tiny_overrides
 
 # which cases are tried: sample, all, every so-many-th, or those with this text in their name
 WHAT = os.environ.get("DASS_EXP_CAMPAIGN", "sample")
@@ -27,73 +26,9 @@ SAMPLED = 1  # cases of a test that are in the sample
 TROUBLE = re.compile(
     r"Traceback \(most recent|Exception ignored|panicked at|terminate called|Segmentation|--- Logging error|core dumped"
 )
-DOING = ("finding ", "model.placement=stream: the model is read", "continuing after block")
 LINES = [
     f"Line {number} of the text: the cat sat on mat {number * 7} and the river ran to the sea." for number in range(40)
 ]
-_RUN = ("prelude", "dass_exp.__main__", "dass_exp.report.cli")  # modules that a job runs as its main one
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """How one process ended."""
-
-    code: int
-    stdout: str
-    stderr: str
-    operations: list[list[str]]
-    ended: str | None
-    seconds: float
-
-    @property
-    def messages(self) -> list[str]:
-        """The different lines on standard error but those that say what the run is doing."""
-        lines = dict.fromkeys(line for line in self.stderr.splitlines() if line.strip())
-        return [line for line in lines if not re.fullmatch(r"[^:]* \.\.\.", line) and not line.startswith(DOING)]
-
-
-class Server:
-    """The client of server.py."""
-
-    def __init__(self, folder: Path) -> None:
-        self._errors, self._folder, home = (folder / "server.log").open("w"), folder, folder / "home"
-        home.mkdir()
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        env = {**os.environ, "PYTHONPATH": path, "HOME": str(home), "HF_HOME": str(home), "DASS_EXP_ROOT": str(ROOT)}
-        env |= {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-        call, pipe = [sys.executable, str(Path(__file__).with_name("server.py"))], subprocess.PIPE
-        self._process = subprocess.Popen(
-            call, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, env=env, cwd=folder
-        )
-        self._ask({"modules": ["torch", "transformers", "hydra", "dass_exp.runs.run"]})
-
-    def _ask(self, request: Any) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        reply = self._process.stdout.readline()
-        assert reply, f"the server has ended: {(self._folder / 'server.log').read_text()[-2000:]}"
-        return json.loads(reply)
-
-    def run(self, *jobs: dict[str, Any]) -> list[Result]:
-        """Run jobs at the same time."""
-        return [Result(**result) for result in self._ask(jobs)]
-
-    def preload(self, job: dict[str, Any]) -> None:
-        """Let the server import all modules that a job imports."""
-        listing = self._folder / "modules.json"
-        save = f"open({str(listing)!r}, 'w').write(json.dumps(list(sys.modules)))"
-        (result,) = self.run({**job, "prelude": f"import atexit, json, sys\natexit.register(lambda: {save})"})
-        assert result.code == 0, result.stderr
-        modules = [name for name in json.loads(listing.read_text()) if name != "__main__" and name not in _RUN]
-        self._ask({"modules": modules})
-
-    def close(self) -> None:
-        """End the server."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(20)
 
 
 class Box:

@@ -13,6 +13,7 @@ from dass_exp.report.figures import draw
 from dass_exp.report.load import SweepCell
 from dass_exp.report.metric_table import build_metric_table
 from dass_exp.report.page import Section, write_page
+from dass_exp.report.protocol_check import Protocols
 from dass_exp.report.table import TableValue, build_table
 from dass_exp.report.write import (
     caption,
