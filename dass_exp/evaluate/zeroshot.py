@@ -131,7 +131,7 @@ def zero_shot(
 
     with tempfile.TemporaryDirectory() as folder, quiet_loggers("lm_eval", "evaluate", "datasets"):
         manager = _manager(tasks, data, options.include_path, Path(folder))
-        adapter = _adapter(model, tokenizer, options)
+        adapter = _adapter_class()(model, tokenizer, options)
         try:
             loaded = manager.load(list(tasks))
             for task in loaded["tasks"].values():
@@ -142,7 +142,7 @@ def zero_shot(
             output = evaluate(adapter, loaded, limit=limit, bootstrap_iters=1000)
         except (OSError, RuntimeError, ValueError, AssertionError) as error:
             foreign = data == "hub" or options.include_path is not None or isinstance(error, AssertionError)
-            if not foreign or isinstance(error, (UserError, NumericalError)):
+            if not foreign or isinstance(error, (UserError, NumericalError, torch.OutOfMemoryError)):
                 raise
             advice = "check the network, or set eval=zeroshot_mini" if data == "hub" else "choose other tasks"
             raise UserError(f"the zero-shot tasks cannot be scored: {advice} ({one_line(error)})") from error
@@ -162,8 +162,9 @@ def _manager(tasks: Sequence[str], data: str, include_path: str | None, folder: 
     return TaskManager(include_path=[str(folder), *own], include_defaults=False)
 
 
-def _adapter(model: nn.Module, tokenizer: Any, options: ZeroShotOptions) -> Any:
-    """Wrap the model for lm-eval."""
+@functools.cache
+def _adapter_class() -> Any:
+    """Return the class that wraps a model for lm-eval. It refers to no model: a class outlives its last instance."""
     from lm_eval.models.huggingface import HFLM
 
     class Adapter(HFLM):
@@ -172,9 +173,16 @@ def _adapter(model: nn.Module, tokenizer: Any, options: ZeroShotOptions) -> Any:
         HFLM itself would materialise the logits of a whole batch, 6 GB with Gemma's vocabulary, and read a few of them.
         """
 
+        def __init__(self, model: nn.Module, tokenizer: Any, options: ZeroShotOptions) -> None:
+            self._options = options
+            size, dtype = options.batch_size, "float32"
+            super().__init__(
+                pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=size, softmax_dtype=dtype
+            )
+
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **settings: Any) -> list[int]:
             ids = super().tok_encode(string, add_special_tokens=False, **settings)
-            start = [tokenizer.bos_token_id] if options.bos and add_special_tokens is not False else []
+            start = [self.tokenizer.bos_token_id] if self._options.bos and add_special_tokens is not False else []
             return ids if ids[:1] == start else [*start, *ids]
 
         def tok_batch_encode(
@@ -192,11 +200,9 @@ def _adapter(model: nn.Module, tokenizer: Any, options: ZeroShotOptions) -> Any:
 
         def _loglikelihood_tokens(self, requests: Any, **settings: Any) -> list[tuple[float, bool]]:
             pairs = [(context, continuation) for _, context, continuation in requests]
-            return loglikelihoods(model, pairs, options.batch_size, self.max_length)
+            return loglikelihoods(self.model, pairs, self._options.batch_size, self.max_length)
 
-    return Adapter(
-        pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=options.batch_size, softmax_dtype="float32"
-    )
+    return Adapter
 
 
 def _own_manager(offline: bool, include_path: str | None) -> Any:

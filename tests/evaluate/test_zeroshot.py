@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,22 @@ def test_one_document_has_no_standard_error(loaded):
     scores = zero_shot(*loaded, ["piqa"], 1, "offline", ZeroShotOptions()).tasks["piqa"]
     assert set(scores) >= {"acc", "acc_norm", "bits_per_byte", "ece"}
     assert not {"acc_stderr", "acc_norm_stderr"} & set(scores)
+
+
+def test_the_model_is_not_held_once_it_is_scored(tiny):
+    """A shared machine has room for one model: a cycle of references would keep this one until the next collection."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    zero_shot(model, tokenizer, ["piqa"], LIMIT, "offline", ZeroShotOptions())
+    kept = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        zero_shot(model, tokenizer, ["piqa"], LIMIT, "offline", ZeroShotOptions())
+        del model
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_scores_are_in_the_order_that_was_asked(scored):
