@@ -22,8 +22,10 @@ def comparison(records: list[Record]) -> pd.DataFrame:
     dense model in nats per token, ``agree`` the share of positions at which both predict the same token.
     """
     varying = varying_settings(records)
-    rows = sorted(records, key=_rank)
-    frame = pd.DataFrame([_row(record, varying) for record in rows])
+    rows = [_row(record, varying) for record in sorted(records, key=_rank)]
+    # the columns of the fullest row first, in its order: the dense model has no divergence from itself
+    columns = dict.fromkeys(column for row in sorted(rows, key=len, reverse=True) for column in row)
+    frame = pd.DataFrame(rows, columns=list(columns))
     same = [name for name in _LABELS if name != "method" and name in frame and len(set(frame[name]) - {""}) < 2]
     return frame.drop(columns=same).fillna("")
 

@@ -82,7 +82,10 @@ def test_the_divergence_from_the_dense_model_stands_beside_the_perplexity(demo):
     diverged(demo[2], [0.5, 1.5], [0.25, 0.5], 4.0)
     row = comparison(demo).set_index("method").loc[demo[2]["config"]["method"]["name"]]
     assert (row["KL"], row["agree %"]) == ("1.000", "37.5")
-    assert comparison(demo).iloc[0]["KL"] == ""  # the dense model
+    frame = comparison(demo)
+    assert frame.iloc[0]["KL"] == ""  # the dense model
+    columns = list(frame.columns)
+    assert columns.index("KL") == columns.index("perplexity") + 1
 
 
 def test_labels_that_are_the_same_everywhere_are_in_the_settings_line(demo):
