@@ -51,6 +51,7 @@ ANOTHER = {
     "eval.perplexity.text.asset": "c4",
     "eval.perplexity.text.part": "odd",
     "eval.extra_perplexity": "{more: {text: {_target_: dass_exp.data.texts.OfflineText, asset: c4}}}",
+    "eval.generation": "{prompts: 3}",
     "eval.zeroshot.tasks": "[piqa]",
     "eval.zeroshot.data": "hub",
     "eval.cache": "disk",
