@@ -58,7 +58,6 @@ ANOTHER = {
     "plugins": "[another]",
 }
 GROUPS = {
-    "eval.generation": "eval=[mini,generation_mini]",
     "method._target_": "method=wanda",
     "pattern._target_": "pattern=unstructured",
     "tracker._target_": "tracker=none",
