@@ -159,6 +159,16 @@ class GenerationConfig:
         whole_number("eval.generation.tokens", self.tokens, least=4)  # repetition is counted in sequences of four
 
 
+def _generation(settings: Any) -> GenerationConfig | None:
+    if settings is None or isinstance(settings, GenerationConfig):
+        return settings
+    if not isinstance(settings, dict):
+        raise UserError(f"eval.generation={settings!r}: expected {{prompts: 16, tokens: 32}}, or null")
+    for key in settings:
+        one_of("eval.generation: its setting", key, ("prompts", "tokens"))
+    return GenerationConfig(**settings)
+
+
 @dataclass
 class EvalConfig:
     """What to score. ``batch_size`` changes no number beyond rounding.
@@ -175,12 +185,13 @@ class EvalConfig:
     divergence: bool = True
     cache: str = field(default="memory", metadata=NO_EFFECT)
     zeroshot: ZeroShotConfig | None = None
-    generation: GenerationConfig | None = None
+    generation: Any = None  # a GenerationConfig, which the command line could not set either
     batch_size: int = field(default=4, metadata=NO_EFFECT)
 
     def __post_init__(self) -> None:
         whole_number("eval.batch_size", self.batch_size, least=1)
         one_of("eval.cache", self.cache, HIDDEN_CACHES)
+        self.generation = _generation(self.generation)
         if self.generation is not None and self.perplexity is None:
             problem = "its prompts are windows of eval.perplexity, which is null"
             raise UserError(

@@ -65,7 +65,7 @@ def show_run(record: Record, dense: Record | None, path: Path, found: bool, mode
         table.add_row(label, *(column.get(label, "") for column in columns))
     screen = console()
     screen.print(table)
-    screen.print(sizes_line(record))
+    screen.print(sizes_line(record), soft_wrap=True)
     screen.print(caption(record))
     screen.print(f"{'found' if found else 'wrote'} {path}", soft_wrap=True)
 

@@ -218,6 +218,9 @@ def test_an_interrupted_streamed_run_goes_on_without_it(generating, caplog):
     [
         (["eval=generation_mini"], ["eval.generation:", "eval=[ppl_mini,generation_mini]"]),
         ([GENERATED, "eval.generation.tokens=3"], ["eval.generation.tokens=3:", "at least 4"]),
+        (["eval=ppl_mini", "eval.generation={tokens:3}"], ["eval.generation.tokens=3:", "at least 4"]),
+        (["eval=ppl_mini", "eval.generation=16"], ["eval.generation=16:", "{prompts: 16, tokens: 32}"]),
+        ([GENERATED, "+eval.generation.prompt=1"], ["eval.generation: its setting='prompt':", "prompts, tokens"]),
         ([GENERATED, "eval.generation.prompts=0"], ["eval.generation.prompts=0:", "at least 1"]),
         ([GENERATED, "eval.generation.tokens=4090"], ["eval.generation.tokens=4122:", "4096 positions"]),
     ],

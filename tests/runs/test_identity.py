@@ -51,13 +51,13 @@ ANOTHER = {
     "eval.perplexity.text.asset": "c4",
     "eval.perplexity.text.part": "odd",
     "eval.extra_perplexity": "{more: {text: {_target_: dass_exp.data.texts.OfflineText, asset: c4}}}",
+    "eval.generation": "{prompts: 3}",
     "eval.zeroshot.tasks": "[piqa]",
     "eval.zeroshot.data": "hub",
     "eval.cache": "disk",
     "plugins": "[another]",
 }
 GROUPS = {
-    "eval.generation": "eval=[mini,generation_mini]",
     "method._target_": "method=wanda",
     "pattern._target_": "pattern=unstructured",
     "tracker._target_": "tracker=none",
