@@ -16,7 +16,7 @@ from typing import IO, Any, cast
 
 from dass_exp.data import assets
 from dass_exp.errors import DamagedFileError, UserError, one_line, one_of
-from dass_exp.storage.checksum import digest_once, json_digest, stamp
+from dass_exp.storage.checksum import digest_once, folder_digest, stamp
 
 _FORMATS = (".txt", ".raw", ".jsonl", ".json", ".parquet")
 
@@ -77,9 +77,9 @@ class HubText(Text):
             UserError: the commit cannot be found out.
         """
         if Path(self.path).is_dir():
-            return {**dataclasses.asdict(self), "path": f"local:{_content_digest(Path(self.path))}"}
+            return {**dataclasses.asdict(self), "path": f"local:{folder_digest(Path(self.path))}"}
         if self.data_file and Path(self.data_file).is_file():
-            return {**dataclasses.asdict(self), "data_file": f"local:{_content_digest(Path(self.data_file))}"}
+            return {**dataclasses.asdict(self), "data_file": f"local:{digest_once(Path(self.data_file))}"}
         return {**dataclasses.asdict(self), "revision": _commit_of(self.path, self.revision)}
 
     def documents(self) -> list[str]:
@@ -198,15 +198,6 @@ def _content_sha256(path: Path, stamped: tuple[int, ...]) -> str:
         while chunk := file.read(1 << 24):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _content_digest(path: Path) -> str:
-    """Return a checksum of a file, or of all files of a folder that are not hidden, with their names."""
-    if path.is_file():
-        return digest_once(path)
-    names = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
-    visible = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-    return json_digest({name.as_posix(): digest_once(path / name) for name in visible})
 
 
 @functools.cache

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from dass_exp.errors import NumericalError, UserError
 
 ACCURACIES = ("acc", "exact_match", "em")  # at least one of them is what a task is scored by, the first that it has
@@ -48,14 +50,21 @@ def calibration_error(loglikelihoods: Sequence[Sequence[float]], gold: Sequence[
     The confidence of an answer is the softmax over the log-likelihoods of its choices. Answers are put in 15 equal
     bins of it; the error is the mean over answers of their bin's |accuracy - mean confidence|.
     """
-    bins: dict[int, list[tuple[float, bool]]] = {}
-    for choices, right in zip(loglikelihoods, gold, strict=True):
+    correct = [list(choices).index(max(choices)) == right for choices, right in zip(loglikelihoods, gold, strict=True)]
+    return float(np.abs(calibration_gaps(loglikelihoods, correct).mean(axis=0)).sum())
+
+
+def calibration_gaps(loglikelihoods: Sequence[Sequence[float]], correct: Sequence[float]) -> np.ndarray:
+    """Return [documents, bins]: in the bin of its confidence, how much a document's exceeds its outcome (0 or 1).
+
+    The sum over bins of the absolute means over documents is the expected calibration error.
+    """
+    gaps = np.zeros((len(correct), _BINS))
+    for row, (choices, right) in enumerate(zip(loglikelihoods, correct, strict=True)):
         best = max(choices)
-        confidence = 1 / sum(math.exp(choice - best) for choice in choices)
-        outcome = (confidence, list(choices).index(best) == right)
-        bins.setdefault(min(int(confidence * _BINS), _BINS - 1), []).append(outcome)
-    gaps = (abs(sum(hit - confidence for confidence, hit in outcomes)) for outcomes in bins.values())
-    return sum(gaps) / len(gold)
+        confidence = 1 / math.fsum(math.exp(choice - best) for choice in choices)
+        gaps[row, min(int(confidence * _BINS), _BINS - 1)] = confidence - right
+    return gaps
 
 
 def collect(output: Any, loaded: Mapping[str, Any], asked: Sequence[str], limit: int | None) -> ZeroShotResult:

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dass_exp.evaluate.task_scores import ACCURACIES, calibration_gaps
 from dass_exp.report.load import Record, asked_tasks, documents, evaluation_of, is_dense
 from dass_exp.report.metrics import metric_of
 from dass_exp.report.significance import Outcomes
 
 MEAN = "mean"
-_BINS = 15  # of a calibration error
 # Fields of a record's metrics: where a metric of windows stands, and where its outcomes by window stand.
 _WINDOWS = {
     "perplexity": ("perplexity", "window_nll"),
@@ -27,7 +27,6 @@ _COSTS = {
     "peak_rss_bytes": ("peak memory GB", 1e-9),
     "peak_gpu_bytes": ("peak GPU memory GB", 1e-9),
 }
-_CORRECT = ("acc", "exact_match", "em")  # what a task may call the share of its right answers
 _DIRECTIONS = {"right to wrong": 1.0, "wrong to right": -1.0}  # dense minus pruned outcome of a document
 
 
@@ -89,13 +88,15 @@ class Scores:
 
     def _task(self, record: Record, task: str) -> Score | None:
         values, outcomes = record["metrics"]["tasks"][task], self._documents(record["key"]).get(task, {})
-        names = (self._name, *_CORRECT) if self._name.startswith("acc") else (self._name,)
+        names = (self._name, *ACCURACIES) if self._name.startswith("acc") else (self._name,)
         name = next((name for name in names if name in values), None)
         if name is None:
             return None
         if name == "ece":
-            gaps = calibration_gaps(outcomes)
-            paired = Outcomes() if gaps is None else Outcomes((self._metric.scale * gaps,))
+            likelihoods, correct = outcomes.get("loglikelihoods") or (), outcomes.get("acc") or ()
+            paired = Outcomes()
+            if len(likelihoods) == len(correct) > 0:
+                paired = Outcomes((self._metric.scale * calibration_gaps(likelihoods, correct),))
             return Score(task, self._metric.scale * values[name], None, paired)
         paired = _group(outcomes.get(name) or (), self._metric.scale)
         known = values.get(f"{name}_stderr")
@@ -137,27 +138,10 @@ def outcomes_lost(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> np.nda
 
     None if the two were not scored on the same number of documents.
     """
-    name = next((name for name in _CORRECT if dense.get(name) and pruned.get(name)), None)
+    name = next((name for name in ACCURACIES if dense.get(name) and pruned.get(name)), None)
     if name is None or len(dense[name]) != len(pruned[name]):
         return None
     return np.sign(np.asarray(dense[name], dtype=np.float64) - np.asarray(pruned[name], dtype=np.float64))
-
-
-def calibration_gaps(outcomes: Mapping[str, Any]) -> np.ndarray | None:
-    """Return [documents, bins]: in the bin of its confidence, how much a document's exceeds its outcome.
-
-    The sum over bins of the absolute means over documents is the expected calibration error. None if the
-    log-likelihoods of the choices were not recorded.
-    """
-    likelihoods, correct = outcomes.get("loglikelihoods"), outcomes.get("acc")
-    if not likelihoods or not correct or len(likelihoods) != len(correct):
-        return None
-    gaps = np.zeros((len(correct), _BINS))
-    for row, (choices, right) in enumerate(zip(likelihoods, correct, strict=True)):
-        top = max(choices)
-        confidence = 1 / math.fsum(math.exp(choice - top) for choice in choices)
-        gaps[row, min(int(confidence * _BINS), _BINS - 1)] = confidence - right
-    return gaps
 
 
 def _group(outcomes: Sequence[float], scale: float) -> Outcomes:

@@ -61,7 +61,7 @@ class ModelCache:
         self._size = size
         self._small: OrderedDict[Hashable, Any] = OrderedDict()
         self._model: tuple[tuple[str, str, str], nn.Module] | None = None
-        self.dense_hidden: dict[str, torch.Tensor] = {}  # of the model in memory, by the hash of the windows
+        self.dense_hidden: dict[str, Tensor] = {}  # of the model in memory, by the hash of the windows
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return the result of ``make``, which is called once per key."""
@@ -254,7 +254,7 @@ class RunContext:
             if run.method.prunes and not self.shared:
                 self.cache.clear()  # it is not dense any more
 
-    def dense_hidden(self, run: ResolvedRun, model: nn.Module) -> dict[str, torch.Tensor]:
+    def dense_hidden(self, run: ResolvedRun, model: nn.Module) -> dict[str, Tensor]:
         """Return the last hidden states of a model that is still dense, for the windows of a run that is not streamed.
 
         They are computed once for a model in memory and, with ``eval.cache=disk``, once for a results folder.
@@ -265,7 +265,7 @@ class RunContext:
         sets = self.windows(run) if run.config.eval.divergence else {}
         return {name: self._dense_hidden(run, model, windows) for name, windows in sets.items()}
 
-    def _dense_hidden(self, run: ResolvedRun, model: nn.Module, windows: tokens.Tokens) -> torch.Tensor:
+    def _dense_hidden(self, run: ResolvedRun, model: nn.Module, windows: tokens.Tokens) -> Tensor:
         evaluation, kept = run.config.eval, self.cache.dense_hidden
         if windows.sha256 not in kept:
             path = self._hidden_file(run, windows) if evaluation.cache == "disk" else None
@@ -287,7 +287,7 @@ class RunContext:
         return folder / f"{digest}.safetensors"
 
 
-def _read_hidden(path: Path) -> torch.Tensor | None:
+def _read_hidden(path: Path) -> Tensor | None:
     """Return what a file of hidden states holds; None if it is missing or damaged: it is computed again."""
     if not path.is_file():
         return None

@@ -6,13 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import transformers
 from lm_eval_reference import stock
 
 from dass_exp.errors import NumericalError
 from dass_exp.evaluate.offline_tasks import GROUPS, NAMES
-from dass_exp.evaluate.task_scores import _answers, calibration_error
+from dass_exp.evaluate.task_scores import _answers, calibration_error, calibration_gaps
 from dass_exp.evaluate.zeroshot import ZeroShotOptions, zero_shot
 
 GENERATED = ("triviaqa", "nq_open")
@@ -37,6 +38,14 @@ def test_answers_of_one_bin_are_averaged_before_they_are_compared():
     assert calibration_error(answers, [0, 1]) == pytest.approx(abs(0.5 - 0.63))
     apart = [logs(0.59, 0.41), logs(0.65, 0.35)]  # on either side of 9/15
     assert calibration_error(apart, [0, 1]) == pytest.approx((0.41 + 0.65) / 2)
+
+
+def test_the_sum_of_the_mean_gaps_is_the_calibration_error():
+    # two documents with confidence 0.7, one right; one with confidence 0.5, wrong
+    choices = [[math.log(0.7), math.log(0.3)], [math.log(0.3), math.log(0.7)], [0.0, 0.0]]
+    gaps = calibration_gaps(choices, [1.0, 0.0, 0.0])
+    by_hand = 2 / 3 * abs(0.7 - 0.5) + 1 / 3 * abs(0.5 - 0.0)
+    assert np.abs(gaps.mean(axis=0)).sum() == pytest.approx(by_hand)
 
 
 def test_a_certain_and_right_model_has_no_calibration_error():

@@ -12,7 +12,7 @@ from dass_exp.errors import UserError
 from dass_exp.report.figures import draw
 from dass_exp.report.metric_table import build_metric_table
 from dass_exp.report.metrics import METRICS, metric_of
-from dass_exp.report.scores import Scores, calibration_gaps
+from dass_exp.report.scores import Scores
 from dass_exp.report.significance import Outcomes, pairs_differ
 from dass_exp.report.table import build_table, with_metric
 from dass_exp.report.write import caption, format_value, long_form, markdown
@@ -159,15 +159,6 @@ def test_a_calibration_error_is_read_and_resampled_from_the_choices(table_of, re
     assert format_value(table.cells["2:4 wanda", "piqa"], "ece") == "95.0"
     assert table.cells["2:4 dass", "piqa"].mark == "best"
     assert "standard error" not in caption(table)
-
-
-def test_the_sum_of_the_mean_gaps_is_the_calibration_error():
-    # two documents with confidence 0.7, one right; one with confidence 0.5, wrong
-    choices = [[math.log(0.7), math.log(0.3)], [math.log(0.3), math.log(0.7)], [0.0, 0.0]]
-    gaps = calibration_gaps({"loglikelihoods": choices, "acc": [1.0, 0.0, 0.0]})
-    by_hand = 2 / 3 * abs(0.7 - 0.5) + 1 / 3 * abs(0.5 - 0.0)
-    assert np.abs(gaps.mean(axis=0)).sum() == pytest.approx(by_hand)
-    assert calibration_gaps({"acc": [1.0]}) is None
 
 
 def test_a_resample_draws_documents_inside_their_groups():
