@@ -8,7 +8,7 @@ from dass_exp.report.load import Record, SweepCell
 from dass_exp.report.metrics import METRICS
 from dass_exp.report.table import HEADLINE, ResultTable, build_table, with_metric
 
-_SHOWN = ("perplexity", "kl", "agreement", "flips", "bits_per_byte", "ece", "acc")
+_SHOWN = ("perplexity", "kl", "agreement", "generation_equal", "distinct_4", "flips", "bits_per_byte", "ece", "acc")
 
 
 def build_metric_table(

@@ -15,7 +15,8 @@ class Metric:
         label: short, of a column.
         unit: begins the caption.
         axis: label of a figure's axis.
-        source: ``windows`` of a text (one number per record), ``tasks`` (one per task, and their mean), or ``cost``.
+        source: ``windows`` of a text or ``generation`` (both one number per record), ``tasks`` (one per task, and their
+            mean), or ``cost``.
         higher: whether higher is better.
         digits: behind the point.
         scale: from the record's unit to the table's.
@@ -26,11 +27,16 @@ class Metric:
     label: str
     unit: str
     axis: str
-    source: Literal["windows", "tasks", "cost"]
+    source: Literal["windows", "generation", "tasks", "cost"]
     higher: bool = False
     digits: int = 2
     scale: float = 1.0
     ratio: bool = True
+
+    @property
+    def one_number(self) -> bool:
+        """Whether a record has a single number of it, so that a table's columns are values of a setting."""
+        return self.source in ("windows", "generation")
 
 
 _SHARE: dict[str, Any] = {"digits": 1, "scale": 100.0, "ratio": False}  # in a record; in percent in a table
@@ -62,6 +68,24 @@ METRICS = {
         "perplexity / dense",
         "windows",
         digits=3,
+    ),
+    "generation_equal": Metric(
+        "Generated text equal to the dense model's",
+        "same text %",
+        "tokens in % that are those of the dense model after the same prompt, both greedy, higher is better",
+        "generated tokens equal to dense %",
+        "generation",
+        higher=True,
+        **_SHARE,
+    ),
+    "distinct_4": Metric(
+        "Distinct 4-grams of generated text",
+        "distinct 4-grams %",
+        "different sequences of four generated tokens in % of all; a model that repeats itself has few",
+        "distinct 4-grams %",
+        "generation",
+        higher=True,
+        **_SHARE,
     ),
     "acc": Metric("Accuracy", "accuracy %", "accuracy in %", "accuracy %", "tasks", higher=True, **_SHARE),
     "acc_norm": Metric(

@@ -21,6 +21,7 @@ _WINDOWS = {
     "agreement": ("divergence.agreement", "window_agreement"),
     "perplexity_ratio": ("divergence.perplexity_ratio", "window_nll"),
 }
+_GENERATION = {"generation_equal": "equal", "distinct_4": "distinct_4"}  # fields of a record's generation
 # Columns of a cost table: label and unit of each field of a record's cost.
 _COSTS = {
     "prune_s": ("seconds to prune", 1.0),
@@ -53,7 +54,8 @@ class Scores:
         if self._metric.source == "cost":
             known = {name: column for name, column in _COSTS.items() if record["cost"].get(name) is not None}
             return [Score(label, record["cost"][name] * unit) for name, (label, unit) in known.items()]
-        return list(self._windows(record)) if self._metric.source == "windows" else self._tasks(record)
+        read = {"windows": self._windows, "generation": self._generation, "tasks": self._tasks}
+        return list(read[self._metric.source](record))
 
     def headline(self, record: Record) -> Score | None:
         """Return the one score that stands for a record: of its windows, its mean over tasks, or its first cost."""
@@ -77,6 +79,10 @@ class Scores:
         if value is not None:
             paired = metrics.get(by_window, {}).get(text) or ()
             yield Score("", self._metric.scale * value, None, _group(paired, self._metric.scale))
+
+    def _generation(self, record: Record) -> Iterator[Score]:
+        if (generation := record["metrics"].get("generation")) is not None:
+            yield Score("", self._metric.scale * generation[_GENERATION[self._name]])
 
     def _tasks(self, record: Record) -> list[Score]:
         tasks = asked_tasks(record)

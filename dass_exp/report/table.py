@@ -137,10 +137,10 @@ def with_metric(layout: Mapping[str, Any], metric: str, sweep: str) -> dict[str,
     described = metric_of(metric)
     rows = layout.get("rows", "method")
     rows, columns = (rows if isinstance(rows, list) else [rows]), str(layout.get("columns", _BY_SETTING))
-    if described.source == "windows" and columns in _BY_TASK:
+    if described.one_number and columns in _BY_TASK:
         first, *others = rows
         rows, columns = (others, first) if others else (rows, _BY_SETTING)
-    elif described.source != "windows":
+    elif not described.one_number:
         rows = rows if columns in _BY_TASK else [columns, *rows]
         columns = "cost" if described.source == "cost" else "task"
     figure = None if described.source == "cost" else layout.get("figure")
@@ -165,7 +165,7 @@ class _Grid:
         self.metric, self.column, self.records = str(layout["metric"]), str(layout["columns"]), records
         self.reader = Scores(self.metric, records, results)
         # columns are values of a setting
-        self.by_setting = metric_of(self.metric).source == "windows" and self.column != HEADLINE
+        self.by_setting = metric_of(self.metric).one_number and self.column != HEADLINE
         self.rows = layout["rows"] if isinstance(layout["rows"], list) else [layout["rows"]]
         self.axes = (*self.rows, self.column)
         self.protocols = Protocols(records)

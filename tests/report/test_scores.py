@@ -202,7 +202,7 @@ def test_every_method_by_every_metric_with_its_ranks(results):
     ]
     text = caption(table)
     assert METRICS["kl"].unit in text
-    assert "No record holds: flips %, bits per byte, ECE %, accuracy %." in text
+    assert "No record holds: same text %, distinct 4-grams %, flips %, bits per byte, ECE %, accuracy %." in text
     header, first, *_ = long_form(table)
     assert (header[-1], first[2]) == ("rank", "perplexity")
 
@@ -219,6 +219,18 @@ def test_ranks_are_within_a_pattern_and_over_seeds(results):
     assert ranks == {"2:4 dass": "1", "2:4 wanda": "2", "4:8 dass": "1-2", "4:8 wanda": "1-2"}
     assert cells["2:4 ria", "perplexity"] == "failed"
     assert format_value(cells["2:4 dass", "perplexity"], "perplexity") == "4.10 ± 0.10 (1)"
+
+
+@pytest.mark.parametrize(("metric", "expected"), [("generation_equal", "25.0"), ("distinct_4", "60.0")])
+def test_generated_text_has_its_tables(table_of, metric, expected):
+    generation = {"prompts": 2, "tokens": 8, "equal": 0.25, "distinct_4": 0.6}
+    records = [record_of("wanda"), record_of("dass")]
+    records[0]["metrics"]["generation"] = generation
+    table = table_of(records, metric)
+    assert table.columns == ["2:4"]
+    assert format_value(table.cells["wanda", "2:4"], metric) == expected
+    assert table.cells["dass", "2:4"] == "not recorded"
+    assert caption(table).startswith(METRICS[metric].unit)
 
 
 # Layouts
