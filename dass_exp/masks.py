@@ -65,8 +65,12 @@ class Pattern(ABC):
         return False
 
     @abstractmethod
-    def violations(self, mask: Tensor, dim: int | None) -> int:
-        """Count the groups of ``mask`` (bool, True stays) that do not keep exactly the required number of weights."""
+    def violations(self, mask: Tensor, dim: int | None) -> Tensor:
+        """Count the groups of ``mask`` (bool, True stays) that do not keep exactly the required number of weights.
+
+        Returns:
+            0-dim int64 on the mask's device, so that the host need not wait for it.
+        """
 
 
 def in_descending_order(scores: Tensor) -> Tensor:
@@ -100,10 +104,10 @@ class Unstructured(Pattern):
             return self.keep(scores.reshape(1, -1), 1).view(scores.shape)
         return remove_lowest(scores, int(self.sparsity * scores.shape[dim]), dim)
 
-    def violations(self, mask: Tensor, dim: int | None) -> int:
+    def violations(self, mask: Tensor, dim: int | None) -> Tensor:
         groups = mask.reshape(1, -1) if dim is None else mask.movedim(dim, -1)
         size = groups.shape[-1]
-        return int((groups.sum(-1) != size - int(self.sparsity * size)).sum())
+        return (groups.sum(-1) != size - int(self.sparsity * size)).sum()
 
 
 def remove_lowest(scores: Tensor, zeros: int, dim: int) -> Tensor:
@@ -136,10 +140,10 @@ class Budget(Unstructured):
                 mask.index_copy_(1 - dim, groups, part)
         return mask
 
-    def violations(self, mask: Tensor, dim: int | None) -> int:
+    def violations(self, mask: Tensor, dim: int | None) -> Tensor:
         if dim is None:
             return super().violations(mask, None)
-        return int(((~mask).sum(dim) != self._zeros(mask.shape[1 - dim], mask.numel(), mask.device)).sum())
+        return ((~mask).sum(dim) != self._zeros(mask.shape[1 - dim], mask.numel(), mask.device)).sum()
 
     def of_slabs(self, shape: tuple[int, int], width: int) -> list[Pattern]:
         """Round the slabs so that they lose as many weights together as the matrix does in one piece."""
@@ -225,16 +229,16 @@ class NM(Pattern):
     def kernel_ready(self, dim: int | None) -> bool:
         return (self.n, self.m) == (2, 4) and dim == 1
 
-    def violations(self, mask: Tensor, dim: int | None) -> int:
-        return int((self._group_sums(mask, dim) != self.n).sum())
+    def violations(self, mask: Tensor, dim: int | None) -> Tensor:
+        return (self._group_sums(mask, dim) != self.n).sum()
 
-    def overfull(self, weight: Tensor, dim: int | None) -> int:
+    def overfull(self, weight: Tensor, dim: int | None) -> Tensor:
         """Count the groups of ``weight`` [out, in] with more than ``n`` non-zeros; 0 for a valid N:M matrix."""
-        return int((self._group_sums(weight != 0, dim) > self.n).sum())
+        return (self._group_sums(weight != 0, dim) > self.n).sum()
 
-    def underfull(self, weight: Tensor, dim: int | None) -> int:
+    def underfull(self, weight: Tensor, dim: int | None) -> Tensor:
         """Count the groups of ``weight`` [out, in] with fewer than ``n`` non-zeros: valid, but too sparse."""
-        return int((self._group_sums(weight != 0, dim) < self.n).sum())
+        return (self._group_sums(weight != 0, dim) < self.n).sum()
 
     def _group_sums(self, present: Tensor, dim: int | None) -> Tensor:
         axis = 1 if dim is None else dim

@@ -73,8 +73,13 @@ class Statistic(ABC):
         """Free whatever was derived from the sum; it is computed again on demand."""
 
     @abstractmethod
+    def is_finite(self) -> Tensor:
+        """Return whether every number of the sum is finite, a 0-dim bool on its device: the host does not wait."""
+
     def check(self, name: str) -> None:
         """Raise a NumericalError that names the linear ``name`` unless the sum is finite."""
+        if not bool(self.is_finite()):
+            raise NumericalError(f"{name}: its inputs hold numbers that are not finite; nothing was pruned there")
 
 
 class InputNorm(Statistic):
@@ -98,8 +103,8 @@ class InputNorm(Statistic):
     def reorder(self, order: Tensor) -> None:
         self.squares = self.squares[order]
 
-    def check(self, name: str) -> None:
-        _check_finite(self.squares, name)
+    def is_finite(self) -> Tensor:
+        return _all_finite(self.squares)
 
 
 class InputMoments(InputNorm):
@@ -131,9 +136,8 @@ class InputMoments(InputNorm):
         self.sums.zero_()
         self.variances.fill_(max(self.sequences, 1))
 
-    def check(self, name: str) -> None:
-        super().check(name)
-        _check_finite(self.variances, name)
+    def is_finite(self) -> Tensor:
+        return super().is_finite() & _all_finite(self.variances)
 
 
 @dataclass(frozen=True)
@@ -181,7 +185,7 @@ class NormalisedGram:
                 damped = self.matrix.clone()
                 damped.diagonal().add_(ridge)
                 lower, info = torch.linalg.cholesky_ex(damped)
-                if info.item() or not bool(torch.isfinite(lower.diagonal()).all()):
+                if not bool((info == 0) & torch.isfinite(lower.diagonal()).all()):
                     raise NumericalError(f"the Gram matrix cannot be inverted with a ridge of {ridge:.3g}")
                 self._inverses[ridge] = torch.cholesky_inverse(lower)
         return self._inverses[ridge]
@@ -269,16 +273,17 @@ class Gram(Statistic):
         hessian *= 2.0 / max(self.sequences, 1)  # the scale of the SparseGPT code: it matters next to dead features
         diagonal = hessian.diagonal()
         diagonal[self.dead.flip(0)] = 1.0
-        mean = diagonal.mean().item()
-        added = 0.0
+        mean = diagonal.mean().double()  # it stays on its device: the host waits once for a factorisation
+        added = torch.zeros_like(mean)
         for retry in range(tries + 1):
             # damping=0 leaves nothing to multiply: its first retry starts at one part in a million
-            target = damping * mean * 10.0**retry if damping else (mean * 10.0 ** (retry - 7) if retry else 0.0)
+            share = 10.0**retry if damping else (10.0 ** (retry - 7) if retry else 0.0)
+            target = (damping * mean if damping else mean) * share
             diagonal += target - added
             added = target
             lower, info = torch.linalg.cholesky_ex(hessian)
             # a non-finite number anywhere in a row makes its diagonal entry non-finite
-            if not info.item() and bool(torch.isfinite(lower.diagonal()).all()):
+            if bool((info == 0) & torch.isfinite(lower.diagonal()).all()):
                 del hessian, diagonal  # at most three such matrices exist at once
                 return lower.flip(0, 1), retry
         raise NumericalError(f"the Hessian stayed singular after its damping was raised {tries} times to {added:.3g}")
@@ -295,8 +300,8 @@ class Gram(Statistic):
         self._factors.clear()
         self._normalised.clear()
 
-    def check(self, name: str) -> None:
-        _check_finite(self.upper, name)
+    def is_finite(self) -> Tensor:
+        return _all_finite(self.upper)
 
 
 class Several(Statistic):
@@ -329,9 +334,8 @@ class Several(Statistic):
         for part in self.parts:
             part.release()
 
-    def check(self, name: str) -> None:
-        for part in self.parts:
-            part.check(name)
+    def is_finite(self) -> Tensor:
+        return torch.stack([part.is_finite() for part in self.parts]).all()
 
 
 def needed_kinds(kinds: Iterable[type[Statistic] | None]) -> list[type[Statistic]]:
@@ -378,6 +382,5 @@ def one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _check_finite(values: Tensor, name: str) -> None:
-    if not bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):  # isfinite alone would allocate a copy
-        raise NumericalError(f"{name}: its inputs hold numbers that are not finite; nothing was pruned there")
+def _all_finite(values: Tensor) -> Tensor:
+    return torch.isfinite(torch.stack(torch.aminmax(values))).all()  # isfinite alone would allocate a copy

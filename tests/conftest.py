@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from family_configs import OWN, SHAPE
 from hypothesis import settings
+from pretend_accelerator import PretendAccelerator, pretend
 from support import IN, OUT, save_tiny, tiny_overrides  # first: it sets the environment that libraries read on import
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -124,3 +125,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(f"{kind:24}" + "".join(f"{number:8}" for number in numbers))
         if os.environ.get("DASS_EXP_CAMPAIGN") != "all":
             terminalreporter.write_line("a sample: make campaign tries all cases, of more tests than these")
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendAccelerator]:
+    """Two CUDA devices that are not there (tests/pretend_accelerator.py)."""
+    pretend(monkeypatch)
+    with PretendAccelerator() as entered:
+        yield entered

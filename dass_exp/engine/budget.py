@@ -7,6 +7,7 @@ from dass_exp.engine.capture import Batch
 from dass_exp.engine.observers import observe_inputs
 from dass_exp.engine.stages import pruning_units
 from dass_exp.masks import Pattern
+from dass_exp.methods.base import check_statistics
 from dass_exp.models.decoder import Decoder
 from dass_exp.models.streamed import BlockLoader
 
@@ -41,8 +42,7 @@ def block_patterns(
                 batch.hidden = batch.run_block(block, index)
         units = pruning_units(decoder, index, scope, statistics)
         linears = [linear for unit in units for linear in unit.linears]
-        for linear in linears if passing else ():
-            linear.check_statistic()
+        check_statistics(linears)
         profile.append(BlockProfile(allocation.measure(linears), tuple(linear.weight.numel() for linear in linears)))
         blocks.release(index)
     return allocation.budget(profile, pattern)

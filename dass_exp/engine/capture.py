@@ -117,7 +117,7 @@ def capture(
                 counts = f"{len(calls)} block calls for its {len(blocks)} blocks"
                 raise UserError(f"the model made {counts}; this family is not supported")
             if batches:
-                calls = [_share_call(call, before) for call, before in zip(calls, batches[-1].calls, strict=True)]
+                calls = _share_calls(calls, batches[-1].calls)
             batches.append(Batch(recorder.hidden[0], calls, bool(recorder.returns_tuple), cache))
     return batches
 
@@ -175,17 +175,23 @@ class _Recorder:
         return record
 
 
-def _share_call(call: Call, before: Call) -> Call:
+def _share_calls(calls: Sequence[Call], before: Sequence[Call]) -> list[Call]:
     """Reuse the tensors of ``before`` where they are equal: masks and rotary tables are then stored once."""
-    return Call(_share(call.args, before.args), _share(call.kwargs, before.kwargs))
+    known: dict[tuple[int, int], Tensor] = {}  # blocks share them too: each pair is compared once
+    return [
+        Call(_share(call.args, other.args, known), _share(call.kwargs, other.kwargs, known))
+        for call, other in zip(calls, before, strict=True)
+    ]
 
 
-def _share(new: Any, old: Any) -> Any:
+def _share(new: Any, old: Any, known: dict[tuple[int, int], Tensor]) -> Any:
     if isinstance(new, Tensor) and isinstance(old, Tensor):
-        same = new is old or (new.shape == old.shape and new.dtype == old.dtype and torch.equal(new, old))
-        return old if same else new
+        if (pair := (id(new), id(old))) not in known:
+            same = new is old or (new.shape == old.shape and new.dtype == old.dtype and torch.equal(new, old))
+            known[pair] = old if same else new
+        return known[pair]
     if isinstance(new, dict) and isinstance(old, dict):
-        return {key: _share(value, old.get(key)) for key, value in new.items()}
+        return {key: _share(value, old.get(key), known) for key, value in new.items()}
     if isinstance(new, tuple) and isinstance(old, tuple) and len(new) == len(old):
-        return tuple(_share(one, other) for one, other in zip(new, old, strict=True))
+        return tuple(_share(one, other, known) for one, other in zip(new, old, strict=True))
     return new

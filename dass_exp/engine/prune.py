@@ -26,7 +26,7 @@ from dass_exp.engine.repair_passes import BlockInRepair, DensePass
 from dass_exp.engine.stages import Stages, pruning_units, refine_masks
 from dass_exp.errors import NumericalError, UserError, one_of
 from dass_exp.masks import Pattern
-from dass_exp.methods.base import Block, MaskResult, Pruner
+from dass_exp.methods.base import Block, MaskResult, Pruner, check_range, check_statistics
 from dass_exp.models.decoder import Decoder, decoder_of
 from dass_exp.models.streamed import BlockLoader, BlocksInMemory
 
@@ -180,8 +180,7 @@ def _process_block(loop: LoopState, index: int, method: Pruner, options: EngineO
     units = pruning_units(decoder, index, scope, statistics, method.stat_of) if method.prunes else []
     starved = _handle_starved([unit for unit in units if unit.name != name], options.experts) if batches else ()
     linears = [linear for unit in units for linear in unit.linears]
-    for linear in linears:
-        linear.check_statistic()
+    check_statistics(linears)
     orders = {}
     if stages.permute.active:
         orders = reorder(units, stages.permute, method, pattern, int(decoder.config.num_attention_heads))
@@ -196,6 +195,8 @@ def _process_block(loop: LoopState, index: int, method: Pruner, options: EngineO
         with attention.replaying() if results else nullcontext(), block.replaying_neurons():
             error = _pass_on(module, index, batches, dense, changed=bool(results))
         if not error < float("inf"):
+            for linear, result in results.items():
+                check_range(linear, result.low, result.high)  # may be the cause
             raise NumericalError(f"{name}: its output holds numbers that are not finite")
     passes = observed - start + time.perf_counter() - pruned
     seconds = BlockSeconds.split(passes, statistics.values(), pruned - observed, linears)
@@ -222,14 +223,15 @@ def _dense_pass(module: nn.Module, index: int, batch: Batch, attention: Attentio
 
 def _pass_on(module: nn.Module, index: int, batches: list[Batch], dense: deque[CachedTensor], changed: bool) -> float:
     """Make the pruned outputs the inputs of the next block; return their relative L2 error (NaN if not finite)."""
-    off = total = 0.0
+    sums: list[Tensor] = []
     for batch in batches:
         cached = dense.popleft()  # a dense output is released as soon as it is compared
         reference = cached.load()
         output = batch.run_block(module, index) if changed else reference
         batch.cached = batch.cache.store(output) if changed else cached
-        off += (output - reference).float().square_().sum().item()
-        total += reference.float().square().sum().item()
+        sums += [(output - reference).float().square_().sum(), reference.float().square().sum()]
+    numbers = torch.stack(sums).tolist()  # the host waits once for all batches
+    off, total = sum(numbers[::2]), sum(numbers[1::2])
     if not (off < float("inf") and total < float("inf")):
         return float("nan")
     return float((off / total) ** 0.5) if total else 0.0

@@ -1,13 +1,15 @@
 """Verify masks and weights: masks have exactly the requested sparsity, weights at least, no N:M group is over-full."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from dass_exp.engine.callbacks import BlockReport, Callback, LoopState
 from dass_exp.errors import NumericalError
 from dass_exp.masks import NM, Pattern
-from dass_exp.methods.base import LinearView, MaskResult
+from dass_exp.methods.base import LinearView, MaskResult, check_range
 
 AXES = {0: "output", 1: "input", None: "matrix"}
 
@@ -56,18 +58,45 @@ class Layer:
     output_error_before: float | None = None
 
 
+class _Counts(NamedTuple):
+    """What is counted in one linear, as numbers on its device until the whole block is read at once."""
+
+    low: Tensor | float  # of the scores
+    high: Tensor | float
+    finite: Tensor  # whether all weights are
+    wrong: Tensor  # groups of the mask
+    survivors: Tensor  # weights that are not zero though the mask removes them
+    zeros: Tensor  # of the mask
+    zero_weights: Tensor
+    overfull: Tensor | int = 0  # groups of an N:M pattern
+    underfull: Tensor | int = 0
+
+    def row(self) -> Tensor:
+        """Return them as float64, which holds every count of a matrix exactly."""
+        device = self.zeros.device
+        return torch.stack(
+            [
+                (each.detach() if isinstance(each, Tensor) else torch.full((), each, device=device)).double()
+                for each in self
+            ]
+        )
+
+
 def verify(report: BlockReport, pattern: Pattern) -> list[Layer]:
-    """Verify every linear of a pruned block.
+    """Verify every linear of a pruned block; the host waits for the device once.
 
     Raises:
         VerificationError: a mask does not have the pattern, a masked weight is not zero, or a group is over-full.
-        NumericalError: a weight is not finite.
+        NumericalError: a score or a weight is not finite.
     """
-    layers = []
+    rows = []
     for linear in report.linears:
         if (result := report.results.get(linear.name)) is None:
             raise VerificationError(f"{linear.name}: it lies in the scope, and the method did not prune it")
-        layer = _verify_linear(linear, result, pattern, report.error)
+        rows.append(_count(linear, result, pattern).row())
+    layers = []
+    for linear, numbers in zip(report.linears, torch.stack(rows).tolist() if rows else [], strict=True):
+        layer = _layer(linear, report, pattern, numbers)
         if (error := report.repaired.get(linear.name)) is not None:
             layer = replace(layer, output_error=error.after, output_error_before=error.before)
         layers.append(layer)
@@ -90,38 +119,57 @@ class Verification(Callback):
         self.starved.extend(report.starved)
 
 
-def _verify_linear(linear: LinearView, result: MaskResult, pattern: Pattern, error: float | None) -> Layer:
-    name, weight, keep = linear.name, linear.weight, result.keep
+def _count(linear: LinearView, result: MaskResult, pattern: Pattern) -> _Counts:
+    weight, keep = linear.weight, result.keep
     if keep.shape != weight.shape or keep.dtype != torch.bool:
         raise VerificationError(
-            f"{name}: its mask is {keep.dtype} {list(keep.shape)}, the weight is {list(weight.shape)}"
+            f"{linear.name}: its mask is {keep.dtype} {list(keep.shape)}, the weight is {list(weight.shape)}"
         )
-    if not bool(torch.isfinite(weight).all()):
-        raise NumericalError(f"{name}: its pruned weights hold numbers that are not finite")
     width = result.slab_width or keep.shape[1]
     slabs = zip(keep.split(width, dim=1), pattern.of_slabs((len(keep), keep.shape[1]), width), strict=True)
-    if wrong := sum(of_slab.violations(slab, result.dim) for slab, of_slab in slabs):
+    counts = _Counts(
+        low=result.low,
+        high=result.high,
+        finite=torch.isfinite(weight).all(),
+        wrong=sum((of_slab.violations(slab, result.dim) for slab, of_slab in slabs), start=keep.new_zeros(()).long()),
+        survivors=((weight != 0) & ~keep).sum(),
+        zeros=(~keep).sum(),
+        zero_weights=(weight == 0).sum(),
+    )
+    if not isinstance(pattern, NM):
+        return counts
+    overfull, underfull = pattern.overfull(weight, result.dim), pattern.underfull(weight, result.dim)
+    return counts._replace(overfull=overfull, underfull=underfull)
+
+
+def _layer(linear: LinearView, report: BlockReport, pattern: Pattern, numbers: list[float]) -> Layer:
+    name, result = linear.name, report.results[linear.name]
+    low, high, finite, *others = numbers  # in the order of _Counts
+    wrong, survivors, zeros, zero_weights, overfull, underfull = map(int, others)
+    check_range(name, low, high)
+    if not finite:
+        raise NumericalError(f"{name}: its pruned weights hold numbers that are not finite")
+    if wrong:
         axis = AXES[result.dim]
         raise VerificationError(
             f"{name}: {wrong} groups of its mask do not have the sparsity of {pattern.name} along the {axis} axis"
         )
-    if survivors := int(((weight != 0) & ~keep).sum()):
+    if survivors:
         raise VerificationError(f"{name}: {survivors} weights are not zero although the mask removes them")
-    if isinstance(pattern, NM) and (overfull := pattern.overfull(weight, result.dim)):
+    if overfull and isinstance(pattern, NM):
         raise VerificationError(f"{name}: {overfull} groups hold more than {pattern.n} of {pattern.m} weights")
-    zeros = keep.numel() - int(keep.sum())
     return Layer(
         name=name,
         role=linear.role.value,
         zeros=zeros,
-        size=weight.numel(),
+        size=linear.weight.numel(),
         axis=AXES[result.dim],
         kernel_ready=pattern.kernel_ready(result.dim),
-        excess=int((weight == 0).sum()) - zeros,
-        underfull=pattern.underfull(weight, result.dim) if isinstance(pattern, NM) else 0,
-        score_low=result.low,
-        score_high=result.high,
-        block_error=error,
+        excess=zero_weights - zeros,
+        underfull=underfull,
+        score_low=low,
+        score_high=high,
+        block_error=report.error,
         seconds=result.seconds,
         damping_retries=result.damping_retries,
         tokens=linear.tokens,

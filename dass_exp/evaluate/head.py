@@ -30,7 +30,7 @@ def check_head(model: Any, ids: Tensor) -> None:
 def compare_head(model: Any, logits: Tensor, hidden: Tensor) -> None:
     """Raise a UserError unless the head maps ``hidden`` [1, tokens, features] to ``logits`` [1, tokens, vocabulary]."""
     expected = logits.float().flatten(0, 1)
-    computed = torch.cat(list(_logits(model, hidden[0])))
+    computed = torch.cat(list(_logits(model, hidden[0]))).to(expected.device)  # the head may lie on another one
     tolerance = 1e-2 * float(expected.abs().nan_to_num().amax())
     if not torch.allclose(computed, expected, rtol=1e-2, atol=tolerance, equal_nan=True):
         name = getattr(model.config.get_text_config(), "model_type", type(model).__name__)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dass_exp.errors import UserError, non_negative, whole_number
 from dass_exp.masks import NM, Pattern, remove_lowest
-from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner, finite_range
+from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner
 from dass_exp.models.families import Role
 from dass_exp.statistics import Gram
 
@@ -62,26 +62,27 @@ class ADMM(Pruner):
         target = weight @ normalised.matrix + self.damping * weight
         inverse = normalised.inverse(self.damping + _RHO)
         dual = torch.zeros_like(weight)
-        keep, low, high = torch.ones_like(weight, dtype=torch.bool), 0.0, 0.0
+        keep = torch.ones_like(weight, dtype=torch.bool)
+        (low, high), zeros = torch.aminmax(weight), 0
         for step in range(1, self.iterations + 1):
             proposal = weight + dual
             if step <= self.mask_steps:
                 scores = proposal.abs()
-                low, high = finite_range(scores, linear.name)
-                keep = _gradual_mask(scores, pattern, dim, 1 - (1 - step / self.mask_steps) ** 3)
+                low, high = torch.aminmax(scores)
+                final = pattern.keep(scores, dim)
+                zeros = int((~final).sum()) if step == 1 else zeros  # the pattern fixes it
+                keep = _gradual_mask(scores, final, zeros, 1 - (1 - step / self.mask_steps) ** 3)
             sparse = proposal * keep
             dual = proposal - sparse
             weight = (target + sparse - dual) @ inverse
         pruned = (weight + dual).mul_(keep).div_(normalised.scale)
-        finite_range(pruned, linear.name)
         linear.write(pruned)
         return MaskResult(keep, dim, low, high)
 
 
-def _gradual_mask(scores: Tensor, pattern: Pattern, dim: int | None, share: float) -> Tensor:
-    """Remove this share of what the pattern would remove, smallest scores first; everything at ``share`` = 1."""
-    final = pattern.keep(scores, dim)
+def _gradual_mask(scores: Tensor, final: Tensor, zeros: int, share: float) -> Tensor:
+    """Remove this share of the ``zeros`` weights that the mask ``final`` removes, smallest scores first."""
     if share >= 1:
         return final
-    zeros = int(share * int((~final).sum()))
-    return remove_lowest(scores.masked_fill(final, float("inf")).view(1, -1), zeros, 1).view(final.shape)
+    candidates = scores.masked_fill(final, float("inf")).view(1, -1)
+    return remove_lowest(candidates, int(share * zeros), 1).view(final.shape)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dass_exp.errors import UserError, finite_number, whole_number
 from dass_exp.masks import NM, Pattern
-from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner, finite_range
+from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner
 from dass_exp.models.families import Role
 from dass_exp.statistics import Gram, NormalisedGram
 
@@ -59,10 +59,9 @@ class ALPS(Pruner):
         gram: Gram = linear.stat
         normalised, dim = gram.normalised(self.damping), self.comparison_dim(linear.role, pattern)
         start = linear.weight.float() * normalised.scale
-        low, high = finite_range(start.abs(), linear.name)
+        low, high = torch.aminmax(start.abs())
         target = start @ normalised.matrix
         weight = self._admm(start, target, normalised, pattern, dim)
-        finite_range(weight, linear.name)
         keep = pattern.keep(weight.abs(), dim)
         weight = _fit(weight * keep, target, normalised.matrix, keep, self.cg_steps)
         linear.write(weight.div_(normalised.scale))

@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -70,11 +70,6 @@ class LinearView:
             raise LookupError(f"{self.name}: no {kind.__name__} was collected; a stage declares it as `stat`")
         return cast(StatisticKind, part)
 
-    def check_statistic(self) -> None:
-        """Raise a NumericalError that names the linear if its statistic is not finite."""
-        if self.statistic is not None:
-            self.statistic.check(self.name)
-
     @property
     def tokens(self) -> int | None:
         """Number of tokens in the statistic; None without one."""
@@ -120,7 +115,7 @@ class MaskResult:
     Args:
         keep: bool [out, in], True where the weight stays.
         dim: the axis along which weights competed (0 output, 1 input, None the matrix).
-        low, high: range of the scores.
+        low, high: range of the scores; tensors stay on the device until the block is verified.
         slab_width: number of input columns that were ranked together, None for all of them.
         damping_retries: how often the damping was raised.
         seconds: time to score, rank and write.
@@ -128,8 +123,8 @@ class MaskResult:
 
     keep: Tensor
     dim: int | None
-    low: float
-    high: float
+    low: float | Tensor
+    high: float | Tensor
     slab_width: int | None = None
     damping_retries: int = 0
     seconds: float = 0.0
@@ -214,7 +209,7 @@ class Pruner(Stage, ABC):
         """Prune every linear of ``block`` in place and return the results by the linear's name.
 
         Raises:
-            NumericalError: a score or weight is not finite, or a matrix is singular; the message names the linear.
+            NumericalError: a matrix is singular, for example; the message names the linear.
         """
         results = {}
         for number, linear in enumerate(block.linears):
@@ -249,16 +244,23 @@ class ScorePruner(Pruner):
 
     def prune_linear(self, linear: LinearView, block: Block, pattern: Pattern) -> MaskResult:
         scores = self.score(linear, block)
-        low, high = finite_range(scores, linear.name)
+        low, high = torch.aminmax(scores)
         dim = self.comparison_dim(linear.role, pattern)
         keep = pattern.keep(scores, dim)
         linear.zero(keep)
         return MaskResult(keep, dim, low, high)
 
 
-def finite_range(scores: Tensor, name: str) -> tuple[float, float]:
-    """Return the lowest and the highest score; raise a NumericalError that names the linear if one is not finite."""
-    low, high = torch.stack(torch.aminmax(scores)).tolist()  # aminmax propagates NaN, so two numbers suffice
+def check_statistics(linears: Iterable[LinearView]) -> None:
+    """Raise a NumericalError that names the first linear whose statistic is not finite; the host waits once."""
+    views = [(linear, linear.statistic) for linear in linears if linear.statistic is not None]
+    flags = {statistic: statistic.is_finite() for statistic in dict.fromkeys(statistic for _, statistic in views)}
+    if flags and not bool(torch.stack(list(flags.values())).all()):
+        for linear, statistic in views:
+            statistic.check(linear.name)
+
+
+def check_range(name: str, low: float | Tensor, high: float | Tensor) -> None:
+    """Raise a NumericalError that names the linear unless the range of its scores is finite."""
     if not (-float("inf") < low and high < float("inf")):
         raise NumericalError(f"{name}: its scores or weights hold numbers that are not finite")
-    return low, high

@@ -83,8 +83,8 @@ class Sensitivity(Statistic):
     def reorder_outputs(self, order: Tensor) -> None:
         self.sums = {role: total[order] for role, total in self.sums.items()}
 
-    def check(self, name: str) -> None:
-        self.norms.check(name)
+    def is_finite(self) -> Tensor:
+        return self.norms.is_finite()
 
 
 @dataclass

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dass_exp.errors import non_negative, whole_number
 from dass_exp.masks import NM, Pattern
-from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner, finite_range
+from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner
 from dass_exp.models.families import Role
 from dass_exp.statistics import Gram
 
@@ -69,7 +69,7 @@ class SparseGPT(Pruner):
                 _prune_tile(pruned[tile], keep[tile], factor.feedback[tile, tile])
                 torch.sub(dense[tile], pruned[tile], out=lost[tile])
                 pruned[last : slab.stop].addmm_(factor.feedback[tile, last : slab.stop].T, lost[tile])
-        low, high = finite_range(torch.stack(ranges), linear.name)
+        low, high = torch.aminmax(torch.stack(ranges))
         linear.write(pruned.T)
         dim = self.comparison_dim(linear.role, pattern)
         return MaskResult(keep.T.contiguous(), dim, low, high, None if dim == 1 else width, factor.retries)

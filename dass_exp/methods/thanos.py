@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dass_exp.errors import non_negative, whole_number
 from dass_exp.masks import NM, Pattern, remove_lowest
-from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner, finite_range
+from dass_exp.methods.base import Block, LinearView, MaskResult, Pruner
 from dass_exp.models.families import Role
 from dass_exp.statistics import Gram, one_thread
 
@@ -53,7 +53,7 @@ class Thanos(Pruner):
         root = factor.feedback * factor.diagonal  # R, upper triangular, of the Hessian R R^T
         weight, norm, dim = linear.weight.float().clone(), linear.norm, self.comparison_dim(linear.role, pattern)
         scores = weight.abs() * norm
-        low, high = finite_range(scores, linear.name)
+        low, high = torch.aminmax(scores)
         keep = pattern.keep(scores, dim)  # its number of zeros is that of the final mask
         left = int((~keep).sum())
         width = self.blocksize
@@ -73,7 +73,6 @@ class Thanos(Pruner):
             with one_thread(weight.device):
                 spread = torch.linalg.solve_triangular(root[rest, rest], root[columns, rest], upper=True, left=False)
             weight[:, rest] += removed.float() @ spread
-        finite_range(weight, linear.name)
         linear.write(weight)
         return MaskResult(keep, dim, low, high, damping_retries=factor.retries)
 

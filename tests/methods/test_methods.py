@@ -13,6 +13,7 @@ from engine_support import METHODS, PRUNING, UNLIKE, assert_same_state, block_of
 from torch import Tensor, nn
 
 from dass_exp import prune
+from dass_exp.engine.callbacks import BlockReport
 from dass_exp.engine.verify import verify
 from dass_exp.errors import NumericalError, UserError
 from dass_exp.masks import NM, Pattern, TransposableNM, Unstructured
@@ -182,7 +183,8 @@ def test_a_weight_that_is_not_finite_stops_the_run_with_its_name(method):
     block = block_of(dict.fromkeys(Role, weight), {}, method)
     for linear in block.linears:
         with pytest.raises(NumericalError, match=f"^{linear.name}: "):
-            method.prune_linear(linear, block, NM(2, 4))
+            results = {linear.name: method.prune_linear(linear, block, NM(2, 4))}
+            verify(BlockReport(0, "block", nn.Identity(), [linear], results, None), NM(2, 4))
 
 
 @pytest.mark.parametrize("method", [SparseGPT(damping=1e300), Thanos(damping=1e300), ADMM(damping=1e300)], ids=repr)

@@ -1,0 +1,209 @@
+"""Every method, stage and family on a pretended GPU: the numbers of the CPU, and how often the host waits."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from engine_support import PRUNING, UNLIKE, prune_blocks, sites_of
+from pretend_accelerator import PretendAccelerator, PretendTensor, host_of
+from test_stages import ACTIVE, is_served, stages_of
+from torch import Tensor, nn
+
+from dass_exp.api import perplexity
+from dass_exp.engine.activation_cache import ActivationCache
+from dass_exp.engine.prune import EngineOptions, prune_model
+from dass_exp.engine.verify import Verification
+from dass_exp.evaluate.generation import generate
+from dass_exp.masks import NM, TransposableNM, Unstructured
+from dass_exp.methods.base import Pruner
+from dass_exp.methods.dass import Dass
+from dass_exp.methods.magnitude import Magnitude
+from dass_exp.methods.sparsegpt import SparseGPT
+from dass_exp.methods.wanda import Wanda
+from dass_exp.models.families import FAMILIES
+
+GPU = "cuda:0"
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: host_of(tensor) for name, tensor in model.state_dict().items()}
+
+
+def assert_same_weights(ours: nn.Module, theirs: nn.Module) -> None:
+    """The two models are equal bit for bit, wherever they lie."""
+    first, second = weights_of(ours), weights_of(theirs)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def both(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The model on the CPU, and a copy of it on the accelerator."""
+    return model, copy.deepcopy(model).to(GPU)
+
+
+# --- the pretended device itself
+
+
+def test_two_devices_in_one_operation_are_refused(accelerator):
+    here, there, other = torch.ones(3), torch.ones(3, device=GPU), torch.ones(3, device="cuda:1")
+    for wrong in (
+        lambda: here + there,
+        lambda: there @ other,
+        lambda: torch.cat([here, there]),
+        lambda: here[there > 0],
+    ):
+        with pytest.raises(RuntimeError, match="expected one device"):
+            wrong()
+    assert (there + torch.tensor(1.0)).tolist() == [2.0] * 3  # a number on the host may be one of the operands
+    assert there[torch.tensor([0, 2])].tolist() == [1.0] * 2  # and so may an index
+    with pytest.raises(TypeError, match="copy it to the host first"):
+        there.numpy()
+
+
+def test_launches_and_waits_are_counted(accelerator):
+    there = torch.arange(4.0, device=GPU)
+    accelerator.reset()
+    doubled = there * 2  # one launch
+    view = doubled.view(2, 2).T  # none
+    assert (sum(accelerator.launches.values()), sum(accelerator.waits.values())) == (1, 0)
+    assert isinstance(view, PretendTensor)
+    for wait in (there.sum().item, there.tolist, there.cpu, lambda: there[there > 1], lambda: bool(there[0] > 1)):
+        accelerator.reset()
+        wait()
+        assert sum(accelerator.waits.values()) == 1, wait
+    accelerator.reset()
+    there[there > 1] = 0  # becomes masked_fill
+    there[1] = 5.0
+    assert sum(accelerator.waits.values()) == 0
+    assert there.tolist() == [0.0, 5.0, 0.0, 0.0]
+
+
+# --- masks and weights
+
+
+def cases():
+    """Every family x method; make test leaves out what differs from its cases in one of them only."""
+    for family, method in itertools.product(sorted(FAMILIES), PRUNING):
+        fast = family == "llama" or isinstance(method, Dass)
+        yield pytest.param(family, method, id=f"{family}-{method.name}", marks=() if fast else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("family", "method"), cases())
+def test_weights_are_those_of_the_cpu(family, method, tiny_model, tokens, accelerator):
+    cpu, gpu = both(tiny_model(family))
+    for model in (cpu, gpu):
+        pruning = prune_blocks(model, tokens, method, scope="all", batch_size=2, return_hidden=True)
+    assert_same_weights(cpu, gpu)
+    assert all(mask.device == torch.device(GPU) for mask in pruning.masks.values())
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(4, 8), NM(8, 16), TransposableNM(2, 4)], ids=str)
+@pytest.mark.parametrize("method", [Dass(), SparseGPT(), Magnitude()], ids=str)
+def test_patterns(pattern, method, tiny_model, tokens, accelerator):
+    if isinstance(pattern, TransposableNM) and isinstance(method, SparseGPT):
+        return  # refused on every device
+    cpu, gpu = both(tiny_model("llama"))
+    for model in (cpu, gpu):
+        prune_blocks(model, tokens, method, pattern)
+    assert_same_weights(cpu, gpu)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("family", "method"), [*((family, Dass()) for family in UNLIKE), ("llama", SparseGPT())], ids=str
+)
+def test_half_precision(family, method, dtype, tiny_model, tokens, accelerator):
+    cpu, gpu = both(tiny_model(family).to(dtype))
+    for model in (cpu, gpu):
+        prune_blocks(model, tokens, method, scope="all", batch_size=2)
+    assert_same_weights(cpu, gpu)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "opt"))]
+)
+@pytest.mark.parametrize("chosen", ACTIVE, ids="=".join)
+def test_stages(chosen, family, tiny_model, tokens, accelerator):
+    stages, pattern = stages_of(chosen), Unstructured(0.5) if chosen[0] == "allocation" else NM(2, 4)
+    method = Dass() if is_served(stages, Dass(), pattern, "all") else SparseGPT()
+    if not is_served(stages, method, pattern, "all"):
+        return
+    cpu, gpu = both(tiny_model(family))
+    for model in (cpu, gpu):
+        prune_blocks(model, tokens, method, pattern, scope="all", batch_size=2, stages=stages, min_tokens=1)
+    assert_same_weights(cpu, gpu)
+
+
+@pytest.mark.parametrize("method", [Dass(), SparseGPT()], ids=str)
+def test_a_model_spread_over_two_devices(method, tiny_model, tokens, accelerator):
+    cpu = tiny_model("llama")
+    spread = copy.deepcopy(cpu)
+    parts = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"]
+    places = dict(zip(parts, ["cuda:0", "cuda:0", "cuda:1", "cuda:1", "cuda:0", "cuda:1"], strict=True))
+    dispatch_model(spread, places, main_device="cuda:0", force_hooks=True)
+    for model in (cpu, spread):
+        prune_blocks(model, tokens, method, scope="all", batch_size=2)
+    assert {str(site.matrix.weight.device) for site in sites_of(spread, "all")} == {"cuda:0", "cuda:1"}
+    assert_same_weights(cpu, spread)
+    assert perplexity(spread, tokens, context=12) == perplexity(cpu, tokens, context=12)
+
+
+@pytest.mark.parametrize("cache", ["cpu", "disk"])
+def test_activations_that_wait_elsewhere(cache, tiny_model, tokens, accelerator, tmp_path):
+    cpu, gpu = both(tiny_model("llama"))
+    for model in (cpu, gpu):
+        prune_blocks(model, tokens, Dass(), batch_size=2, cache=ActivationCache(cache, tmp_path))
+    assert_same_weights(cpu, gpu)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_scores(family, tiny_model, tokens, accelerator):
+    cpu, gpu = both(tiny_model(family))
+    assert perplexity(gpu, tokens, context=12) == perplexity(cpu, tokens, context=12)
+    assert torch.equal(generate(gpu, tokens[:2, :4], 5), generate(cpu, tokens[:2, :4], 5))
+
+
+# --- budgets
+
+
+Counts = tuple[Counter[str], Counter[str]]
+
+
+def counts_of_a_block(
+    accelerator: PretendAccelerator, model: nn.Module, method: Pruner, tokens: Tensor, scope: str
+) -> Counts:
+    """Launches and waits of one more block: those of a model of three blocks without those of one of two."""
+    found = []
+    for blocks in (3, 2):
+        shorter = copy.deepcopy(model)
+        shorter.model.layers = shorter.model.layers[:blocks]
+        shorter.config.num_hidden_layers = blocks
+        shorter.to(GPU)
+        accelerator.reset()
+        prune_model(shorter, tokens, method, NM(2, 4), EngineOptions(scope=scope, batch_size=1), [Verification()])
+        found.append((Counter(accelerator.launches), Counter(accelerator.waits)))
+    (launches, waits), (fewer_launches, fewer_waits) = found
+    return launches - fewer_launches, waits - fewer_waits
+
+
+# not the solvers that ask for convergence or for the size of a mask
+@pytest.mark.parametrize("scope", ["mlp", "all"])
+@pytest.mark.parametrize("method", [one for one in PRUNING if one.name not in ("alps", "thanos", "admm")], ids=str)
+def test_the_host_waits_seldom(method, scope, tiny_model, tokens, accelerator):
+    """Three times a block: statistics, the error of its output, verification; SparseGPT once more per factorisation."""
+    model = tiny_model("llama", num_hidden_layers=3)
+    _, waits = counts_of_a_block(accelerator, model, method, tokens, scope)
+    linears = 3 if scope == "mlp" else 7
+    allowed = 3 + (linears if method.name == "sparsegpt" else 0)
+    assert 1 <= sum(waits.values()) <= allowed, waits
+
+
+def test_more_sequences_add_no_wait(tiny_model, tokens, accelerator):
+    model = tiny_model("llama", num_hidden_layers=3)
+    few, many = (counts_of_a_block(accelerator, model, Wanda(), part, "all")[1] for part in (tokens[:1], tokens))
+    assert few == many
