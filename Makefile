@@ -1,7 +1,7 @@
 # Each target builds .venv if it is missing or out of date.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo report bench tiny-models test campaign test-all check clean
+.PHONY: help demo report bench gpu-check tiny-models test campaign test-all check clean
 
 PYTHON ?= python3
 STAMP := .venv/.stamp
@@ -26,6 +26,9 @@ report: $(STAMP)  ## write the tables, figures and page of every sweep that was 
 
 bench: $(STAMP)  ## time every method against the forward passes that none can avoid (15 minutes on an idle machine)
 	@$(RUN)python -m dass_exp.benchmark
+
+gpu-check: $(STAMP)  ## try on this machine's GPU what was built without one, and write what differs (5 minutes; without a GPU it says so)
+	@$(RUN)python -m dass_exp.benchmark.gpu_check
 
 tiny-models: $(STAMP)  ## train the twelve tiny models of sweeps/glu_variants.yaml (once; took 96 minutes on 2 busy cores; resumes after an interruption)
 	@$(RUN)python -m dass_exp.train

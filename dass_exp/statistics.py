@@ -7,13 +7,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dass_exp.errors import NumericalError
+from dass_exp.hessian import HessianFactor, to_feedback
 
 _BAND = 256  # rows of the Gram matrix that are accumulated by one product
 _NO_NORM = 1e-8  # added to norms that divide: an input may be zero at every token
@@ -58,6 +58,14 @@ class Statistic(ABC):
         """Return the statistic that gives what ``kind`` gives, this one or a part of it; None if there is none."""
         return self if self.replaces(kind) else None
 
+    def totals(self) -> list[Tensor]:
+        """Return the sums themselves, on their device: those of two sets of sequences add up to those of both."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be added up over several processes")
+
+    def count(self, sequences: int, tokens: int) -> None:
+        """Set how many sequences and tokens the sums are over."""
+        self.sequences, self.tokens = sequences, tokens
+
     @abstractmethod
     def reset_to_uniform(self) -> None:
         """Discard the sum: all input features become equally important and independent of each other."""
@@ -97,6 +105,9 @@ class InputNorm(Statistic):
         """float32 [in_features]."""
         return self.squares.sqrt()
 
+    def totals(self) -> list[Tensor]:
+        return [self.squares]
+
     def reset_to_uniform(self) -> None:
         self.squares.fill_(1)
 
@@ -131,6 +142,9 @@ class InputMoments(InputNorm):
         """The variance over the tokens of a sequence, mean over sequences: float32 [in_features]."""
         return self.variances / max(self.sequences, 1)
 
+    def totals(self) -> list[Tensor]:
+        return [self.squares, self.sums, self.variances]
+
     def reset_to_uniform(self) -> None:
         super().reset_to_uniform()
         self.sums.zero_()
@@ -138,27 +152,6 @@ class InputMoments(InputNorm):
 
     def is_finite(self) -> Tensor:
         return super().is_finite() & _all_finite(self.variances)
-
-
-@dataclass(frozen=True)
-class HessianFactor:
-    """The factor R of the damped Hessian H = R R^T (R upper triangular), in the form in which SparseGPT uses it.
-
-    SparseGPT's U, the Cholesky factor of the inverse Hessian, is the inverse of R. A tile is a range of columns pruned
-    together. Before tile T is pruned, its weights are w_T + lost @ feedback[:, T], where lost = w - pruned for all
-    columns before T. These are the numbers of algorithm 1 of the paper (arXiv 2301.00774), which spreads each error by
-    a row of U, with one factorisation instead of two and an inverse.
-
-    Args:
-        feedback: float32 [in_features, in_features]: R[:, T] R[T, T]^-1 above the diagonal tiles, and R_jk / R_kk
-            inside them, for the same sum within a tile once its mask is known.
-        diagonal: float32 [in_features], R_jj = 1 / U_jj.
-        retries: how often the damping was raised.
-    """
-
-    feedback: Tensor
-    diagonal: Tensor
-    retries: int
 
 
 class NormalisedGram:
@@ -251,7 +244,7 @@ class Gram(Statistic):
         if (damping, tile) not in self._factors:
             with one_thread(self.upper.device):
                 upper, retries = self._factorise(damping, tries)
-                self._factors[damping, tile] = HessianFactor(upper, _to_feedback(upper, tile), retries)
+                self._factors[damping, tile] = HessianFactor(upper, to_feedback(upper, tile), retries)
         return self._factors[damping, tile]
 
     def normalised(self, damping: float = 0.0) -> NormalisedGram:
@@ -288,6 +281,9 @@ class Gram(Statistic):
                 return lower.flip(0, 1), retry
         raise NumericalError(f"the Hessian stayed singular after its damping was raised {tries} times to {added:.3g}")
 
+    def totals(self) -> list[Tensor]:
+        return [self.upper]
+
     def reset_to_uniform(self) -> None:
         self.upper.zero_().fill_diagonal_(1)
         self.release()
@@ -317,6 +313,14 @@ class Several(Statistic):
 
     def part(self, kind: type[Statistic]) -> Statistic | None:
         return next((part for part in self.parts if part.replaces(kind)), None)
+
+    def totals(self) -> list[Tensor]:
+        return [total for part in self.parts for total in part.totals()]
+
+    def count(self, sequences: int, tokens: int) -> None:
+        super().count(sequences, tokens)
+        for part in self.parts:
+            part.count(sequences, tokens)
 
     def reset_to_uniform(self) -> None:
         for part in self.parts:
@@ -348,26 +352,6 @@ def new_statistic(kinds: Sequence[type[Statistic]], features: int, device: torch
     """Create a statistic of these types, of which there is at least one, at an input of a block or expert."""
     parts = [kind.of_unit(features, device, unit) for kind in kinds]
     return parts[0] if len(parts) == 1 else Several(parts, features, device)
-
-
-def _to_feedback(upper: Tensor, tile: int) -> Tensor:
-    """Turn R into the ``feedback`` of a :class:`HessianFactor`, in place, and return R's diagonal."""
-    diagonal = upper.diagonal().clone()
-    features = len(upper)
-    whole = features // tile * tile
-    step = max(1, 4 * _BAND // tile) * tile  # columns per iteration: several tiles, to bound the memory
-    spans = [(start, min(start + step, whole), tile) for start in range(0, whole, step)]
-    if whole < features:
-        spans.append((whole, features, features - whole))
-    for first, last, width in spans:
-        tiles = upper[:last, first:last].unflatten(1, (-1, width))  # [in, tiles, width]; R is zero below them
-        corners = tiles[first:].unflatten(0, (-1, width)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        units = corners / diagonal[first:last].view(-1, 1, width)  # [tiles, width, width], as the corners
-        identity = torch.eye(width, device=upper.device).expand_as(corners)
-        inverse = torch.linalg.solve_triangular(corners, identity, upper=True)
-        tiles.copy_((tiles.transpose(0, 1) @ inverse).transpose(0, 1))
-        corners.copy_(units)
-    return diagonal
 
 
 @contextmanager

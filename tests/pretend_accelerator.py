@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import dass_exp
 
+FREE = 80 << 30  # bytes of memory of a pretended device
 _PACKAGE = str(Path(dass_exp.__file__).parent)
 aten = torch.ops.aten
 # The host reads a number, or the size of the result depends on the numbers.
@@ -116,6 +117,10 @@ class PretendAccelerator(TorchFunctionMode):
             args = (tensor, index, torch.tensor(value, dtype=tensor.dtype))
         device = kwargs.get("device")
         if device is not None and is_pretended(torch.device(device)):
+            if function is torch.empty:
+                planned = function(*args, **{**kwargs, "device": torch.device("meta")})
+                if planned.numel() * planned.element_size() > FREE:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is.")
             made = function(*args, **{**kwargs, "device": torch.device("cpu")})
             self.launches[_line()] += 1
             return PretendTensor(made, with_index(torch.device(device)))
@@ -241,11 +246,8 @@ def _line() -> str:
     return "elsewhere"
 
 
-GIGABYTE = 1 << 30
-
-
-def pretend(monkeypatch: pytest.MonkeyPatch, count: int = 2, free: int = 80 * GIGABYTE) -> None:
-    """Let torch say that there are ``count`` accelerators with ``free`` bytes each, and answer what is asked of one."""
+def pretend(monkeypatch: pytest.MonkeyPatch, count: int = 2) -> None:
+    """Let torch say that there are ``count`` accelerators, and answer what is asked of one."""
     for name, answer in {
         "is_available": True,
         "device_count": count,
@@ -259,12 +261,13 @@ def pretend(monkeypatch: pytest.MonkeyPatch, count: int = 2, free: int = 80 * GI
         "get_device_capability": (9, 0),
         "get_device_name": "Pretended GPU",
         "is_bf16_supported": True,
-        "mem_get_info": (free, free),
+        "mem_get_info": (FREE, FREE),
         "memory_reserved": 0,
         "memory_allocated": 0,
         "max_memory_allocated": 0,
         "reset_peak_memory_stats": None,
         "empty_cache": None,
+        "set_sync_debug_mode": None,
         "synchronize": None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)

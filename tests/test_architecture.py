@@ -37,7 +37,7 @@ ROWS = [
     {"methods", "models", "data", "refine", "repair", "allocation", "permute"},
     {"storage"},
     {"config"},
-    {"masks", "statistics", "errors", "paths"},
+    {"masks", "statistics", "hessian", "errors", "paths"},
 ]
 EDGES = {"wandb": "runs/track", "lm_eval": "evaluate/zeroshot", "datasets": "data/texts"}
 FORBIDDEN_CALLS = {"print", "eval", "exec", "compile", "__import__", "breakpoint", "input"}

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from dass_exp.errors import NumericalError
-from dass_exp.statistics import Gram, HessianFactor, InputMoments, InputNorm, Statistic
+from dass_exp.hessian import HessianFactor
+from dass_exp.statistics import Gram, InputMoments, InputNorm, Statistic
 
 CPU = torch.device("cpu")
 

@@ -4,13 +4,14 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from omegaconf import open_dict
 
-from dass_exp.config.settings import register, validate
+from dass_exp.config.settings import RunConfig, register, validate
 from dass_exp.paths import project_root
 from dass_exp.runs.context import ModelCache, RunContext
 from dass_exp.runs.run import run
@@ -27,18 +28,13 @@ def sweep_ratio(
     ``overrides`` choose model, calibration and evaluation. Each cell needs ``plain_s``, the seconds of a plain forward
     pass over the scored windows, and each calibrated one also the floor.
     """
-    os.environ.setdefault("DASS_EXP_ROOT", str(project_root()))
-    register()
     context, keys = RunContext(shared=ModelCache()), set[str]()
     seconds = floors = 0.0
-    config_dir = initialize_config_dir(str(project_root() / "conf"), version_base="1.3")
-    with tempfile.TemporaryDirectory() as results, config_dir:
+    with tempfile.TemporaryDirectory() as results, composing():
         common = [*overrides, f"results_dir={results}", "tracker=none"]
         for method, pattern in itertools.product(METHODS, PATTERNS):
-            composed = compose("config", [*common, f"method={method}", f"pattern={pattern}"], return_hydra_config=True)
-            with open_dict(composed):
-                choices = composed.pop("hydra").runtime.choices
-            config, start = validate(composed, choices=choices), time.perf_counter()
+            config = settings_of([*common, f"method={method}", f"pattern={pattern}"])
+            start = time.perf_counter()
             record = run(config, context).record
             seconds += (elapsed := time.perf_counter() - start)
             if record["key"] not in keys:  # dense is one record, whatever the pattern
@@ -47,3 +43,20 @@ def sweep_ratio(
             progress(f"sweep: {method} {pattern} {elapsed:.2f} s")
     cells = len(METHODS) * len(PATTERNS)
     return {"cells": cells, "records": len(keys), "seconds": seconds, "floors_s": floors, "ratio": seconds / floors}
+
+
+@contextmanager
+def composing() -> Iterator[None]:
+    """Let :func:`settings_of` compose the configs of the project."""
+    os.environ.setdefault("DASS_EXP_ROOT", str(project_root()))
+    register()
+    with initialize_config_dir(str(project_root() / "conf"), version_base="1.3"):
+        yield
+
+
+def settings_of(overrides: list[str]) -> RunConfig:
+    """Return the validated settings of a run with these overrides, as the command composes them."""
+    composed = compose("config", overrides, return_hydra_config=True)
+    with open_dict(composed):
+        choices = composed.pop("hydra").runtime.choices
+    return validate(composed, choices=choices)

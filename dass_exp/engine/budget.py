@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from dass_exp.allocation.base import Allocation, BlockProfile
 from dass_exp.engine.capture import Batch
+from dass_exp.engine.data_parallel import add_up_statistics
 from dass_exp.engine.observers import observe_inputs
 from dass_exp.engine.stages import pruning_units
 from dass_exp.masks import Pattern
@@ -40,6 +41,7 @@ def block_patterns(
         with observe_inputs(decoder, index, scope, lambda role: [allocation.stat_of(role)], tokens) as statistics:
             for batch in passing:
                 batch.hidden = batch.run_block(block, index)
+        add_up_statistics(statistics.values())
         units = pruning_units(decoder, index, scope, statistics)
         linears = [linear for unit in units for linear in unit.linears]
         check_statistics(linears)

@@ -20,6 +20,7 @@ from dass_exp.engine.attention_replay import AttentionReplay
 from dass_exp.engine.budget import block_patterns
 from dass_exp.engine.callbacks import BlockReport, BlockSeconds, Callback, LoopState
 from dass_exp.engine.capture import Batch, capture, eval_mode
+from dass_exp.engine.data_parallel import add_up_numbers, add_up_statistics, processes, share_of
 from dass_exp.engine.observers import observe_inputs
 from dass_exp.engine.reorder import check_unchanged, reorder
 from dass_exp.engine.repair_passes import BlockInRepair, DensePass
@@ -160,7 +161,12 @@ def _calibration_batches(
         raise UserError(
             f"calibration tokens of shape {list(tokens.shape)}: expected [sequences, tokens] with at least one of each"
         )
-    return capture(model, list(decoder.blocks), tokens, options.batch_size, options.returns_tuple, options.cache)
+    if processes() > 1 and options.stages.repair.needs_mlp_tokens:
+        problem = "it takes one sequence after the other, so they cannot be shared among processes"
+        raise UserError(f"repair={options.stages.repair.name}: {problem}; choose repair=least_squares, or one process")
+    return capture(
+        model, list(decoder.blocks), share_of(tokens), options.batch_size, options.returns_tuple, options.cache
+    )
 
 
 def _process_block(loop: LoopState, index: int, method: Pruner, options: EngineOptions) -> BlockReport:
@@ -176,6 +182,7 @@ def _process_block(loop: LoopState, index: int, method: Pruner, options: EngineO
         attention = AttentionReplay(replayed, statistics, options.cache)
         with attention.recording(), before.recording():
             dense = deque(options.cache.store(_dense_pass(module, index, batch, attention)) for batch in batches)
+    add_up_statistics(statistics.values())
     observed = time.perf_counter()
     units = pruning_units(decoder, index, scope, statistics, method.stat_of) if method.prunes else []
     starved = _handle_starved([unit for unit in units if unit.name != name], options.experts) if batches else ()
@@ -231,7 +238,7 @@ def _pass_on(module: nn.Module, index: int, batches: list[Batch], dense: deque[C
         batch.cached = batch.cache.store(output) if changed else cached
         sums += [(output - reference).float().square_().sum(), reference.float().square().sum()]
     numbers = torch.stack(sums).tolist()  # the host waits once for all batches
-    off, total = sum(numbers[::2]), sum(numbers[1::2])
+    off, total = add_up_numbers([sum(numbers[::2]), sum(numbers[1::2])], sums[0].device)
     if not (off < float("inf") and total < float("inf")):
         return float("nan")
     return float((off / total) ** 0.5) if total else 0.0

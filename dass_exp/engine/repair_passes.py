@@ -13,6 +13,7 @@ from torch.nn.functional import linear as apply_linear
 from dass_exp.engine.activation_cache import ActivationCache, CachedTensor
 from dass_exp.engine.attention_replay import AttentionReplay
 from dass_exp.engine.capture import Batch, replaced_forward
+from dass_exp.engine.data_parallel import add_up, add_up_statistics
 from dass_exp.methods.base import LinearView, MaskResult
 from dass_exp.models.decoder import Decoder
 from dass_exp.models.families import DOWN, FC2, GATE, READER_OF, READERS, UP, Role
@@ -208,6 +209,8 @@ class BlockInRepair:
                 stack.enter_context(replaced_forward(routed[0].matrix.module, self._collecting_experts(routed, sums)))
             for batch in self._batches:
                 batch.run_block(block, self._before.index)
+        add_up_statistics(entry.gram for entry in sums.values())
+        add_up(total for entry in sums.values() for total in (entry.cross, entry.energy))
         return {name: entry.regression() for name, entry in sums.items()}
 
     def _collecting(self, linear: LinearView, sums: RegressionSums) -> Callable[[Tensor], Tensor]:

@@ -75,6 +75,13 @@ class Sensitivity(Statistic):
     def replaces(cls, kind: type[Statistic]) -> bool:
         return kind is InputNorm or issubclass(cls, kind)
 
+    def totals(self) -> list[Tensor]:
+        return [*self.norms.totals(), *self.sums.values()]
+
+    def count(self, sequences: int, tokens: int) -> None:
+        super().count(sequences, tokens)
+        self.norms.count(sequences, tokens)
+
     def reset_to_uniform(self) -> None:
         self.norms.reset_to_uniform()
         for total in self.sums.values():

@@ -1,0 +1,53 @@
+"""Whether 2:4 weights are faster on a GPU: sparse kernels against dense products, prefill and decode."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dass_exp.benchmark.gpu_checks import Check, Line
+from dass_exp.benchmark.measure import time_call
+from dass_exp.masks import NM
+
+SHAPES = ((576, 1536), (4096, 11008), (8192, 28672))  # in and out features: SmolLM2-135M, LLaMA-7B, LLaMA-70B
+TOKENS = {"prefill": 2048, "decode of 16": 16, "decode of 1": 1}
+_ROUNDS = 20
+_TOLERANCE = 2e-2  # relative, in float16
+
+
+def kernel_lines(device: torch.device) -> Iterator[tuple[str, Check]]:
+    """Yield the name and the function of each measurement."""
+    for shape in SHAPES:
+        for stage, tokens in TOKENS.items():
+            name = f"2:4 kernel, {shape[0]} x {shape[1]}, {stage}"
+            yield name, partial(_measure, name, shape, tokens, device)
+
+
+def _measure(name: str, shape: tuple[int, int], tokens: int, device: torch.device) -> Line:
+    """Compare ``to_sparse_semi_structured`` with the dense product of the same 2:4 weight, float16."""
+    features, outputs = shape
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(outputs, features, generator=generator)
+    weight = (weight * NM(2, 4).keep(weight.abs(), 1)).half().to(device)
+    inputs = torch.randn(tokens, features, generator=generator).half().to(device)
+    sparse = torch.sparse.to_sparse_semi_structured(weight)
+    linear = torch.nn.functional.linear
+    dense_output, sparse_output = linear(inputs, weight).float(), linear(inputs, sparse).float()
+    off = float((dense_output - sparse_output).norm() / dense_output.norm())
+    dense_s, sparse_s = (_seconds(partial(linear, inputs, matrix)) for matrix in (weight, sparse))
+    speed = dense_s / sparse_s
+    verdict = f"{speed:.2f} times as fast as dense" if speed > 1 else f"not faster: {speed:.2f} times the dense speed"
+    detail = f"{verdict} ({1e6 * sparse_s:.0f} against {1e6 * dense_s:.0f} us), outputs differ by {off:.1e}"
+    return Line(name, "measured" if off <= _TOLERANCE else "differs", detail)
+
+
+def _seconds(product: Callable[[], Tensor]) -> float:
+    """Return the least of three means, after a warm-up."""
+
+    def rounds() -> None:
+        for _ in range(_ROUNDS):
+            product()
+
+    rounds()
+    return min(time_call(rounds) for _ in range(3)) / _ROUNDS

@@ -1,0 +1,62 @@
+"""``make gpu-check``: its one line without a GPU, and every check on a pretended one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from support import save_tiny
+
+from dass_exp.benchmark import gpu_check, gpu_checks, gpu_kernels
+from dass_exp.benchmark.gpu_checks import Line, guarded
+
+
+def test_without_a_gpu_it_says_so_and_succeeds(capsys, tmp_path):
+    assert gpu_check.main(["--output", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "gpu-check: this machine has no CUDA GPU that torch can use, so nothing was checked"
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_check_runs_on_a_pretended_gpu(accelerator, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_kernels, "SHAPES", ((64, 128),))
+    model = save_tiny(tmp_path / "tiny")
+    sizes = ["--samples", "4", "--length", "16", "--block", "128", "64"]
+    assert gpu_check.main(["--model", str(model), *sizes, "--output", str(tmp_path / "bench")]) == 0
+    (path,) = (tmp_path / "bench").glob("*.json")
+    assert path.name.startswith("gpu-pretended-gpu-20")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content["machine"]["gpu"] == "Pretended GPU"
+    results = {line["name"]: line["status"] for line in content["lines"]}
+    checked = {name: status for name, status in results.items() if "kernel" not in name and name != "two GPUs"}
+    assert set(checked.values()) == {"ok", "measured"}, [
+        line for line in content["lines"] if line["status"] == "not run"
+    ]
+    assert {"masks of dass", "masks of sparsegpt", "perplexity", "bfloat16", "waits of a block"} <= checked.keys()
+    table = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert all(f"| {name} |" in table for name in results)
+    assert table in capsys.readouterr().out
+
+
+def test_what_differs_is_said_and_fails_the_command(accelerator, tmp_path, monkeypatch):
+    model = save_tiny(tmp_path / "tiny")
+    monkeypatch.setattr(gpu_check, "kernel_lines", lambda device: [])
+    monkeypatch.setattr(gpu_check, "checks", lambda setup: [("seven", lambda: Line("seven", "differs", "8"))])
+    sizes = ["--samples", "2", "--length", "8", "--output", str(tmp_path)]
+    assert gpu_check.main(["--model", str(model), *sizes]) == 1
+    assert gpu_check.main(["--model", str(tmp_path / "none"), *sizes]) == 1
+
+
+def test_a_check_that_cannot_run_says_why():
+    def broken() -> Line:
+        raise RuntimeError("no kernel\nfor this card")
+
+    assert guarded("kernels", broken) == Line("kernels", "not run", "RuntimeError: no kernel for this card")
+
+
+def test_the_share_of_differing_bits():
+    first = {"a": torch.tensor([True, False]), "b": torch.tensor([True, True])}
+    second = {"a": torch.tensor([True, True]), "b": torch.tensor([True, True])}
+    assert gpu_checks._share_differing(first, second) == pytest.approx(0.25)
