@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -93,9 +93,9 @@ def _observed_experts(module: nn.Module, table: Experts, stats: ExpertStatistics
 
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         output = torch.zeros_like(hidden_states)
+        routes = routes_of(top_k_index, len(getattr(module, table.gate_up)), tokens)
         for expert, of_expert in stats.items():
-            token, choice = torch.where(top_k_index == expert)
-            lengths = torch.bincount(token // tokens, minlength=len(hidden_states) // tokens).tolist()
+            token, choice, lengths = routes[expert]
             inputs = hidden_states[token]
             neurons = apply_gate(linear(inputs, getattr(module, table.gate_up)[expert]))
             for stat, observed in ((of_expert[False], inputs), (of_expert[True], neurons)):
@@ -106,3 +106,27 @@ def _observed_experts(module: nn.Module, table: Experts, stats: ExpertStatistics
         return output
 
     return forward
+
+
+class Route(NamedTuple):
+    """The tokens that reach one expert: which, by which of their choices, and how many of each sequence."""
+
+    token: Tensor
+    choice: Tensor
+    lengths: list[int]
+
+
+def routes_of(top_k_index: Tensor, experts: int, tokens: int) -> list[Route]:
+    """Return for each expert the tokens routed to it, in their order; the host waits once for all experts.
+
+    ``top_k_index`` is int64 [sequences * tokens, choices], the experts of each token.
+    """
+    choices, sequences = top_k_index.shape[1], len(top_k_index) // tokens
+    chosen = top_k_index.flatten().long()
+    order = chosen.argsort(stable=True)
+    sequence = torch.arange(len(chosen), device=chosen.device) // (choices * tokens)
+    counts = torch.zeros(experts * sequences, dtype=torch.int64, device=chosen.device)
+    counts.index_add_(0, chosen * sequences + sequence, torch.ones_like(chosen))
+    lengths = counts.view(experts, sequences).tolist()
+    parts = order.split([sum(each) for each in lengths])
+    return [Route(part // choices, part % choices, each) for part, each in zip(parts, lengths, strict=True)]

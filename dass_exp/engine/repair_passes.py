@@ -14,6 +14,7 @@ from dass_exp.engine.activation_cache import ActivationCache, CachedTensor
 from dass_exp.engine.attention_replay import AttentionReplay
 from dass_exp.engine.capture import Batch, replaced_forward
 from dass_exp.engine.data_parallel import add_up, add_up_statistics
+from dass_exp.engine.observers import routes_of
 from dass_exp.methods.base import LinearView, MaskResult
 from dass_exp.models.decoder import Decoder
 from dass_exp.models.families import DOWN, FC2, GATE, READER_OF, READERS, UP, Role
@@ -250,11 +251,10 @@ class BlockInRepair:
 
         def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
             del top_k_weights
+            routes = routes_of(top_k_index, len(getattr(module, table.gate_up)), tokens)  # type: ignore[union-attr]
             for down in linears:
                 expert = down.matrix.expert
-                chosen: Tensor = top_k_index == expert  # type: ignore[assignment]
-                token = chosen.any(1).nonzero().flatten()
-                lengths = torch.bincount(token // tokens, minlength=len(hidden_states) // tokens).tolist()
+                token, _, lengths = routes[expert]  # type: ignore[index]
                 before = torch.cat([self.dense(views[expert, role]) for role in (GATE, UP)])
                 now = getattr(module, table.gate_up)[expert]  # type: ignore[union-attr]
                 for sequence in hidden_states[token].split(lengths):

@@ -207,3 +207,9 @@ def test_more_sequences_add_no_wait(tiny_model, tokens, accelerator):
     model = tiny_model("llama", num_hidden_layers=3)
     few, many = (counts_of_a_block(accelerator, model, Wanda(), part, "all")[1] for part in (tokens[:1], tokens))
     assert few == many
+
+
+def test_a_mixture_of_experts_adds_one_wait_a_batch(tiny_model, tokens, accelerator):
+    model = tiny_model("mixtral", num_hidden_layers=3)
+    _, waits = counts_of_a_block(accelerator, model, Wanda(), tokens, "all")
+    assert sum(waits.values()) <= 3 + len(tokens), waits

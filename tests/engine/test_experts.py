@@ -6,7 +6,7 @@ from engine_support import CALIBRATED, prune_blocks, sites_of
 from torch import Tensor, nn
 
 from dass_exp.engine.capture import capture
-from dass_exp.engine.observers import observe_experts, observe_inputs
+from dass_exp.engine.observers import observe_experts, observe_inputs, routes_of
 from dass_exp.engine.verify import verify
 from dass_exp.errors import NumericalError, UserError
 from dass_exp.masks import NM
@@ -170,3 +170,14 @@ def test_a_forward_of_ones_own_is_given_back(tiny_model):
     with observe_experts(experts, FAMILIES["mixtral"].experts, {}, 1):
         assert experts.forward is not own
     assert experts.forward is own
+
+
+def test_routes_are_the_tokens_of_each_expert_in_their_order():
+    tokens, sequences, experts = 7, 3, 5
+    scores = torch.rand(tokens * sequences, experts - 1, generator=torch.Generator().manual_seed(0))
+    top_k_index = scores.topk(2).indices  # the last expert gets none
+    for expert, route in enumerate(routes_of(top_k_index, experts, tokens)):
+        token, choice = torch.where(top_k_index == expert)
+        assert torch.equal(route.token, token)
+        assert torch.equal(route.choice, choice)
+        assert route.lengths == torch.bincount(token // tokens, minlength=sequences).tolist()
