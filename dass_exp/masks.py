@@ -17,6 +17,10 @@ from dass_exp.errors import UserError, finite_number, whole_number
 
 # Up to this many scores, one comparison of all pairs is 2 to 3 times faster than one operation per pair.
 _FEW_SCORES = 1 << 13
+# On an accelerator launches cost the most, so there it is the memory of the comparisons that limits them (bytes).
+_MANY_PAIRS = 1 << 30
+# Groups of an unstructured pattern that are longer are sorted on CUDA.
+_LONG_GROUP = 1 << 16
 # Up to this group size, comparing all pairs is 3 to 8 times faster than a stable sort (CPU, float32).
 _PAIRWISE_LIMIT = 16
 # Up to this size, all masks of a tile that hold along both axes are compared: 90 for 2:4.
@@ -114,10 +118,17 @@ def remove_lowest(scores: Tensor, zeros: int, dim: int) -> Tensor:
     """Return a mask that removes the ``zeros`` lowest scores of each group along ``dim``."""
     if zeros == 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(zeros, dim=dim, keepdim=True).values  # the highest score that is removed
+    threshold = _kth_lowest(scores, zeros, dim)  # the highest score that is removed
     above, ties = scores > threshold, scores == threshold
     ties_kept = scores.shape[dim] - zeros - above.sum(dim, keepdim=True)
     return above | (ties & (ties.cumsum(dim, dtype=torch.int32) <= ties_kept))
+
+
+def _kth_lowest(scores: Tensor, k: int, dim: int) -> Tensor:
+    """Return the ``k``-th lowest score of each group along ``dim``, which stays as an axis of length 1."""
+    if scores.device.type == "cuda" and scores.shape[dim] > _LONG_GROUP:  # there kthvalue works on a group in one block
+        return scores.sort(dim=dim).values.narrow(dim, k - 1, 1)
+    return scores.kthvalue(k, dim=dim, keepdim=True).values
 
 
 @dataclass(frozen=True)
@@ -188,7 +199,10 @@ class NM(Pattern):
         axis = 1 if dim is None else dim
         self.check((scores.shape[0], scores.shape[1]), axis)
         groups = scores.unflatten(axis, (-1, self.m)).movedim(axis + 1, 0)  # the members of a group along axis 0
-        if groups.numel() <= _FEW_SCORES:
+        few = groups.numel() <= _FEW_SCORES
+        if groups.device.type != "cpu":
+            few = self.m <= _PAIRWISE_LIMIT and groups.numel() * self.m <= _MANY_PAIRS
+        if few:
             mask = self._compare_at_once(groups)
         elif self.m <= _PAIRWISE_LIMIT:
             mask = self._compare_pairs(groups)
@@ -197,11 +211,11 @@ class NM(Pattern):
         return mask.movedim(0, axis + 1).flatten(axis, axis + 1)
 
     def _compare_at_once(self, groups: Tensor) -> Tensor:
-        """Rank by one comparison of all pairs: for SparseGPT's tiles, where launching an operation costs the most."""
+        """Rank by one comparison of all pairs: where launching an operation costs the most."""
         lower_index = torch.ones(self.m, self.m, dtype=torch.bool, device=groups.device).triu_()
         lower_index = lower_index[..., *(None,) * (groups.ndim - 1)]
         beats = torch.where(lower_index, groups[:, None] >= groups, groups[:, None] > groups)
-        return beats.sum(0) <= self.n  # a weight beats itself too
+        return beats.sum(0, dtype=torch.int32) <= self.n  # a weight beats itself too
 
     def _compare_pairs(self, groups: Tensor) -> Tensor:
         """Rank by comparing pair after pair, without a copy of the scores."""

@@ -14,6 +14,7 @@ from pretend_accelerator import PretendAccelerator, PretendTensor, host_of
 from test_stages import ACTIVE, is_served, stages_of
 from torch import Tensor, nn
 
+from dass_exp import masks
 from dass_exp.api import perplexity
 from dass_exp.engine.activation_cache import ActivationCache
 from dass_exp.engine.prune import EngineOptions, prune_model
@@ -166,6 +167,21 @@ def test_scores(family, tiny_model, tokens, accelerator):
     cpu, gpu = both(tiny_model(family))
     assert perplexity(gpu, tokens, context=12) == perplexity(cpu, tokens, context=12)
     assert torch.equal(generate(gpu, tokens[:2, :4], 5), generate(cpu, tokens[:2, :4], 5))
+
+
+@pytest.mark.parametrize("limit", [1, 1 << 16])
+@pytest.mark.parametrize("pairs", [1, 1 << 30])
+def test_masks_of_an_accelerator_are_those_of_the_cpu(limit, pairs, accelerator, monkeypatch):
+    """Each way of ranking, ties included: the limits choose among them."""
+    monkeypatch.setattr(masks, "_LONG_GROUP", limit)
+    monkeypatch.setattr(masks, "_MANY_PAIRS", pairs)
+    scores = torch.randint(9, (48, 96), generator=torch.Generator().manual_seed(0)).float()
+    for pattern in (Unstructured(0.5), Unstructured(0.3), NM(2, 4), NM(3, 8), NM(8, 16), NM(12, 24)):
+        for dim in (0, 1, None):
+            if dim is None or scores.shape[dim] % getattr(pattern, "m", 1) == 0:
+                there = pattern.keep(scores.to(GPU), dim)
+                assert torch.equal(host_of(there), pattern.keep(scores, dim)), (pattern, dim)
+                assert int(pattern.violations(there, dim)) == 0
 
 
 # --- budgets
