@@ -65,6 +65,9 @@ def _cell(composed: DictConfig) -> None:
     cell = _Cell(job.runtime.output_dir, [str(text) for text in overrides or ()], alone=job.mode != RunMode.MULTIRUN)
     context = RunContext(TerminalReporter(), None if cell.alone else cache_of_process())
     try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+            advice = "start it without torchrun, or call dass_exp.prune from a script of your own (docs/scale.md)"
+            raise UserError(f"torchrun with {os.environ['WORLD_SIZE']} processes: dass-exp runs in one; {advice}")
         if not cell.alone:
             workers.acquire_slot(job.launcher, Path(job.sweep.dir))
         elif launchers := [text for text in job.overrides.hydra if text.startswith("hydra/launcher=")]:

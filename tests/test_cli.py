@@ -55,6 +55,13 @@ def test_a_mistake_of_the_user_ends_with_2_and_one_line(folder, overrides, words
     assert not (folder / "results" / "runs").exists()
 
 
+def test_several_processes_of_one_command_are_refused(folder):
+    done = command(folder=folder, WORLD_SIZE="2", TORCHELASTIC_RUN_ID="none")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("torchrun with 2 processes: dass-exp runs in one; start it without torchrun")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_a_sweep_goes_on_past_bad_cells_and_ends_with_1(folder, tiny):
     shared = tiny_overrides(tiny, Path("results"))
     swept = command("-m", "method.alpha=-1,0.5", "calibration.batch_size=1000000000000,4", *shared, folder=folder)

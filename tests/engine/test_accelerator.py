@@ -219,6 +219,17 @@ def test_the_host_waits_seldom(method, scope, tiny_model, tokens, accelerator):
     assert 1 <= sum(waits.values()) <= allowed, waits
 
 
+def test_launches_of_choosing_masks_and_weights(tiny_model, tokens, accelerator):
+    """What docs/performance.md states: per linear for methods that score, per column for SparseGPT."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
+    model, solving = tiny_model("llama", **sizes), ("methods/", "masks.py", "hessian.py")
+    for method in (method for method in PRUNING if method.name in ("dass", "wanda", "glu_wanda", "ria", "sparsegpt")):
+        launches, _ = counts_of_a_block(accelerator, model, method, tokens[:1], "mlp")
+        count = sum(number for line, number in launches.items() if line.startswith(solving))
+        columns = 256 + 256 + 512
+        assert count <= (6.5 * columns if method.name == "sparsegpt" else 40 * 3), (method, count)
+
+
 def test_more_sequences_add_no_wait(tiny_model, tokens, accelerator):
     model = tiny_model("llama", num_hidden_layers=3)
     few, many = (counts_of_a_block(accelerator, model, Wanda(), part, "all")[1] for part in (tokens[:1], tokens))
