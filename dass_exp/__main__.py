@@ -31,7 +31,7 @@ from dass_exp.config.components import admitted_packages
 from dass_exp.config.redact import redact_text
 from dass_exp.config.settings import register, validate
 from dass_exp.errors import ForeignCodeError, NumericalError, UserError, is_exit_of_launcher, one_line, os_error_line
-from dass_exp.report.console import TerminalReporter, show_plan, show_run
+from dass_exp.report.console import TerminalReporter, ending, show_plan, show_run
 from dass_exp.report.sweep_callback import Sweep, note_cell
 from dass_exp.runs import workers
 from dass_exp.runs.context import RunContext, cache_of_process
@@ -135,7 +135,7 @@ class _Cell:
         if self.alone:
             show_run(record, outcome.dense, outcome.path, outcome.found, model)
         else:
-            log.info("%s %s", "found" if outcome.found else "wrote", outcome.path)
+            log.info("%s", ending(record, outcome.path, outcome.found))
 
 
 def _is_expected(error: BaseException) -> bool:

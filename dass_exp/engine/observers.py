@@ -123,7 +123,7 @@ def routes_of(top_k_index: Tensor, experts: int, tokens: int) -> list[Route]:
     """
     choices, sequences = top_k_index.shape[1], len(top_k_index) // tokens
     chosen = top_k_index.flatten().long()
-    order = chosen.argsort(stable=True)
+    order = chosen.sort(stable=True).indices
     sequence = torch.arange(len(chosen), device=chosen.device) // (choices * tokens)
     counts = torch.zeros(experts * sequences, dtype=torch.int64, device=chosen.device)
     counts.index_add_(0, chosen * sequences + sequence, torch.ones_like(chosen))

@@ -1,4 +1,4 @@
-"""Compare two records: settings that differ, scores with a paired bootstrap, overlap of the masks."""
+"""Compare two records: settings that differ, scores with paired intervals, overlap of the masks."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from dass_exp.report.load import Record, block_of, documents, windows_of
 from dass_exp.report.scores import outcomes_lost
-from dass_exp.report.significance import bootstrap
+from dass_exp.report.significance import paired_interval
 from dass_exp.report.write import markdown_table
 from dass_exp.storage.mask_file import iter_masks, mask_names
 
@@ -18,7 +18,7 @@ def compare_records(first: Record, second: Record, results: Path) -> str:
     lines = [f"# {keys[0]} and {keys[1]}", "", "## Settings that differ", ""]
     lines += _table(("setting", *keys), _differences(first["identity"], second["identity"]))
     lines += ["", "## Scores", ""]
-    header = ("score", *keys, "difference", "95 % interval (paired bootstrap)")
+    header = ("score", *keys, "difference", "95 % interval (paired t)")
     lines += _table(header, [_score_row(score) for score in _scores(first, second, results)])
     if flips := _flips(first, second, results):
         heads = ("task", "documents", *(f"only {key} is right, %" for key in keys))
@@ -52,8 +52,8 @@ class _Score(NamedTuple):
 
 def _score_row(score: _Score) -> tuple[str, ...]:
     if score.pairs is not None:
-        _, low, high = bootstrap(*score.pairs)
-        interval = f"{low:+.4f} to {high:+.4f}"
+        _, low, high = paired_interval(*score.pairs)
+        interval = f"{low:+.4f} to {high:+.4f}" if low > -float("inf") else "one pair"
     else:
         interval = "see nats per token" if score.name.startswith("perplexity") else "not paired"
     return score.name, f"{score.first:.4f}", f"{score.second:.4f}", f"{score.first - score.second:+.4f}", interval

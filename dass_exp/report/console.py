@@ -67,7 +67,12 @@ def show_run(record: Record, dense: Record | None, path: Path, found: bool, mode
     screen.print(table)
     screen.print(sizes_line(record), soft_wrap=True)
     screen.print(caption(record))
-    screen.print(f"{'found' if found else 'wrote'} {path}", soft_wrap=True)
+    screen.print(ending(record, path, found), soft_wrap=True)
+
+
+def ending(record: Record, path: Path, found: bool) -> str:
+    """Say where the record of a run is, and when one that was found was made."""
+    return f"found {path}, made {record['created'][:10]}" if found else f"wrote {path}"
 
 
 def show_plan(cells: list[dict[str, Any]]) -> None:

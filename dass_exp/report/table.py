@@ -15,7 +15,7 @@ from dass_exp.report.load import Record, SweepCell, is_dense, model_name, settin
 from dass_exp.report.metrics import metric_of
 from dass_exp.report.protocol_check import Protocols
 from dass_exp.report.scores import Score, Scores
-from dass_exp.report.significance import Outcomes, pairs_differ, seeds_differ
+from dass_exp.report.significance import Outcomes, paired_p_value, seeds_p_value, separated
 
 _BY_SETTING = "pattern"  # columns of a metric that has one number per record, where a sweep's file names none
 _BY_TASK = ("task", "cost")  # columns that a metric brings with it
@@ -271,9 +271,11 @@ def _marks(cells: Cells, rows: list[str], columns: list[str], higher: bool) -> C
     for column in columns:
         finite = [(row, value) for row in rows if is_finite(value := cells.get((row, column)))]
         ranked = sorted(finite, key=lambda pair: pair[1].mean, reverse=higher)
-        for (row, value), (_, following), mark in zip(ranked, ranked[1:], ("best", "second"), strict=False):
-            if not _differ(value, following):
+        apart = separated([value for _, value in ranked], _p_value)
+        for place, mark in enumerate(("best", "second")):
+            if (place, place + 1) not in apart:
                 break
+            row, value = ranked[place]
             marked[(row, column)] = replace(value, mark=mark)
     return marked
 
@@ -282,16 +284,17 @@ def _ranks(cells: Cells, rows: list[str], columns: list[str], higher: bool) -> C
     """Rank these rows per column; a value that noise does not separate from others has all ranks that it may have."""
     ranked: Cells = {}
     for column in columns:
-        values = {row: value for row in rows if is_finite(value := cells.get((row, column)))}
-        for row, value in values.items():
-            others = [other for other in values.values() if other is not value and _differ(value, other)]
+        values = [(row, value) for row in rows if is_finite(value := cells.get((row, column)))]
+        apart = separated([value for _, value in values], _p_value)
+        for place, (row, value) in enumerate(values):
+            others = [other for number, (_, other) in enumerate(values) if (place, number) in apart]
             better = sum((other.mean > value.mean) == higher for other in others)
             first, last = 1 + better, len(values) - len(others) + better
             ranked[(row, column)] = replace(value, rank=str(first) if first == last else f"{first}-{last}")
     return ranked
 
 
-def _differ(first: TableValue, second: TableValue) -> bool:
+def _p_value(first: TableValue, second: TableValue) -> float | None:
     if len(first.values) > 1 and len(second.values) > 1:
-        return seeds_differ(first.values, second.values)
-    return pairs_differ(first.outcomes, second.outcomes)
+        return seeds_p_value(first.values, second.values)
+    return paired_p_value(first.outcomes, second.outcomes)

@@ -15,12 +15,13 @@ from dass_exp.report.table import ResultTable, TableValue
 from dass_exp.storage.durable import write_text
 
 _MARKS = (
-    " Bold is best and underlined second, only where a paired bootstrap (95 %) or the seeds set it apart from the next."
+    " Bold is best and underlined second, only where it differs from the next: Welch's t over seeds, a paired t over "
+    "windows or documents, 5 %, Holm's correction within a column."
 )
 _COLUMN_CHARACTERS = 42  # that fit into one column of a page with two
 _RANKS = (
-    " In parentheses the rank among the rows of the same model and the same first label; several (1-3) where neither a "
-    "paired bootstrap (95 %) nor the seeds separate them."
+    " In parentheses the rank among the rows of the same model and the same first label; several (1-3) where these "
+    "tests do not separate them."
 )
 _TEX = {
     "\\": r"\textbackslash{}",
@@ -70,7 +71,9 @@ def caption(table: ResultTable) -> str:
     parts.append(f"beginning-of-sequence token: {_joined(record['protocol']['bos'] for record in pruned)}")
     repeated = any(isinstance(value, TableValue) and value.sd is not None for value in table.cells.values())
     spread = " ± is the standard deviation over seeds." if repeated else ""
-    note = f" {table.note}" if table.note else ""
+    uncommitted = sum(record.get("environment", {}).get("git_dirty") is True for record in table.records)
+    changed = f" {uncommitted} of {len(table.records)} records come from a changed checkout." if uncommitted else ""
+    note = f"{changed} {table.note}".rstrip() if table.note else changed
     ranked = any(isinstance(value, TableValue) and value.rank for value in table.cells.values())
     units = "; ".join(metric.unit for metric in metrics.values())
     return f"{units}. {'; '.join(parts)}.{spread}{_RANKS if ranked else ''}{_MARKS}{note}"

@@ -23,7 +23,7 @@ def test_without_a_gpu_it_says_so_and_succeeds(capsys, tmp_path):
 def test_every_check_runs_on_a_pretended_gpu(accelerator, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu_kernels, "SHAPES", ((64, 128),))
     model = save_tiny(tmp_path / "tiny")
-    sizes = ["--samples", "4", "--length", "16", "--block", "128", "64"]
+    sizes = ["--samples", "4", "--length", "12", "--block", "64", "32"]
     assert gpu_check.main(["--model", str(model), *sizes, "--output", str(tmp_path / "bench")]) == 0
     (path,) = (tmp_path / "bench").glob("*.json")
     assert path.name.startswith("gpu-pretended-gpu-20")

@@ -13,7 +13,7 @@ from dass_exp.report.figures import draw
 from dass_exp.report.metric_table import build_metric_table
 from dass_exp.report.metrics import METRICS, metric_of
 from dass_exp.report.scores import Scores
-from dass_exp.report.significance import Outcomes, pairs_differ
+from dass_exp.report.significance import Outcomes, paired_p_value
 from dass_exp.report.table import build_table, with_metric
 from dass_exp.report.write import caption, format_value, long_form, markdown
 
@@ -112,7 +112,7 @@ def test_flips_without_their_dense_record(table_of, results):
     assert markdown(table).count("no dense record") == 1
 
 
-def test_the_mean_over_tasks_is_marked_by_a_bootstrap_inside_each_task(table_of, results):
+def test_the_mean_over_tasks_is_marked_by_the_noise_inside_each_task(table_of, results):
     # each task alone is within its noise; all of them together are not
     worse, better = [1, 0, 0, 1, 0, 0], [1, 0, 0, 1, 1, 0]
     tasks = [f"task{number}" for number in range(8)]
@@ -145,7 +145,7 @@ def test_the_loss_on_the_right_answer_by_document(table_of, results):
     assert "± standard error" in caption(table)
 
 
-def test_a_calibration_error_is_read_and_resampled_from_the_choices(table_of, results):
+def test_a_calibration_error_is_read_and_tested_from_the_choices(table_of, results):
     # wanda is sure of what is wrong, dass of what is right
     sure = [math.log(0.95), math.log(0.05)]
     records = []
@@ -161,22 +161,11 @@ def test_a_calibration_error_is_read_and_resampled_from_the_choices(table_of, re
     assert "standard error" not in caption(table)
 
 
-def test_a_resample_draws_documents_inside_their_groups():
-    groups = (np.array([1.0, 2.0, 4.0]), np.array([10.0, 30.0]))
-    generator = np.random.default_rng(0)
-    picks = [generator.integers(0, len(group), size=(5000, len(group))) for group in groups]
-    reference = np.mean([group[pick].mean(axis=1) for group, pick in zip(groups, picks, strict=True)], axis=0)
-    assert np.allclose(Outcomes(groups).resampled, reference, rtol=0, atol=1e-12)
-    bins = np.array([[0.5, 0.0], [-0.5, 0.0], [0.0, 0.25]])
-    (pick,) = [np.random.default_rng(0).integers(0, 3, size=(5000, 3))]
-    assert np.allclose(Outcomes((bins,)).resampled, np.abs(bins[pick].mean(axis=1)).sum(axis=1), rtol=0, atol=1e-12)
-
-
 def test_rounding_is_no_difference():
     first = tuple(np.array([x, 0.0]) for x in (0.1, 0.2, 0.3))
     second = tuple(np.array([x, 0.0]) for x in (0.2, 0.3, 0.1))
-    assert not pairs_differ(Outcomes(first), Outcomes(second))
-    assert not pairs_differ(Outcomes((np.full(3, 0.1 + 0.2),)), Outcomes((np.full(3, 0.3),)))
+    assert paired_p_value(Outcomes(first), Outcomes(second)) in (None, 1.0)
+    assert paired_p_value(Outcomes((np.full(3, 0.1 + 0.2),)), Outcomes((np.full(3, 0.3),))) == 1.0
 
 
 # All metrics
@@ -231,6 +220,13 @@ def test_generated_text_has_its_tables(table_of, metric, expected):
     assert format_value(table.cells["wanda", "2:4"], metric) == expected
     assert table.cells["dass", "2:4"] == "not recorded"
     assert caption(table).startswith(METRICS[metric].unit)
+
+
+def test_a_table_says_how_many_records_come_from_a_changed_checkout(table_of):
+    records = [record_of("wanda"), record_of("dass")]
+    assert "changed checkout" not in caption(table_of(records, "perplexity"))
+    records[1]["environment"]["git_dirty"] = True
+    assert "1 of 2 records come from a changed checkout." in caption(table_of(records, "perplexity"))
 
 
 # Layouts

@@ -294,7 +294,7 @@ def test_the_written_forms_agree(table_of, tmp_path):
     rows = list(csv.DictReader(paths[1].open()))
     assert {row["row"]: float(row["mean"]) for row in rows} == {row: table.cells[row, "2:4"].mean for row in table.rows}
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
-    assert caption(table).endswith("from the next. Small models only.")
+    assert caption(table).endswith("within a column. Small models only.")
 
 
 def test_the_caption_states_the_protocol(table_of):
