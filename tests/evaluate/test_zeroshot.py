@@ -131,7 +131,13 @@ def test_scores_are_in_the_order_that_was_asked(scored):
 
 def test_scoring_again_gives_the_same_outcomes(loaded, scored):
     again = zero_shot(*loaded, ["piqa", "boolq"], LIMIT, "offline", ZeroShotOptions(batch_size=3))
-    assert again.documents == {task: scored.documents[task] for task in ("piqa", "boolq")}
+    assert list(again.documents) == ["piqa", "boolq"]
+    for task, outcomes in again.documents.items():
+        before = scored.documents[task]
+        assert {name: outcomes[name] for name in ("acc", "gold")} == {name: before[name] for name in ("acc", "gold")}
+        # some processors round products of another batch in another way
+        for one, other in zip(outcomes["loglikelihoods"], before["loglikelihoods"], strict=True):
+            assert one == pytest.approx(other, rel=1e-6)
 
 
 def test_a_task_has_all_its_documents(lm_eval_tasks):
