@@ -199,10 +199,11 @@ class NM(Pattern):
         axis = 1 if dim is None else dim
         self.check((scores.shape[0], scores.shape[1]), axis)
         groups = scores.unflatten(axis, (-1, self.m)).movedim(axis + 1, 0)  # the members of a group along axis 0
-        few = groups.numel() <= _FEW_SCORES
-        if groups.device.type != "cpu":
-            few = self.m <= _PAIRWISE_LIMIT and groups.numel() * self.m <= _MANY_PAIRS
-        if few:
+        if groups.device.type == "cpu":
+            at_once = groups.numel() <= _FEW_SCORES
+        else:
+            at_once = self.m <= _PAIRWISE_LIMIT and groups.numel() * self.m <= _MANY_PAIRS
+        if at_once:
             mask = self._compare_at_once(groups)
         elif self.m <= _PAIRWISE_LIMIT:
             mask = self._compare_pairs(groups)

@@ -134,10 +134,11 @@ class PretendAccelerator(TorchFunctionMode):
         else:
             if args and isinstance(args[0], Tensor):
                 args, kwargs = (), {"device": args[0].device, "dtype": args[0].dtype, **kwargs}
-            device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **without(kwargs, "copy"))
+            copied = kwargs.pop("copy", False)
+            device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
             if dtype is not None and dtype != tensor.dtype:
                 tensor = function(tensor, dtype)
-            kwargs = {"non_blocking": non_blocking, "copy": kwargs.get("copy", False)}
+            kwargs = {"non_blocking": non_blocking, "copy": copied}
         if device is None or with_index(device) == tensor.device or tensor.is_meta:
             return tensor.clone() if kwargs.get("copy") else tensor
         if not kwargs.get("non_blocking") or device.type == "cpu":
@@ -169,11 +170,7 @@ class PretendAccelerator(TorchFunctionMode):
             if (same := outer.get(id(result))) is not None:
                 assert same.shape == result.shape, f"{function} changes the shape in place, which is not pretended"
                 return same
-            return (
-                next((each for each in tensors if each is result), None)
-                if _is_in(result, tensors)
-                else on(result, device)
-            )
+            return result if any(each is result for each in tensors) else on(result, device)
 
         return tree_map(wrapped, results)
 
@@ -221,14 +218,6 @@ def host_of(value: Any) -> Any:
 def on(host: Tensor, device: torch.device) -> Tensor:
     """Return these numbers on a device, which may be the CPU itself."""
     return PretendTensor(host, device) if is_pretended(device) else host
-
-
-def without(kwargs: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in kwargs.items() if key != name}
-
-
-def _is_in(tensor: Tensor, tensors: Sequence[Tensor]) -> bool:
-    return any(each is tensor for each in tensors)
 
 
 def _is_view(function: Any) -> bool:

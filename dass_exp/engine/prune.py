@@ -202,8 +202,8 @@ def _process_block(loop: LoopState, index: int, method: Pruner, options: EngineO
         with attention.replaying() if results else nullcontext(), block.replaying_neurons():
             error = _pass_on(module, index, batches, dense, changed=bool(results))
         if not error < float("inf"):
-            for linear, result in results.items():
-                check_range(linear, result.low, result.high)  # may be the cause
+            for linear_name, result in results.items():
+                check_range(linear_name, result.low, result.high)  # may be the cause
             raise NumericalError(f"{name}: its output holds numbers that are not finite")
     passes = observed - start + time.perf_counter() - pruned
     seconds = BlockSeconds.split(passes, statistics.values(), pruned - observed, linears)

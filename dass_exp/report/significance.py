@@ -61,12 +61,8 @@ def seeds_p_value(first: Sequence[float], second: Sequence[float]) -> float | No
     """Return the p-value of Welch's t-test of the means over seeds; None for fewer than two seeds."""
     if min(len(first), len(second)) < 2:
         return None
-    means, parts = (
-        [statistic(values) for values in (first, second)]
-        for statistic in (np.mean, lambda values: np.var(values, ddof=1) / len(values))
-    )
-    freedom = [len(values) - 1 for values in (first, second)]
-    return _p_value(float(means[0] - means[1]), [float(part) for part in parts], freedom)
+    parts = [float(np.var(values, ddof=1)) / len(values) for values in (first, second)]
+    return _p_value(float(np.mean(first) - np.mean(second)), parts, [len(first) - 1, len(second) - 1])
 
 
 def paired_p_value(first: Outcomes, second: Outcomes) -> float | None:

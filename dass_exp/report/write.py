@@ -71,7 +71,7 @@ def caption(table: ResultTable) -> str:
     parts.append(f"beginning-of-sequence token: {_joined(record['protocol']['bos'] for record in pruned)}")
     repeated = any(isinstance(value, TableValue) and value.sd is not None for value in table.cells.values())
     spread = " ± is the standard deviation over seeds." if repeated else ""
-    uncommitted = sum(record.get("environment", {}).get("git_dirty") is True for record in table.records)
+    uncommitted = sum(record["environment"].get("git_dirty") is True for record in table.records)
     changed = f" {uncommitted} of {len(table.records)} records come from a changed checkout." if uncommitted else ""
     note = f"{changed} {table.note}".rstrip() if table.note else changed
     ranked = any(isinstance(value, TableValue) and value.rank for value in table.cells.values())

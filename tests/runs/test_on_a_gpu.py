@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from support import run_with, save_tiny, tiny_overrides
+from support import run_with, tiny_overrides
 
 from dass_exp.errors import UserError
 
 SCORES = ("perplexity", "window_nll", "divergence", "window_kl", "generation", "tasks")
-
-
-@pytest.fixture(name="tiny", scope="module")
-def tiny_fixture(tmp_path_factory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.mark.parametrize(
