@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,3 +61,13 @@ def test_the_share_of_differing_bits():
     first = {"a": torch.tensor([True, False]), "b": torch.tensor([True, True])}
     second = {"a": torch.tensor([True, True]), "b": torch.tensor([True, True])}
     assert gpu_checks._share_differing(first, second) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(("there", "status"), [([True, False], "ok"), ([False, True], "differs")])
+def test_masks_that_differ_from_the_cpus_are_said(there, status, monkeypatch):
+    found = iter([[True, False], there])
+    monkeypatch.setattr(
+        gpu_checks, "prune", lambda *_, **__: SimpleNamespace(masks={"gate": torch.tensor(next(found))})
+    )
+    setup = gpu_checks.Setup("made", torch.nn.Identity(), torch.ones(1, 4), torch.device("cpu"), (4, 4))
+    assert gpu_checks._masks(setup, "dass").status == status
