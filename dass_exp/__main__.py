@@ -63,7 +63,8 @@ def _cell(composed: DictConfig) -> None:
     job = HydraConfig.get()
     overrides = OmegaConf.to_container(job.overrides.task, resolve=False)  # as typed: a record keeps no resolved value
     cell = _Cell(job.runtime.output_dir, [str(text) for text in overrides or ()], alone=job.mode != RunMode.MULTIRUN)
-    context = RunContext(TerminalReporter(), None if cell.alone else cache_of_process())
+    shared = None if cell.alone else cache_of_process()
+    context = RunContext(TerminalReporter(), shared, planning=cell.is_plan)
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
             advice = "start it without torchrun, or call dass_exp.prune from a script of your own (docs/scale.md)"
@@ -105,6 +106,12 @@ class _Cell:
     overrides: list[str]
     alone: bool
 
+    @property
+    def is_plan(self) -> bool:
+        """Whether it is only planned, as far as the command line says so."""
+        typed = (text.lstrip("+").lower().partition("=") for text in self.overrides)
+        return any(name == "plan" and value in ("true", "yes", "on", "1") for name, _, value in typed)
+
     def note(self, **content: Any) -> None:
         """Write cell.json."""
         note_cell(self.folder, {"overrides": self.overrides, **content})
@@ -121,8 +128,7 @@ class _Cell:
             content |= described()
         except Exception as second:  # noqa: BLE001 - the settings may be what is broken
             content |= {"key": None, "config": {}, "not_described": one_line(second)}
-        is_plan = any(text.lstrip("+").lower() == "plan=true" for text in self.overrides)
-        self.note(status="unplanned" if is_plan else "failed", error=_one_line(error), **content)
+        self.note(status="unplanned" if self.is_plan else "failed", error=_one_line(error), **content)
         full = os.environ.get(_TRACEBACKS) == "1" and not _is_expected(error)
         where = [] if self.alone else [redact_text(" ".join(self.overrides))]
         log.error("%s", ": ".join([*where, _one_line(error)]), exc_info=error if full else None)

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log.error("%s", error)
         return 1
     lines: list[Line] = []
-    for name, check in (*checks(setup), *kernel_lines(device)):
+    for name, check in (*checks(setup), *kernel_lines(setup)):
         lines.append(guarded(name, check))
         log.info("%s: %s: %s", lines[-1].name, lines[-1].status, lines[-1].detail)
     path = _write(lines, options.output, device)

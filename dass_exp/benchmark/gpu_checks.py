@@ -25,6 +25,7 @@ from dass_exp.errors import one_line
 from dass_exp.masks import NM
 from dass_exp.paths import project_root
 from dass_exp.runs.context import ModelCache, RunContext
+from dass_exp.runs.memory import BASE
 from dass_exp.runs.resolve import resolve
 from dass_exp.runs.run import run
 
@@ -106,6 +107,7 @@ def checks(setup: Setup) -> Iterator[tuple[str, Check]]:
     yield "memory after a run", lambda: _memory(setup)
     yield "out of memory", lambda: _out_of_memory(setup)
     yield "streamed, and two cells in a process", lambda: _runs(setup)
+    yield "peak memory against the plan", lambda: _planned_memory(setup)
     for name in ("dass", "wanda", "sparsegpt"):
         yield f"seconds of {name}", lambda name=name: _seconds(setup, name)  # type: ignore[misc]
     for name in ("dass", "sparsegpt"):
@@ -211,20 +213,9 @@ def _out_of_memory(setup: Setup) -> Line:
 
 def _runs(setup: Setup) -> Line:
     """Run resident, streamed and resident cells in this process, records included."""
-    name = "streamed, and two cells in a process"
-    model = [f"model.path={setup.name}", "model.name=checked"] if Path(setup.name).is_dir() else [f"model={setup.name}"]
-    samples, length = setup.tokens.shape
-    sizes = [f"calibration.num_samples={samples}", f"calibration.seq_len={length}", f"eval.perplexity.context={length}"]
-    context, found = RunContext(shared=ModelCache()), []
-    with tempfile.TemporaryDirectory() as results, composing():
-        common = [
-            *model,
-            *sizes,
-            "eval=ppl_mini",
-            f"results_dir={results}",
-            "tracker=none",
-            f"model.device={setup.device}",
-        ]
+    name, found = "streamed, and two cells in a process", []
+    context = RunContext(shared=ModelCache())
+    with _composed(setup) as common:
         for cell in (["method=dass"], ["method=dass", "model.placement=stream", "rerun=true"], ["method=wanda"]):
             config = settings_of([*common, *cell])
             placement, record = str(resolve(config, context).placement), run(config, context).record
@@ -232,6 +223,33 @@ def _runs(setup: Setup) -> Line:
     (first, resident), (second, streamed), (third, _) = found
     right = (first, second, third) == ("resident", "stream", "resident") and abs(streamed / resident - 1) <= 1e-3
     return _verdict(name, right, f"{first} {resident:.4f}, {second} {streamed:.4f}, then {third}")
+
+
+def _planned_memory(setup: Setup) -> Line:
+    """Compare the peak of the GPU in a resident and in a streamed run with what was planned from shapes."""
+    right, shown = True, []
+    with _composed(setup) as common:
+        for placement in ("resident", "stream"):
+            config = settings_of([*common, "method=sparsegpt", f"model.placement={placement}", "rerun=true"])
+            needs = resolve(config, RunContext()).needs
+            peak = run(config, RunContext()).record["cost"]["peak_gpu_bytes"]
+            if needs is None:
+                raise ValueError("nothing was planned")
+            planned = (needs.resident if placement == "resident" else needs.streamed) - BASE
+            right &= peak <= planned
+            shown.append(f"{placement} {peak / 1e9:.2f} GB of {planned / 1e9:.2f} GB planned")
+    return _verdict("peak memory against the plan", right, ", ".join(shown) + ", SparseGPT")
+
+
+@contextmanager
+def _composed(setup: Setup) -> Iterator[list[str]]:
+    """Yield the overrides that all runs share; their records are thrown away."""
+    model = [f"model.path={setup.name}", "model.name=checked"] if Path(setup.name).is_dir() else [f"model={setup.name}"]
+    samples, length = setup.tokens.shape
+    sizes = [f"calibration.num_samples={samples}", f"calibration.seq_len={length}", f"eval.perplexity.context={length}"]
+    with tempfile.TemporaryDirectory() as results, composing():
+        places = [f"results_dir={results}", "tracker=none", f"model.device={setup.device}"]
+        yield [*model, *sizes, "eval=ppl_mini", *places]
 
 
 def _seconds(setup: Setup, name: str) -> Line:

@@ -57,13 +57,17 @@ class ModelSpec(ModelSource):
         return str(self.dtype).removeprefix("torch.")
 
 
-def identify(config: ModelConfig) -> ModelSpec:
+def identify(config: ModelConfig, planning: bool = False) -> ModelSpec:
     """Find the model, fetch its config, and resolve identity, dtype and device; no weight is loaded.
+
+    Args:
+        config: names the model.
+        planning: whether the device may be missing here: a login node has no GPU.
 
     Raises:
         UserError: no such model, no access to it, no network, an unaccepted licence, an unknown dtype or device.
     """
-    device = _device(config.device)
+    device = _device(config.device, planning)
     source = locate(config)
     spec = ModelSpec(
         **vars(source),
@@ -189,15 +193,25 @@ def bos_policy(setting: str, spec: ModelSpec, tokenizer: Any) -> str:
     return setting
 
 
-def _device(setting: str) -> torch.device:
+def is_present(device: torch.device) -> bool:
+    """Check whether this machine has a device of this type."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device.type == "cpu" or (accelerator is not None and accelerator.type == device.type)
+
+
+def _device(setting: str, planning: bool) -> torch.device:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if setting == "auto":
-        return accelerator or torch.device("cpu")
+        return accelerator if accelerator is not None and accelerator.type != "mps" else torch.device("cpu")
     try:
         device = torch.device(setting)
     except RuntimeError as error:
         raise UserError(f"model.device={setting!r}: expected auto, cpu, cuda or cuda:N") from error
-    if device.type != "cpu" and (accelerator is None or accelerator.type != device.type):
+    if device.type == "mps":
+        raise UserError(f"model.device={setting!r}: scores are summed in float64, which MPS has not; set it to cpu")
+    if not is_present(device):
+        if planning:
+            return device
         available = accelerator.type if accelerator else "no accelerator"
         raise UserError(f"model.device={setting!r}: this machine has {available}; set model.device=auto")
     if device.type != "cpu" and (device.index or 0) >= (count := torch.accelerator.device_count()):
@@ -215,5 +229,7 @@ def _dtype(setting: str, config: Any, device: torch.device) -> torch.dtype:
     stored = getattr(config.get_text_config(), "dtype", None)
     if not isinstance(stored, torch.dtype) or not stored.is_floating_point:
         return torch.float16
-    has_no_bfloat16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    has_no_bfloat16 = (
+        device.type == "cuda" and is_present(device) and not torch.cuda.is_bf16_supported(including_emulation=False)
+    )
     return torch.float16 if stored == torch.bfloat16 and has_no_bfloat16 else stored

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -110,6 +111,7 @@ class RunContext:
         shared: the cache of a process whose later runs use the same model; None for a single run and its dense
             counterpart.
         callbacks: further callbacks of the engine's loop, after the run's own.
+        planning: whether runs are only planned, so that their device may be missing here.
     """
 
     def __init__(
@@ -117,15 +119,16 @@ class RunContext:
         reporter: ProgressReporter | None = None,
         shared: ModelCache | None = None,
         callbacks: Sequence[Callback] = (),
+        planning: bool = False,
     ) -> None:
-        self.reporter, self.callbacks = reporter or SilentReporter(), callbacks
+        self.reporter, self.callbacks, self._planning = reporter or SilentReporter(), callbacks, planning
         self.shared = shared is not None
         self.cache = shared or ModelCache()
         self.load_s = 0.0
 
     def available_memory(self, device: torch.device) -> int:
-        """Return the free bytes of a device."""
-        return available_memory(device)
+        """Return the free bytes of a device; without limit for one that is only planned with."""
+        return available_memory(device) if load.is_present(device) else sys.maxsize
 
     def find(self, model: ModelConfig) -> tuple[load.ModelSpec, Any]:
         """Identify a model and load its tokenizer.
@@ -136,7 +139,7 @@ class RunContext:
 
         def search() -> tuple[load.ModelSpec, Any]:
             with self.reporter.phase(f"finding {model.path}"):
-                spec = load.identify(model)
+                spec = load.identify(model, self._planning)
                 return spec, load.load_tokenizer(spec)
 
         return self.cache.get(_model_key(model), search)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from dass_exp.config.settings import RunConfig
 from dass_exp.errors import UserError
+from dass_exp.models.load import is_present
 from dass_exp.runs.context import RunContext
 from dass_exp.runs.resolve import resolve
 from dass_exp.runs.resolved_run import Components, ResolvedRun
@@ -40,7 +41,7 @@ def plan(config: RunConfig, context: RunContext | None = None) -> Plan:
         UserError: the run could not start; the message says why.
     """
     stated = _stated_size(config)
-    context = context or RunContext()
+    context = context or RunContext(planning=True)
     try:
         context.find(config.model)
     except UserError as error:
@@ -62,6 +63,8 @@ def _needs(run: ResolvedRun) -> str:
     if run.needs is None:
         return ""
     placement = "it is read block by block" if run.streams else "it is loaded whole"
+    if not is_present(run.spec.device):
+        placement = f"this machine has no {run.spec.device.type}, whose free memory decides how it is loaded"
     return f"this run: {run.needs.summary()} ({run.needs.parts()}); {placement}"
 
 

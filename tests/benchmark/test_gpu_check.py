@@ -35,7 +35,14 @@ def test_every_check_runs_on_a_pretended_gpu(accelerator, tmp_path, capsys, monk
     assert set(checked.values()) == {"ok", "measured"}, [
         line for line in content["lines"] if line["status"] == "not run"
     ]
-    assert {"masks of dass", "masks of sparsegpt", "perplexity", "bfloat16", "waits of a block"} <= checked.keys()
+    assert {
+        "masks of dass",
+        "masks of sparsegpt",
+        "perplexity",
+        "bfloat16",
+        "waits of a block",
+        "peak memory against the plan",
+    } <= checked.keys()
     table = path.with_suffix(".md").read_text(encoding="utf-8")
     assert all(f"| {name} |" in table for name in results)
     assert table in capsys.readouterr().out
@@ -43,7 +50,7 @@ def test_every_check_runs_on_a_pretended_gpu(accelerator, tmp_path, capsys, monk
 
 def test_what_differs_is_said_and_fails_the_command(accelerator, tmp_path, monkeypatch):
     model = save_tiny(tmp_path / "tiny")
-    monkeypatch.setattr(gpu_check, "kernel_lines", lambda device: [])
+    monkeypatch.setattr(gpu_check, "kernel_lines", lambda setup: [])
     monkeypatch.setattr(gpu_check, "checks", lambda setup: [("seven", lambda: Line("seven", "differs", "8"))])
     sizes = ["--samples", "2", "--length", "8", "--output", str(tmp_path)]
     assert gpu_check.main(["--model", str(model), *sizes]) == 1
@@ -71,3 +78,17 @@ def test_masks_that_differ_from_the_cpus_are_said(there, status, monkeypatch):
     )
     setup = gpu_checks.Setup("made", torch.nn.Identity(), torch.ones(1, 4), torch.device("cpu"), (4, 4))
     assert gpu_checks._masks(setup, "dass").status == status
+
+
+def test_sparse_kernels_of_a_whole_model_are_compared_with_dense_ones(tmp_path, monkeypatch):
+    converted = []
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda weight: converted.append(weight) or weight)
+    cpu = torch.device("cpu")
+    setup = gpu_checks.Setup.load(str(save_tiny(tmp_path / "tiny")), cpu, 2, 8, (4, 4))
+    setup.model.half()
+    lines = [check() for name, check in gpu_kernels.kernel_lines(setup) if "whole model, decode" in name]
+    linears = 3 * setup.model.config.num_hidden_layers
+    assert [line.status for line in lines] == ["measured", "measured"]
+    assert all(f"{linears} linears" in line.name and "differ by 0.0e+00" in line.detail for line in lines)
+    groups = [weight.view(len(weight), -1, 4) for weight in converted]
+    assert len(groups) == 2 * linears and all(bool(((group != 0).sum(-1) <= 2).all()) for group in groups)

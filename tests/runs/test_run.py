@@ -20,6 +20,7 @@ from support import DECODER_SIZE, MLP_SIZE, MODEL_SIZE, Phases, contains, run_wi
 from dass_exp.engine.callbacks import Callback
 from dass_exp.errors import NumericalError, UserError
 from dass_exp.runs.context import ModelCache, RunContext
+from dass_exp.runs.plan import plan
 from dass_exp.runs.resolve import resolve
 from dass_exp.runs.run import run
 from dass_exp.storage.durable import read_json
@@ -429,6 +430,21 @@ def test_a_gpu_that_is_not_there_is_refused(cell, results, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     message = refused(*cell, "model.device=cuda:5")
     assert contains(message, ["model.device='cuda:5':", "cuda:0, cuda:1", "model.device=auto"]), message
+
+
+def test_a_gpu_that_is_not_there_may_be_planned_with(cell, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    planned = plan(settings_of(*cell, "model.device=cuda", "plan=true"))
+    assert (planned.done, planned.needs.count("this machine has no cuda")) == (False, 1)
+    assert planned.key != plan(settings_of(*cell, "plan=true")).key
+    assert contains(refused(*cell, "model.device=cuda"), ["model.device='cuda':", "no accelerator"])
+
+
+def test_a_device_without_float64_is_neither_chosen_nor_accepted(cell, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    assert resolve(settings_of(*cell, "model.device=auto"), RunContext()).spec.device.type == "cpu"
+    assert contains(refused(*cell, "model.device=mps"), ["model.device='mps':", "float64", "set it to cpu"])
 
 
 @pytest.mark.parametrize("method", ["dense", "magnitude"])
