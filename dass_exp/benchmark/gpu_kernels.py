@@ -46,7 +46,7 @@ def _measure(name: str, shape: tuple[int, int], tokens: int, device: torch.devic
 @torch.no_grad()
 def _measure_model(name: str, setup: Setup, length: int) -> Line:
     """Compare the model of the checks with all linears of its MLPs in sparse kernels with itself, float16."""
-    model = setup.copy(torch.float16)
+    model: Any = setup.copy(torch.float16)
     masks = prune(model, setup.tokens, "wanda").masks  # the axis of Wanda is that of the kernels
     ids = setup.tokens.flatten().repeat(-(-length // setup.tokens.numel()))[:length]
     # one sequence for the prefill, one token of each sequence for the decoding

@@ -26,6 +26,8 @@ HIDDEN_CACHES = ("memory", "disk")
 TASK_DATA = ("offline", "hub")
 # what is done around a method; each is a config group and a folder
 STAGE_GROUPS = ("allocation", "permute", "refine", "repair")
+# all groups that do nothing by default; the label of a method names those that do something
+OPTIONAL_GROUPS = (*STAGE_GROUPS, "retrain")
 
 MAX_SEED = 2**64 - 1  # of torch's generators
 MAX_THREADS = 1024
@@ -248,6 +250,7 @@ class RunConfig:
     permute: Any = field(default_factory=lambda: {"_target_": "dass_exp.permute.base.NoOrder"})
     refine: Any = field(default_factory=lambda: {"_target_": "dass_exp.refine.none.NoRefinement"})
     repair: Any = field(default_factory=lambda: {"_target_": "dass_exp.repair.base.NoRepair"})
+    retrain: Any = field(default_factory=lambda: {"_target_": "dass_exp.retrain.base.NoRetraining"})
     scope: str = "mlp"
     seed: int = 0
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)

@@ -94,7 +94,12 @@ def _document_windows(
 
 
 def evaluation_windows(
-    text: Text, context: int, max_windows: int | None, tokenizer: Any, bos: str, setting: str = "eval.perplexity"
+    text: Text,
+    context: int,
+    max_windows: int | None,
+    tokenizer: Any,
+    bos: str,
+    setting: str = "eval.perplexity.context",
 ) -> Tokens:
     """Cut a text, its documents joined by blank lines, into consecutive windows; drop the rest at the end.
 
@@ -104,14 +109,14 @@ def evaluation_windows(
         max_windows: keep only the first ones; None for all.
         tokenizer: of the model.
         bos: see :func:`dass_exp.models.load.bos_policy`.
-        setting: that describes the windows, for messages.
+        setting: that gives their length, for messages.
     """
     joined, length = "\n\n".join(text.documents()), context - (bos == "window")
-    _refuse_short([joined], length, f"{setting}.context={context}")
+    _refuse_short([joined], length, f"{setting}={context}")
     stream = encode(tokenizer, joined, bos)
     if len(stream) < length:
         problem = f"the text has only {len(stream)} tokens; choose a smaller one"
-        raise UserError(f"{setting}.context={context}: {problem}")
+        raise UserError(f"{setting}={context}: {problem}")
     windows = stream[: len(stream) // length * length].view(-1, length)[:max_windows]
     return _with_bos(list(windows), tokenizer, bos)
 

@@ -43,14 +43,14 @@ def token_losses(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
 
     ``hidden`` is [positions, features], the input of the head; ``targets`` is int64 [positions].
     """
-    parts = zip(_logits(model, hidden), targets.split(_positions(model)), strict=True)
+    parts = zip(_logits(model, hidden), targets.split(positions_at_once(model)), strict=True)
     return torch.cat([cross_entropy(logits, part, reduction="none") for logits, part in parts])
 
 
 def losses_and_hits(model: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return :func:`token_losses`, and bool [positions]: whether the target is the most likely token."""
     losses, hits = [], []
-    for logits, part in zip(_logits(model, hidden), targets.split(_positions(model)), strict=True):
+    for logits, part in zip(_logits(model, hidden), targets.split(positions_at_once(model)), strict=True):
         losses.append(cross_entropy(logits, part, reduction="none"))
         hits.append(logits.argmax(-1) == part)
     return torch.cat(losses), torch.cat(hits)
@@ -75,7 +75,7 @@ def losses_and_divergence(
         both models hold the same token for the most likely one; the losses of the dense model, float64 [positions].
     """
     losses, divergences, agreements, dense_losses = [], [], [], []
-    of_both = zip(_logits(model, hidden), _logits(model, dense), targets.split(_positions(model)), strict=True)
+    of_both = zip(_logits(model, hidden), _logits(model, dense), targets.split(positions_at_once(model)), strict=True)
     for logits, reference, part in of_both:
         loss = cross_entropy(logits, part, reduction="none")
         top, likeliest = reference.max(-1, keepdim=True)
@@ -91,15 +91,37 @@ def losses_and_divergence(
     return torch.cat(losses), torch.cat(divergences), torch.cat(agreements), torch.cat(dense_losses)
 
 
+def training_losses(model: Any, hidden: Tensor, targets: Tensor, dense: Tensor | None) -> Tensor:
+    """Return the loss of each position, float32 [positions], with gradients; all logits are in memory at once.
+
+    Args:
+        model: gives the head.
+        hidden: [positions, features], the input of the head.
+        targets: int64 [positions], whose negative log-likelihood is the loss.
+        dense: as ``hidden``, of the dense model: the loss is then KL(dense || model) in nats. Or None.
+    """
+    logits = _logits_of(model, hidden)
+    if dense is None:
+        return cross_entropy(logits, targets, reduction="none")
+    with torch.no_grad():
+        reference = _logits_of(model, dense).log_softmax(-1)
+    return (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1)
+
+
 def _logits(model: Any, hidden: Tensor) -> Iterator[Tensor]:
     """Yield the logits, float32 [positions, vocabulary], of some positions at a time."""
-    head = model.get_output_embeddings()
+    return (_logits_of(model, states) for states in hidden.split(positions_at_once(model)))
+
+
+def _logits_of(model: Any, hidden: Tensor) -> Tensor:
+    logits: Tensor = model.get_output_embeddings()(hidden).float()
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2
-    for states in hidden.split(_positions(model)):
-        logits = head(states).float()
-        yield torch.tanh_(logits.div_(cap)).mul_(cap) if cap else logits
+    if not cap:
+        return logits
+    # in place, unless the result of tanh is needed for its gradient
+    return (logits / cap).tanh() * cap if logits.requires_grad else torch.tanh_(logits.div_(cap)).mul_(cap)
 
 
-def _positions(model: Any) -> int:
+def positions_at_once(model: Any) -> int:
     """Return how many positions the head scores at a time."""
     return max(1, MAX_LOGITS // model.get_output_embeddings().weight.shape[0])

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from dass_exp.config.settings import STAGE_GROUPS
+from dass_exp.config.settings import OPTIONAL_GROUPS
 from dass_exp.report.load import Record, asked_tasks, model_name
 
 _PLAIN_WIDTH = 160  # columns for a pipe or a file, which have no width of their own
@@ -161,10 +161,18 @@ def method_label(config: Mapping[str, Any], varying: Mapping[str, Sequence[str]]
         varying: by name of a method or stage, the hyper-parameters to show; None for all.
     """
     parts = []
-    for part in (config[group] for group in ("method", *STAGE_GROUPS) if config.get(group)):
+    for group in ("method", *OPTIONAL_GROUPS):
+        if not (part := config.get(group)):
+            continue
         names = [name for name in part if name != "name"] if varying is None else varying.get(part["name"], ())
-        parts.append(" ".join([part["name"], *(f"{name}={part[name]}" for name in names if name in part)]))
+        title = f"{part['name']} retraining" if group == "retrain" else part["name"]
+        parts.append(" ".join([title, *(f"{name}={part[name]}" for name in names if _is_shown(part.get(name)))]))
     return " + ".join(parts)
+
+
+def _is_shown(value: Any) -> bool:
+    """Whether a hyper-parameter stands in a label: what is missing, empty, or has parts does not."""
+    return value is not None and value != [] and not isinstance(value, Mapping)
 
 
 def pattern_label(config: dict[str, Any]) -> str:

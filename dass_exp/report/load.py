@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dass_exp.config.settings import STAGE_GROUPS, settings_without_effect
+from dass_exp.config.settings import OPTIONAL_GROUPS, settings_without_effect
 from dass_exp.errors import DamagedFileError, UserError, os_error_line
 from dass_exp.storage.durable import read_json
 from dass_exp.storage.record_schema import flatten, is_config
@@ -207,7 +207,7 @@ def varying_settings(records: Iterable[Record]) -> dict[str, list[str]]:
     """Return by method and by stage the hyper-parameters that are not the same in all its records."""
     values: dict[str, dict[str, set[str]]] = {}
     for record in records:
-        for part in (record["config"].get(group) for group in ("method", *STAGE_GROUPS)):
+        for part in (record["config"].get(group) for group in ("method", *OPTIONAL_GROUPS)):
             for name, value in part.items() if part else ():
                 values.setdefault(part["name"], {}).setdefault(name, set()).add(str(value))
     return {method: [name for name, seen in fields.items() if len(seen) > 1] for method, fields in values.items()}

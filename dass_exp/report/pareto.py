@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dass_exp.config.settings import STAGE_GROUPS
+from dass_exp.config.settings import OPTIONAL_GROUPS
 from dass_exp.report.console import method_label, pattern_label
 from dass_exp.report.metrics import metric_of
 from dass_exp.report.styles import Style, display, styles_of
@@ -96,7 +96,7 @@ def pareto_points(table: ResultTable, pattern: str) -> dict[str, Point]:
         if pattern_label(config) == pattern and record["key"] in table.headlines:
             label = method_label(config)
             values.setdefault(label, []).append((record["cost"]["prune_s"], table.headlines[record["key"]]))
-            stages = " + ".join(config[group]["name"] for group in STAGE_GROUPS if config.get(group))
+            stages = " + ".join(config[group]["name"] for group in OPTIONAL_GROUPS if config.get(group))
             names[label] = config["method"]["name"], stages
     points = {
         label: Point(*names[label], *(math.fsum(column) / len(pairs) for column in zip(*pairs, strict=True)))

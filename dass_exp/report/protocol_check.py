@@ -8,7 +8,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dass_exp.config.settings import STAGE_GROUPS
+from dass_exp.config.settings import OPTIONAL_GROUPS
 from dass_exp.report.load import Record, model_identity, model_name, setting
 
 _REPETITIONS = ("seed", "repeat")
@@ -116,5 +116,5 @@ def _leaves(node: Any, config: Mapping[str, Any], path: str) -> Iterator[tuple[s
 def _is_shown(name: str, axes: Collection[str]) -> bool:
     """Check whether an axis is this setting, a part of it (``pattern.sparsity``), or the group it is in."""
     own = [axis.removeprefix("model.") for axis in axes]  # model.dtype is called dtype in an identity
-    own += STAGE_GROUPS if "method" in axes else ()  # the label of a method names its stages
+    own += OPTIONAL_GROUPS if "method" in axes else ()  # the label of a method names its stages
     return any(axis == name or axis.startswith(f"{name}.") or name.startswith(f"{axis}.") for axis in own)

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from dass_exp.config.settings import STAGE_GROUPS
+from dass_exp.config.settings import OPTIONAL_GROUPS
 from dass_exp.errors import UserError
 from dass_exp.report.console import method_label
 from dass_exp.report.load import Record, SweepCell, is_dense, model_name, setting, varying_settings
@@ -257,7 +257,7 @@ def axis_label(record: Mapping[str, Any], axis: str, varying: Mapping[str, list[
     config = record["config"]
     if axis == "method":
         return method_label(config, varying)
-    if axis in STAGE_GROUPS:
+    if axis in OPTIONAL_GROUPS:
         return str((config.get(axis) or {"name": "none"})["name"])
     value = setting(config, "pattern.name" if axis == "pattern" else axis)
     if value is None:

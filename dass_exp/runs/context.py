@@ -204,7 +204,22 @@ class RunContext:
         key = ("windows", run.spec.identity, run.bos, json.dumps(text.identity, sort_keys=True), *size)
 
         def cut() -> tokens.Tokens:
-            windows = tokens.evaluation_windows(text, *size, self.tokenizer(run), run.bos, setting)
+            windows = tokens.evaluation_windows(text, *size, self.tokenizer(run), run.bos, f"{setting}.context")
+            return windows.checked(run.spec.vocabulary, run.spec.source)
+
+        return self.cache.get(key, cut)
+
+    def training_windows(self, run: ResolvedRun) -> tokens.Tokens:
+        """Return all windows of the text that a run retrains on.
+
+        Raises:
+            UserError: the text is shorter than one window, or cannot be loaded.
+        """
+        text, length = run.retrain.text, run.retrain.seq_len
+        key = ("windows", run.spec.identity, run.bos, json.dumps(text.identity, sort_keys=True), length, None)
+
+        def cut() -> tokens.Tokens:
+            windows = tokens.evaluation_windows(text, length, None, self.tokenizer(run), run.bos, "retrain.seq_len")
             return windows.checked(run.spec.vocabulary, run.spec.source)
 
         return self.cache.get(key, cut)
@@ -247,6 +262,8 @@ class RunContext:
         dense_weights = [(site.matrix, site.matrix.weight.clone()) for site in sites]
         writers = [site.matrix for site in sites if site.role in (*READER_OF, Role.V)]
         biases = [(bias, bias.clone()) for matrix in writers if (bias := matrix.bias) is not None]
+        if dense_weights and run.retrain.trains_vectors:
+            biases = [(vector.data, vector.data.clone()) for vector in model.parameters() if vector.ndim == 1]
         try:
             yield model
         finally:

@@ -27,6 +27,7 @@ from dass_exp.runs.context import RunContext
 from dass_exp.runs.record import RunResult, compose_manifest
 from dass_exp.runs.resolved_run import ResolvedRun
 from dass_exp.runs.resume import STATE, MaskFiles, ResumeState, State, load_state
+from dass_exp.runs.retraining import DenseState, keep_dense, recount, retrain, with_last_scores
 from dass_exp.storage.environment import PeakMemory
 
 log = logging.getLogger(__name__)
@@ -52,8 +53,11 @@ def execute(run: ResolvedRun, context: RunContext) -> RunResult:
         dense = {} if run.streams else context.dense_hidden(run, model)
         dense_text = None if run.streams else context.dense_generation(run, model)
         dense_s = time.perf_counter() - start
+        untrained = keep_dense(run, context, model)
         writer = None if save is None else _checkpoint_writer(run, model)
         result = _run_blocks(run, context, model, blocks, writer)
+        if untrained is not None:
+            result = _retrain(run, context, model, result, untrained, dense)
         manifest = compose_manifest(run, result.layers)
         if writer is not None:
             writer.finish(model, context.tokenizer(run), result.masks or {}, manifest)
@@ -64,6 +68,8 @@ def execute(run: ResolvedRun, context: RunContext) -> RunResult:
         if not run.streams:
             result = replace(result, perplexity=_perplexity(run, context, model, dense))
             result = replace(result, generation=_generation(run, context, model, dense_text))
+        if result.retrained is not None:
+            result = replace(result, retrained=with_last_scores(result.retrained, result.perplexity))
         result = replace(result, tasks=_tasks(run, context, model))
         result.cost["load_s"] = 0.0 if run.streams else context.load_s
         result.cost["eval_s"] += time.perf_counter() - start + dense_s
@@ -155,6 +161,23 @@ def _run_blocks(
         masks=masks.read() if masks is not None else None,
     )
     return _with_scores(run, result, scorers, seconds) if scorers else result
+
+
+def _retrain(
+    run: ResolvedRun,
+    context: RunContext,
+    model: nn.Module,
+    result: RunResult,
+    untrained: DenseState,
+    dense: Mapping[str, Tensor],
+) -> RunResult:
+    """Train the pruned model, and count its zeros again."""
+    retrained = retrain(
+        run, context, model, result.masks or {}, untrained, lambda: _perplexity(run, context, model, dense)
+    )
+    layers = recount(run, decoder_of(model, run.spec.roles), result.layers)
+    cost = {**result.cost, "retrain_s": retrained["seconds"]}
+    return replace(result, layers=layers, cost=cost, retrained=retrained)
 
 
 def _with_scores(

@@ -8,11 +8,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dass_exp.config.components import OURS, build, check_targets, target_class
-from dass_exp.config.settings import STAGE_GROUPS, validate
-from dass_exp.engine.stages import build_stages
+from dass_exp.config.settings import OPTIONAL_GROUPS, validate
+from dass_exp.engine.stages import KINDS
 from dass_exp.errors import UserError
 from dass_exp.masks import Pattern
 from dass_exp.methods.base import Pruner
+from dass_exp.retrain.base import Retraining
 from dass_exp.runs.context import RunContext
 from dass_exp.runs.record import describe_config
 from dass_exp.runs.resolve import identify_run
@@ -69,9 +70,10 @@ def _as_composed(composed: DictConfig, choices: Mapping[str, Any], packages: fro
             config |= {unused: None for unused in names if unused not in found.uses}
         method = build(target, Pruner, "method")
         config["method"] = {"name": method.name, **method.settings()}
-    for group in STAGE_GROUPS:
+    for group in OPTIONAL_GROUPS:
         with suppress(UserError, OmegaConfBaseException):
             check_targets(OmegaConf.create({group: composed[group]}), packages)
-            stages = build_stages({group: OmegaConf.to_container(composed[group], resolve=True)})
-            config |= {name: {"name": stage.name, **stage.settings()} for name, stage in stages.active.items()}
+            node = OmegaConf.to_container(composed[group], resolve=True)
+            part: Any = build(node, Retraining if group == "retrain" else KINDS[group], group)
+            config |= {group: {"name": part.name, **part.settings()}} if part.active else {}
     return config

@@ -15,6 +15,7 @@ from dass_exp.errors import UserError
 from dass_exp.evaluate.head import MAX_LOGITS
 from dass_exp.models.decoder import Decoder, LinearSite
 from dass_exp.models.families import READER_OF, Role
+from dass_exp.retrain.base import NoRetraining, Retraining
 from dass_exp.statistics import Gram, Statistic
 
 _SHARE = 0.9  # of the free memory; a run that needs more is streamed
@@ -42,13 +43,15 @@ class MemoryNeeds:
     batch: int  # one batch inside a block, and the logits that are computed at a time
     copy: int = 0  # dense weights in the scope, from which a sweep restores the shared model
     tokens: int = 0  # ids of calibration and windows, twice while they are put together
+    training: int = 0  # what is trained, its gradients and moments, dense weights, activations for gradients, logits
     disk: int = 0  # not memory: activations cached on disk, masks, and the resume state, twice while it is replaced
 
     @property
     def resident(self) -> int:
         """With the whole model in memory."""
         windows = self.windows // 2  # of the dense model alone
-        return BASE + self.model + self.copy + self.activations + windows + self.solver + self.batch + self.tokens
+        pruning = self.activations + self.solver + self.batch
+        return BASE + self.model + self.copy + windows + max(pruning, self.training) + self.tokens
 
     @property
     def scored(self) -> int:
@@ -87,6 +90,7 @@ class Workload:
     resumable: bool = False  # whether the state behind each block is kept
     stages: Stages = field(default_factory=Stages)  # around the method
     solver_bytes: tuple[int, int] = (10, 8)  # of the method or a stage, whichever takes more
+    retrain: Retraining = field(default_factory=NoRetraining)
 
 
 def memory_needs(
@@ -125,8 +129,34 @@ def memory_needs(
         batch=max(_batch_bytes(decoder, workload, *shape) for shape in batches) + 16 * MAX_LOGITS,
         copy=workload.shared * sum(scope) * width,
         tokens=16 * sum(count * length for count, length in (calibration, windows)),
-        disk=on_disk + sum(scope) // 8 + state,
+        disk=on_disk + sum(scope) // 8 + state + 2 * 12 * _trained_numbers(model, sites, workload.retrain),
+        training=_training_bytes(decoder, model, sites, workload),
     )
+
+
+def _trained_numbers(model: Any, sites: list[list[LinearSite]], retraining: Retraining) -> int:
+    """Return how many numbers a retraining trains."""
+    if not retraining.active:
+        return 0
+    if retraining.trains_vectors:
+        return sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 1)
+    tensors = {id(site.matrix.parameter): site.matrix.parameter for block in sites for site in block}
+    return sum(retraining.trained_numbers(tensor.shape) for tensor in tensors.values())
+
+
+def _training_bytes(decoder: Decoder, model: Any, sites: list[list[LinearSite]], workload: Workload) -> int:
+    """Estimate retraining: value, gradient and two moments of what is trained, float32; masks, dense and pruned weights
+    to compare masks; the tensors that are put in place; activations kept for gradients; logits with their gradients.
+    """
+    retraining, config, width = workload.retrain, decoder.config, workload.dtype.itemsize
+    if not retraining.active:
+        return 0
+    scope = sum(site.matrix.out_features * site.matrix.in_features for block in sites for site in block)
+    tokens = retraining.batch_size * retraining.seq_len
+    intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    kept = tokens * len(decoder.blocks) * (12 * config.hidden_size + 5 * intermediate) * width
+    copies = (1 + 2 * width * retraining.relevance + 3 * max(width, 4)) * scope
+    return int(16 * _trained_numbers(model, sites, retraining) + copies + kept + 5 * 4 * MAX_LOGITS)
 
 
 def _solver_bytes(sites: list[LinearSite], workload: Workload) -> int:

@@ -34,6 +34,7 @@ class RunResult:
         perplexity: of the model, pruned unless the method is dense, by name of the set of windows.
         tasks: zero-shot scores.
         generation: what it generates, compared with the dense model.
+        retrained: the course of its retraining (:func:`dass_exp.runs.retraining.retrain`).
         model_size: parameters of the model.
         decoder_size: weights of all matrices in its blocks.
         calibration, windows: the tokens that were used; windows by name of their set.
@@ -52,6 +53,7 @@ class RunResult:
     windows: dict[str, Tokens] = field(repr=False, default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
     generation: Generation | None = None
+    retrained: dict[str, Any] | None = None
     dense: RunResult | None = None
 
 
@@ -81,7 +83,7 @@ def compose_manifest(run: ResolvedRun, layers: Sequence[Layer]) -> dict[str, Any
     """Compose the manifest of a saved model: the key of its run, how it was pruned, and its sparsity."""
     method = run.method
     parts = [method.name, *(f"{name}={value}" for name, value in method.settings().items())]
-    for stage in run.stages.active.values():
+    for stage in run.optional.values():
         parts += [f"+ {stage.name}", *(f"{name}={value}" for name, value in stage.settings().items())]
     parts += [run.pattern.name, f"scope {run.config.scope}"] if method.prunes else []
     zeros, size = sum(layer.zeros for layer in layers), sum(layer.size for layer in layers)
@@ -127,7 +129,7 @@ def describe_config(config: RunConfig, components: Components, spec: ModelSpec |
     return {
         "model": model,
         "method": {"name": method.name, **method.settings()},
-        **{group: {"name": stage.name, **stage.settings()} for group, stage in components.stages.active.items()},
+        **{group: {"name": stage.name, **stage.settings()} for group, stage in components.optional.items()},
         **used,
         "eval": evaluation,
         "protocol": config.protocol.get("name") if isinstance(config.protocol, dict) else None,
@@ -212,6 +214,8 @@ def _metrics(result: RunResult) -> dict[str, Any]:
         metrics["window_agreement"] = {name: each.window_agreement for name, each in compared.items()}
     if result.generation is not None:
         metrics["generation"] = dataclasses.asdict(result.generation)
+    if result.retrained is not None:
+        metrics["retrain"] = result.retrained
     if (tasks := result.tasks) is not None:
         metrics |= {"tasks": tasks.tasks, "mean_acc": tasks.mean_acc, "mean_acc_norm": tasks.mean_acc_norm}
     return metrics

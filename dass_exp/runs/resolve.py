@@ -60,6 +60,12 @@ def _to_be_executed(run: ResolvedRun, context: RunContext) -> ResolvedRun:
     run = place(run, context)
     if not run.streams:
         return run
+    if run.retrain.active:
+        needed = f"it needs {run.needs.resident / 1e9:.1f} GB" if run.needs else "it does not fit"
+        raise UserError(
+            f"retrain={run.retrain.name}: the model would be read block by block, and it is trained as a whole "
+            f"({needed}); choose retrain=none, a smaller model or batch, or a larger machine"
+        )
     _warn_of_generation(run, streamed)
     run = dataclasses.replace(streamed, placement=run.placement, needs=run.needs)
     if config.eval.zeroshot is None or not (reason := _tasks_do_not_fit(run, context)):
@@ -119,6 +125,7 @@ def _check(run: ResolvedRun, context: RunContext) -> None:
     """Check lengths, shapes and texts before weights are loaded."""
     config, limit = run.config, run.spec.positions
     lengths = {"calibration.seq_len": config.calibration.seq_len if run.calibrated else 0}
+    lengths["retrain.seq_len"] = run.retrain.seq_len if run.retrain.active else 0
     lengths |= {f"{setting}.context": scored.context for setting, scored in config.eval.perplexity_sets.values()}
     if config.eval.generation is not None and config.eval.perplexity is not None:
         prompt = min(PROMPT, config.eval.perplexity.context)
@@ -131,6 +138,8 @@ def _check(run: ResolvedRun, context: RunContext) -> None:
     if Path(run.spec.source).is_dir():
         check_weights(run.spec, skeleton)
     context.windows(run)
+    if run.retrain.active:
+        context.training_windows(run)
 
 
 def _needs(run: ResolvedRun, context: RunContext) -> MemoryNeeds:
@@ -147,6 +156,7 @@ def _needs(run: ResolvedRun, context: RunContext) -> MemoryNeeds:
         shared=context.shared,
         resumable=config.resume is not False,
         solver_bytes=run.stages.solver_bytes(run.method),
+        retrain=run.retrain,
     )
     calibration = (config.calibration.num_samples, config.calibration.seq_len) if run.calibrated else (0, 0)
     longest = max((ids.shape[1] for ids in windows), default=0)  # all sets, as windows of the longest context

@@ -19,16 +19,17 @@ from dass_exp.data.texts import Text
 from dass_exp.engine.prune import ENGINE_VERSION
 from dass_exp.engine.stages import Stages, build_stages
 from dass_exp.engine.verify import VerificationError
-from dass_exp.errors import naming
+from dass_exp.errors import UserError, naming
 from dass_exp.evaluate import EVALUATION_VERSION
 from dass_exp.evaluate.offline_tasks import documents_identity
 from dass_exp.evaluate.zeroshot import check_tasks, lm_eval_version
 from dass_exp.masks import Pattern
-from dass_exp.methods.base import Pruner
+from dass_exp.methods.base import Pruner, Stage
 from dass_exp.methods.dense import Dense
 from dass_exp.models.decoder import Decoder, LinearSite
 from dass_exp.models.load import ModelSpec
 from dass_exp.models.save import is_saved, partial_folder_of
+from dass_exp.retrain.base import NoRetraining, Retraining
 from dass_exp.runs.memory import MemoryNeeds
 from dass_exp.runs.track import Tracker
 from dass_exp.storage.checksum import folder_digest
@@ -44,6 +45,7 @@ class Components:
     method: Pruner
     pattern: Pattern
     stages: Stages
+    retrain: Retraining
     tracker: Tracker
     calibration_text: Text
     evaluation_texts: dict[str, Text]  # by name of the set of windows
@@ -60,10 +62,15 @@ class Components:
         stages = build_stages({group: getattr(config, group) for group in STAGE_GROUPS})
         method, pattern = build(config.method, Pruner, "method"), build(config.pattern, Pattern, "pattern")
         stages.check(method, pattern, config.scope)
+        retrain = build(config.retrain, Retraining, "retrain")
+        if retrain.active and not method.prunes:
+            advice = "to train the dense model, take method=magnitude pattern=unstructured pattern.sparsity=0"
+            raise UserError(f"retrain={retrain.name}: method={method.name} removes nothing; {advice}")
         return cls(
             method=method,
             pattern=pattern,
             stages=stages if method.prunes else Stages(),
+            retrain=retrain,
             tracker=build(config.tracker, Tracker, "tracker"),
             calibration_text=build(config.calibration.text, Text, "calibration.text"),
             evaluation_texts={
@@ -73,6 +80,11 @@ class Components:
         )
 
     @property
+    def optional(self) -> dict[str, Stage | Retraining]:
+        """What is done beside the method, by the name of its config group."""
+        return {**self.stages.active, **({"retrain": self.retrain} if self.retrain.active else {})}
+
+    @property
     def calibrated(self) -> bool:
         """Whether calibration tokens are needed."""
         return self.stages.calibrated(self.method)
@@ -80,7 +92,8 @@ class Components:
     @property
     def uses(self) -> frozenset[str]:
         """The run settings that can change the outcome: those of the method, and calibration where a stage needs it."""
-        return self.method.uses | ({"calibration", "seed"} if self.calibrated else set())
+        seeded = {"seed"} if self.retrain.active else set()
+        return self.method.uses | seeded | ({"calibration", "seed"} if self.calibrated else set())
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +153,8 @@ class ResolvedRun(Components):
     @property
     def keeps_masks(self) -> bool:
         """Whether masks are written, next to the record or into the saved model."""
-        return self.method.prunes and (self.config.save_masks or self.config.save is not None)
+        wanted = self.config.save_masks or self.config.save is not None or self.retrain.active
+        return self.method.prunes and wanted
 
     @property
     def resumable(self) -> bool:
@@ -169,13 +183,15 @@ class ResolvedRun(Components):
             # tasks and generation need the whole model in memory, where it may fit alone
             model, placement = dataclasses.replace(model, placement="resident"), None
         config = dataclasses.replace(self.config, model=model, rerun=False, repeat=0, save=None)
-        return dataclasses.replace(self, config=config, method=Dense(), stages=Stages(), placement=placement)
+        return dataclasses.replace(
+            self, config=config, method=Dense(), stages=Stages(), retrain=NoRetraining(), placement=placement
+        )
 
     def naming_foreign_code(self, kind: type[Exception]) -> AbstractContextManager[None]:
         """Name the classes of other packages that the run uses in whatever they raise inside the context."""
         settings = {
             "method": self.method,
-            **self.stages.active,
+            **self.optional,
             "pattern": self.pattern,
             "calibration.text": self.calibration_text,
             **_texts_by_setting(self),
@@ -219,7 +235,7 @@ def identity_of(run: ResolvedRun) -> dict[str, Any]:
         },
         "eval": _evaluation(run),
     }
-    for group, stage in run.stages.active.items():
+    for group, stage in run.optional.items():
         kind = type(stage)
         name = f"{kind.__module__}.{kind.__qualname__}"
         identity[group] = {"class": name, "version": stage.version, **stage.settings()}
@@ -252,7 +268,9 @@ def identity_of(run: ResolvedRun) -> dict[str, Any]:
 
 def _plugin_code(run: ResolvedRun) -> dict[str, str]:
     """Return digests of the source of what plugins contribute to the numbers of a run."""
-    parts: dict[str, object] = {"method": run.method, **run.stages.active}
+    parts: dict[str, object] = {"method": run.method, **run.optional}
+    if run.retrain.active:
+        parts["retrain.text"] = run.retrain.text
     if "pattern" in run.uses:
         parts["pattern"] = run.pattern
     if "calibration" in run.uses:

@@ -21,6 +21,7 @@ from dass_exp.errors import DamagedFileError, UserError
 from dass_exp.evaluate.streamed import StreamedPerplexity
 from dass_exp.methods.base import LinearView
 from dass_exp.models.save import REPLACED
+from dass_exp.retrain.checkpoints import is_resumable
 from dass_exp.runs.resolved_run import ResolvedRun
 from dass_exp.storage.checksum import require_regular
 from dass_exp.storage.durable import read_tensors, write_tensors
@@ -30,6 +31,7 @@ from dass_exp.storage.record_schema import flatten
 log = logging.getLogger(__name__)
 
 STATE = "state.safetensors"
+TRAINING = "training"  # the folder of the checkpoints of a retraining
 _PLACEMENT = "model.placement"
 
 
@@ -119,7 +121,8 @@ def discard(folder: Path) -> None:
 
 def discard_unless_resumable(folder: Path) -> None:
     """Delete a work folder unless another start could resume from it, or it holds a replaced checkpoint."""
-    if not os.path.lexists(folder / STATE) and not (folder / REPLACED).exists():
+    kept = os.path.lexists(folder / STATE) or (folder / REPLACED).exists() or is_resumable(folder / TRAINING)
+    if not kept:
         discard(folder)
 
 

@@ -111,6 +111,6 @@ def _clean_up(run: ResolvedRun) -> None:
     """Delete what a finished run kept for resuming, and what killed writers left."""
     run.store.tidy(run.key)
     for folder in run.work_folders:
-        if placement_in(folder, run.identity):
+        if placement_in(folder, run.identity) or run.retrain.active:
             discard(folder)
         discard_unless_resumable(folder)

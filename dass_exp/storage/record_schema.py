@@ -130,6 +130,23 @@ class _Generation(TypedDict):
     distinct_4: _Share
 
 
+class _Step(TypedDict):
+    step: _Count
+    loss: float | None
+    perplexity: NotRequired[dict[str, Annotated[float, Ge(1), Lt(math.inf)]]]
+    kl: NotRequired[dict[str, _Size]]
+    agreement: NotRequired[dict[str, _Share]]
+
+
+class _Retrain(TypedDict):
+    """The course of a retraining, and what became of the masks: Jaccard index by role, a correlation by block."""
+
+    curve: list[_Step]
+    gap_closed: NotRequired[dict[str, float]]
+    mask_overlap: NotRequired[dict[str, _Share]]
+    activation_rank_correlation: NotRequired[list[Annotated[float, Ge(-1), Le(1)] | None]]
+
+
 class _Metrics(TypedDict):
     perplexity: NotRequired[dict[str, Annotated[float, Ge(1), Lt(math.inf)]]]
     window_nll: NotRequired[dict[str, list[Annotated[float, Ge(-1e-3), Lt(math.inf)]]]]
@@ -139,6 +156,7 @@ class _Metrics(TypedDict):
     window_agreement: NotRequired[dict[str, list[_Share]]]
     tasks: NotRequired[dict[str, _Task]]
     generation: NotRequired[_Generation]
+    retrain: NotRequired[_Retrain]
     mean_acc: NotRequired[_Share]
     mean_acc_norm: NotRequired[_Share]
 
@@ -147,6 +165,7 @@ class _Cost(TypedDict):
     load_s: _Size
     prune_s: _Size
     eval_s: _Size
+    retrain_s: NotRequired[_Size]
     peak_rss_bytes: _Count
     peak_gpu_bytes: _Count | None
 

@@ -1,0 +1,25 @@
+"""Train norms and biases only."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dass_exp.retrain.base import Retraining
+from dass_exp.retrain.parts import Values
+
+
+@dataclass
+class Norms(Retraining):
+    """Train the norms and biases of the decoder, one number a feature; no pruned matrix changes.
+
+    These few parameters recover much of a pruned language model (PERP, arXiv 2312.15230).
+    """
+
+    lr: float = 1e-3
+
+    trains_vectors = True
+
+    def part(self, start: Tensor, keep: Tensor | None, generator: torch.Generator) -> nn.Module:
+        del generator
+        return Values(start, keep)
