@@ -33,7 +33,7 @@ def _labels(table: ResultTable, records: list[Record], x_axis: str) -> dict[str,
     pruned = [record for record in records if not is_dense(record)]
     # x distinguishes the points of a curve, not the curves
     varying = {
-        method: [name for name in names if f"method.{name}" != x_axis]
+        method: [name for name in names if x_axis not in (f"method.{name}", f"retrain.{name}")]
         for method, names in varying_settings(pruned).items()
     }
     axes = ["model.name", *(axis for axis in table.axes if axis not in (x_axis, "model.name"))]

@@ -43,16 +43,18 @@ _DENSE: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.3}
 
 
 def draw(table: ResultTable, folder: Path) -> list[Path]:
-    """Draw a table as its ``figure`` says: ``{kind: bars}``, ``{kind: line, x: <dotted path into the config>}``, or
-    ``{kind: pareto}``, the metric against the seconds of pruning.
+    """Draw a table as its ``figure`` says: ``{kind: bars}``, ``{kind: line, x: <dotted path into the config>}``,
+    ``{kind: pareto}``, the metric against the seconds of pruning, or ``{kind: steps}``, against those of a retraining.
 
     Writes no file if it has none or if no number is finite; raises a UserError for an unknown kind.
     """
     if table.figure is None:
         return []
-    kind = one_of(f"{table.name}: figure.kind", table.figure.get("kind"), ("bars", "line", "pareto"))
+    kind = one_of(f"{table.name}: figure.kind", table.figure.get("kind"), ("bars", "line", "pareto", "steps"))
     with canvas() as figure:
-        if kind == "line":
+        if kind == "steps":
+            drawn = _draw_steps(table, figure)
+        elif kind == "line":
             drawn = _draw_lines(table, str(table.figure["x"]), figure)
         else:
             drawn = (_draw_bars if kind == "bars" else draw_pareto)(table, figure)
@@ -190,6 +192,38 @@ def _draw_lines(table: ResultTable, x_axis: str, figure: Figure) -> bool:
     return True
 
 
+def _draw_steps(table: ResultTable, figure: Figure) -> bool:
+    """Draw the course of each row's training, with a band of one standard deviation over seeds; dense as a line."""
+    steps = {column: int(column.rpartition(" ")[2]) for column in table.columns}
+    curves = {
+        row: {step: value for column, step in steps.items() if is_finite(value := table.cells.get((row, column)))}
+        for row in table.rows
+    }
+    trained = {row: curve for row, curve in curves.items() if curve and not row.endswith("dense")}
+    if not trained:
+        return False
+    pane, styles = figure.subplots(), styles_of(trained, _methods(table))
+    for row, curve in trained.items():
+        means = [value.mean for value in curve.values()]
+        pane.plot(list(curve), means, label=f" {display(row)}", **_LINE, **styles[row].line)
+        if all(value.sd is not None for value in curve.values()):
+            low, high = ([value.mean + sign * (value.sd or 0) for value in curve.values()] for sign in (-1, 1))
+            pane.fill_between(list(curve), low, high, color=styles[row].colour, alpha=0.2, linewidth=0)
+    for row in set(curves) - set(trained):
+        _draw_dense(pane, row, {step: value.mean for step, value in curves[row].items()}, several=False)
+    later = sorted({step for curve in trained.values() for step in curve if step})
+    if later and later[-1] >= _DECADE * later[0]:
+        pane.set_xscale("symlog", linthresh=later[0])
+    pane.set_xticks([0, *later], [str(step) for step in (0, *later)])
+    pane.xaxis.minorticks_off()
+    if later:
+        pane.set_xlim(-later[0] / 4, 1.2 * later[-1])
+    pane.set_xlabel("steps of training")
+    _set_scale(pane, table.metric, [value for curve in trained.values() for value in curve.values()])
+    _add_legend(figure, pane)
+    return True
+
+
 def _draw_spread(pane: Axes, values: Mapping[float, TableValue]) -> None:
     known = [(x, value.mean, value.spread) for x, value in values.items() if value.spread is not None]
     if known:
@@ -221,7 +255,8 @@ def _set_scale(pane: Axes, metric: str, values: Sequence[TableValue], floor: boo
 def _add_legend(figure: Figure, *panes: Axes) -> None:
     handles = {label: handle for pane in panes for handle, label in zip(*pane.get_legend_handles_labels(), strict=True)}
     widest = 11 + max(map(len, handles), default=0)  # in characters, of which about 13 fit in an inch; 11: the handle
-    rows = math.ceil(len(handles) * widest / (13 * figure.get_figwidth()))
+    fitting = max(1, int(13 * figure.get_figwidth() / widest))
+    rows = math.ceil(len(handles) / fitting)
     labels = [label[1:] for label in handles]  # matplotlib skips labels that begin with _, so all begin with a space
     style: Any = {"loc": "outside lower center", "frameon": False, "handlelength": 3.2}
     figure.legend(list(handles.values()), labels, ncols=math.ceil(len(handles) / rows), **style)

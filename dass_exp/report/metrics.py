@@ -15,8 +15,8 @@ class Metric:
         label: short, of a column.
         unit: begins the caption.
         axis: label of a figure's axis.
-        source: ``windows`` of a text or ``generation`` (both one number per record), ``tasks`` (one per task, and their
-            mean), or ``cost``.
+        source: ``windows`` of a text, ``generation`` or ``retrain`` (one number per record), ``tasks`` (one per task,
+            and their mean), or ``cost``.
         higher: whether higher is better.
         digits: behind the point.
         scale: from the record's unit to the table's.
@@ -27,7 +27,7 @@ class Metric:
     label: str
     unit: str
     axis: str
-    source: Literal["windows", "generation", "tasks", "cost"]
+    source: Literal["windows", "generation", "retrain", "tasks", "cost"]
     higher: bool = False
     digits: int = 2
     scale: float = 1.0
@@ -36,7 +36,7 @@ class Metric:
     @property
     def one_number(self) -> bool:
         """Whether a record has a single number of it, so that a table's columns are values of a setting."""
-        return self.source in ("windows", "generation")
+        return self.source in ("windows", "generation", "retrain")
 
 
 _SHARE: dict[str, Any] = {"digits": 1, "scale": 100.0, "ratio": False}  # in a record; in percent in a table
@@ -87,6 +87,24 @@ METRICS = {
         higher=True,
         **_SHARE,
     ),
+    "gap_closed": Metric(
+        "Share of the added loss that training won back",
+        "gap closed %",
+        "share in % of the loss added by pruning that training won back, higher is better",
+        "gap to the dense model closed %",
+        "retrain",
+        higher=True,
+        **_SHARE,
+    ),
+    "mask_overlap": Metric(
+        "Overlap of the kept masks with those chosen after training",
+        "mask overlap %",
+        "weights in % that the kept mask and the one chosen after training share (Jaccard), mean over roles",
+        "overlap of masks %",
+        "retrain",
+        higher=True,
+        **_SHARE,
+    ),
     "acc": Metric("Accuracy", "accuracy %", "accuracy in %", "accuracy %", "tasks", higher=True, **_SHARE),
     "acc_norm": Metric(
         "Length-normalised accuracy",
@@ -133,7 +151,8 @@ def metric_of(name: str) -> Metric:
     """
     base, _, text = name.partition(":")
     metric = METRICS[one_of("metric", base, tuple(METRICS))]
-    if text and metric.source != "windows":
-        several = ", ".join(known for known, other in METRICS.items() if other.source == "windows")
+    of_texts = [known for known, other in METRICS.items() if other.source == "windows"] + ["gap_closed"]
+    if text and base not in of_texts:
+        several = ", ".join(of_texts)
         raise UserError(f"metric={name}: {base} has no text; only these have: {several}")
     return metric

@@ -41,10 +41,14 @@ class Score(NamedTuple):
 
 
 class Scores:
-    """Reads a metric from records; flips need the dense record of the same model and evaluation among them."""
+    """Reads a metric from records; flips need the dense record of the same model and evaluation among them.
 
-    def __init__(self, metric: str, records: Sequence[Record], results: Path) -> None:
+    ``by_step`` reads a metric of windows behind each step of a retraining at which the model was scored.
+    """
+
+    def __init__(self, metric: str, records: Sequence[Record], results: Path, by_step: bool = False) -> None:
         self._name, _, self._text = metric.partition(":")
+        self._by_step = by_step
         self._metric = metric_of(metric)
         self._dense = {evaluation_of(record): record for record in records if is_dense(record)}
         self._documents = cache(lambda key: documents(results, key))
@@ -54,7 +58,12 @@ class Scores:
         if self._metric.source == "cost":
             known = {name: column for name, column in _COSTS.items() if record["cost"].get(name) is not None}
             return [Score(label, record["cost"][name] * unit) for name, (label, unit) in known.items()]
-        read = {"windows": self._windows, "generation": self._generation, "tasks": self._tasks}
+        read = {
+            "windows": self._windows,
+            "generation": self._generation,
+            "retrain": self._retrain,
+            "tasks": self._tasks,
+        }
         return list(read[self._metric.source](record))
 
     def headline(self, record: Record) -> Score | None:
@@ -71,6 +80,9 @@ class Scores:
 
     def _windows(self, record: Record) -> Iterator[Score]:
         metrics = record["metrics"]
+        if self._by_step and "retrain" in metrics:
+            yield from self._steps(record)
+            return
         field, by_window = _WINDOWS[self._name]
         text = self._text or main_text(record)
         value = metrics.get(field.partition(".")[0], {}).get(text)
@@ -83,6 +95,22 @@ class Scores:
     def _generation(self, record: Record) -> Iterator[Score]:
         if (generation := record["metrics"].get("generation")) is not None:
             yield Score("", self._metric.scale * generation[_GENERATION[self._name]])
+
+    def _steps(self, record: Record) -> Iterator[Score]:
+        for entry in record["metrics"]["retrain"]["curve"]:
+            value = entry.get(self._name, {}).get(self._text or main_text(record))
+            if value is not None:
+                yield Score(step_label(entry["step"]), self._metric.scale * value)
+
+    def _retrain(self, record: Record) -> Iterator[Score]:
+        course = record["metrics"].get("retrain", {})
+        parts = course.get(self._name) or {}
+        if self._name == "gap_closed":
+            found = parts.get(self._text or main_text(record))
+        else:
+            found = math.fsum(parts.values()) / len(parts) if parts else None
+        if found is not None:
+            yield Score("", self._metric.scale * found)
 
     def _tasks(self, record: Record) -> list[Score]:
         tasks = asked_tasks(record)
@@ -131,6 +159,11 @@ class Scores:
 
     def _dense_of(self, record: Record) -> Record | None:
         return self._dense.get(evaluation_of(record))
+
+
+def step_label(step: int) -> str:
+    """Return the column of a step of a retraining."""
+    return f"step {step}"
 
 
 def main_text(record: Record) -> str:

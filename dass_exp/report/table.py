@@ -14,11 +14,12 @@ from dass_exp.report.console import method_label
 from dass_exp.report.load import Record, SweepCell, is_dense, model_name, setting, varying_settings
 from dass_exp.report.metrics import metric_of
 from dass_exp.report.protocol_check import Protocols
-from dass_exp.report.scores import Score, Scores
+from dass_exp.report.scores import Score, Scores, step_label
 from dass_exp.report.significance import Outcomes, paired_p_value, seeds_p_value, separated
 
 _BY_SETTING = "pattern"  # columns of a metric that has one number per record, where a sweep's file names none
 _BY_TASK = ("task", "cost")  # columns that a metric brings with it
+STEP = "step"  # as columns of a layout: the steps of a retraining behind which models were scored
 HEADLINE = "headline"  # as columns of a layout: one column, the number that stands for a record, with ranks
 
 
@@ -137,13 +138,16 @@ def with_metric(layout: Mapping[str, Any], metric: str, sweep: str) -> dict[str,
     described = metric_of(metric)
     rows = layout.get("rows", "method")
     rows, columns = (rows if isinstance(rows, list) else [rows]), str(layout.get("columns", _BY_SETTING))
-    if described.one_number and columns in _BY_TASK:
+    has_none = columns in _BY_TASK if described.one_number else False
+    if has_none or (columns == STEP and described.source != "windows"):
         first, *others = rows
         rows, columns = (others, first) if others else (rows, _BY_SETTING)
     elif not described.one_number:
         rows = rows if columns in _BY_TASK else [columns, *rows]
         columns = "cost" if described.source == "cost" else "task"
     figure = None if described.source == "cost" else layout.get("figure")
+    if figure is not None and figure.get("kind") == "steps" and columns != STEP:
+        figure = {"kind": "bars"}
     title = f"{described.title}: {layout.get('title', sweep)}" if metric != layout.get("metric") else layout["title"]
     return {**layout, "metric": metric, "rows": rows, "columns": columns, "figure": figure, "title": title}
 
@@ -163,14 +167,14 @@ class _Grid:
         self, layout: Mapping[str, Any], records: list[Record], failed: list[SweepCell], results: Path
     ) -> None:
         self.metric, self.column, self.records = str(layout["metric"]), str(layout["columns"]), records
-        self.reader = Scores(self.metric, records, results)
+        self.reader = Scores(self.metric, records, results, by_step=self.column == STEP)
         # columns are values of a setting
-        self.by_setting = metric_of(self.metric).one_number and self.column != HEADLINE
+        self.by_setting = metric_of(self.metric).one_number and self.column not in (HEADLINE, STEP)
         self.rows = layout["rows"] if isinstance(layout["rows"], list) else [layout["rows"]]
         self.axes = (*self.rows, self.column)
         self.protocols = Protocols(records)
         self.intended: list[Record] = [{"config": cell.config} for cell in failed if cell.config]
-        self.varying = varying_settings([*records, *self.intended])
+        self.varying = _without_axes(varying_settings([*records, *self.intended]), self.axes)
         self.models = list(dict.fromkeys(map(model_name, [*records, *self.intended])))
 
     @cached_property
@@ -178,6 +182,9 @@ class _Grid:
         """Labels of the columns in the order of the sweep, where they are settings and not tasks or costs."""
         if self.column == HEADLINE:
             return [metric_of(self.metric).label]
+        if self.column == STEP:
+            curves = [record["metrics"].get("retrain", {}).get("curve", ()) for record in self.records]
+            return [step_label(step) for step in sorted({entry["step"] for curve in curves for entry in curve})]
         if not self.by_setting:
             return []
         pruned = [record for record in (*self.records, *self.intended) if not is_dense(record)]
@@ -238,11 +245,19 @@ class _Grid:
             score = self.reader.headline(record)
             return [] if score is None else [score._replace(column=self.columns[0], stderr=None)]
         scores = self.reader.of(record)
+        if self.column == STEP and "retrain" not in record["metrics"]:  # dense, or not trained: the same in all
+            return [score._replace(column=column) for column in self.columns for score in scores]
         if not self.by_setting:
             return scores
         label = axis_label(record, self.column, self.varying)
         columns = [label] if label else self.columns  # dense has no pattern: it is in every column
         return [score._replace(column=column) for column in columns for score in scores]
+
+
+def _without_axes(varying: Mapping[str, list[str]], axes: tuple[str, ...]) -> dict[str, list[str]]:
+    """Leave out the hyper-parameters that an axis shows: a label need not repeat them."""
+    shown = {axis.rpartition(".")[2] for axis in axes if axis.partition(".")[0] in ("method", *OPTIONAL_GROUPS)}
+    return {part: [name for name in names if name not in shown] for part, names in varying.items()}
 
 
 def _pooled(scores: Mapping[str, Score]) -> TableValue:

@@ -171,9 +171,7 @@ class _Course(TrainerCallback):
         del args, kwargs
         self._losses.append(loss := float(self._student.loss))
         if not math.isfinite(loss):
-            raise NumericalError(
-                f"the loss of retraining is {loss} in step {state.global_step}; lower retrain.lr"
-            )
+            raise NumericalError(f"the loss of retraining is {loss} in step {state.global_step}; lower retrain.lr")
         if state.global_step in self._scored_behind:
             self._student.write()
             entry = {"step": state.global_step, "loss": self.mean_loss(), **self._hooks.score()}

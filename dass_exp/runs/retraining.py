@@ -30,6 +30,7 @@ from dass_exp.storage.mask_file import PackedMask
 
 Score = Callable[[], Mapping[str, Perplexity]]
 
+_GAP = 1e-3  # nats; below, pruning has added no loss that could be won back
 _PROBED = 16  # windows that show the intermediate activations
 
 
@@ -132,7 +133,7 @@ def _gap_closed(curve: list[dict[str, Any]], final: Mapping[str, Perplexity]) ->
             continue
         start, end = (math.log(entry["perplexity"][name]) for entry in (curve[0], curve[-1]))
         added = start - (end - math.log(scores.ratio))
-        if added > 0:
+        if added > _GAP:
             closed[name] = (start - end) / added
     return closed
 
