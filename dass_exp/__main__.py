@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -175,6 +176,18 @@ def _explain_override() -> str | None:
     return None
 
 
+def _explain_missing(reason: str) -> str | None:
+    """Name the choices of a config group that have a setting which the chosen one has not; None if that is no issue."""
+    found = re.search(r"Could not override '(\w+)\.(\w+)", reason)
+    folder = project_root() / "conf" / (found[1] if found else "")
+    if found is None or not folder.is_dir():
+        return None
+    group, setting = found.groups()
+    having = [path.stem for path in sorted(folder.glob("*.yaml")) if f"\n{setting}:" in path.read_text("utf-8")]
+    advice = f"choose one that has it: {group}={', '.join(having)}" if having else f"no choice of {group} has it"
+    return f"{group}.{setting}: the chosen {group} has no such setting; {advice}"
+
+
 def _with_override(reason: str) -> str:
     """Add the overrides that may be meant to what Hydra says, if it names none of their settings."""
     typed = [text.partition("=") for text in sys.argv[1:] if "=" in text]
@@ -186,9 +199,9 @@ def _with_override(reason: str) -> str:
 
 def _explain(error: BaseException) -> int:
     """Log why Hydra or the launcher of a sweep failed; return the exit code."""
-    mistake = _explain_override()
     parts = (part for part in (error, error.__cause__) if part is not None)
     reason = " ".join(" ".join(str(part).partition("Config search path")[0].split()) for part in parts)
+    mistake = _explain_override() or _explain_missing(reason)
     if isinstance(error, OSError) and not isinstance(error, HydraException):
         reason = _one_line(error)
     log.error("%s", mistake or redact_text(_with_override(reason)) or one_line(error))

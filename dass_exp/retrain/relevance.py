@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from dass_exp.engine.callbacks import BlockReport, Callback
 from dass_exp.engine.prune import EngineOptions, prune_model
 from dass_exp.masks import Pattern, Unstructured
-from dass_exp.methods.base import Pruner
-from dass_exp.methods.wanda import Wanda
+from dass_exp.methods.base import Block, LinearView, Pruner, ScorePruner
 from dass_exp.models.decoder import Decoder
 from dass_exp.models.families import READER_OF
+from dass_exp.statistics import InputNorm
 
 
 class MaskOverlap(Callback):
@@ -39,6 +39,16 @@ class MaskOverlap(Callback):
     def by_role(self) -> dict[str, float]:
         """Return the Jaccard index of the kept weights by role: 1 if the masks are equal."""
         return {role: both / either if either else 1.0 for role, (both, either) in self._counts.items()}
+
+
+class _Observer(ScorePruner):
+    """Collects the norms of all inputs; with a pattern that removes nothing, every weight stays."""
+
+    stat = InputNorm
+
+    def score(self, linear: LinearView, block: Block) -> Tensor:
+        del block
+        return linear.weight.abs()
 
 
 class _NeuronNorms(Callback):
@@ -90,7 +100,7 @@ def neuron_norms(model: nn.Module, tokens: Tensor, options: EngineOptions) -> di
     ``tokens`` is int64 [sequences, tokens]. No weight is changed.
     """
     collected = _NeuronNorms()
-    prune_model(model, tokens, Wanda(), Unstructured(0.0), options, [collected])
+    prune_model(model, tokens, _Observer(), Unstructured(0.0), options, [collected])
     return collected.norms
 
 

@@ -256,3 +256,21 @@ def test_settings_are_canonical():
     assert json.loads(json.dumps(how("lora").settings()))["text"] == {"words": 3}
     with pytest.raises(UserError, match=r"retrain\.rank=0"):
         how("lora", rank=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_on_a_gpu_is_that_of_the_cpu(pruned, tokens, accelerator, kind):
+    losses, values = [], []
+    for device in ("cpu", "cuda:0"):
+        model, masks = pruned()
+        student = student_of(model.to(device), masks, how(kind))
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2, foreach=False)
+        for _ in range(2):
+            student(tokens)["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        student.write()
+        losses.append(float(student.loss))
+        values.append([parameter.detach().cpu() for parameter in model.parameters()])
+    assert losses[0] == losses[1]
+    assert all(map(torch.equal, *values))
