@@ -1,16 +1,10 @@
 """The command ``dass-exp``: Hydra composes the settings, we validate and run."""
 
-import dataclasses
-import functools
 import importlib.util
 import logging
 import os
 import re
 import sys
-import traceback
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 from dass_exp.paths import project_root
 from dass_exp.report import streams  # first: it opens the standard streams that are closed
@@ -21,30 +15,22 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow sma
 os.environ.setdefault("TQDM_DISABLE", "1")  # the progress bars of libraries; ours show what a run is doing
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from dass_exp.config import arguments, loader
 from dass_exp.config.components import admitted_packages
+from dass_exp.config.help import help_text, version_line
 from dass_exp.config.redact import redact_text
-from dass_exp.config.settings import register, validate
-from dass_exp.errors import ForeignCodeError, NumericalError, UserError, is_exit_of_launcher, one_line, os_error_line
-from dass_exp.report.console import TerminalReporter, ending, show_plan, show_run
-from dass_exp.report.sweep_callback import Sweep, note_cell
-from dass_exp.runs import workers
-from dass_exp.runs.context import RunContext, cache_of_process
-from dass_exp.runs.failed_cell import describe_failed
-from dass_exp.runs.plan import Plan, plan
-from dass_exp.runs.run import Outcome, run
+from dass_exp.config.settings import register
+from dass_exp.errors import UserError, one_line, os_error_line
 
 log = logging.getLogger("dass_exp")
 logging.raiseExceptions = False  # a log file on a full disk would print a traceback for every line
 
 _ADMITTED = admitted_packages(sys.argv[1:])  # before any config file can add to it
-_TRACEBACKS = "DASS_EXP_TRACEBACKS"  # what the user set as HYDRA_FULL_ERROR, for the workers of a launcher too
+_TRACEBACKS = "DASS_EXP_TRACEBACKS"  # as in cell.py
 
 # launchers that are extras: the Hydra plugin of each, and the extra of dass_exp that installs it
 _LAUNCHERS = {"slurm": "submitit", "submitit_slurm": "submitit", "submitit_local": "submitit", "ray": "ray"}
@@ -61,99 +47,9 @@ class _Startup:
 @hydra.main(version_base="1.3", config_path=str(project_root() / "conf"), config_name="config")
 def _cell(composed: DictConfig) -> None:
     _Startup.finished = True
-    job = HydraConfig.get()
-    overrides = OmegaConf.to_container(job.overrides.task, resolve=False)  # as typed: a record keeps no resolved value
-    cell = _Cell(job.runtime.output_dir, [str(text) for text in overrides or ()], alone=job.mode != RunMode.MULTIRUN)
-    shared = None if cell.alone else cache_of_process()
-    context = RunContext(TerminalReporter(), shared, planning=cell.is_plan)
-    try:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
-            advice = "start it without torchrun, or call dass_exp.prune from a script of your own (docs/scale.md)"
-            raise UserError(f"torchrun with {os.environ['WORLD_SIZE']} processes: dass-exp runs in one; {advice}")
-        if not cell.alone:
-            workers.acquire_slot(job.launcher, Path(job.sweep.dir))
-        elif launchers := [text for text in job.overrides.hydra if text.startswith("hydra/launcher=")]:
-            raise UserError(
-                f"{launchers[0]}: a launcher runs the cells of a sweep, and this is one run; leave it out, or add -m "
-                "or sweeps=NAME"
-            )
-        config = validate(composed, _ADMITTED, job.runtime.choices)
-        if config.plan:
-            cell.report_planned(plan(config, context))
-            return
-        outcome = run(config, context)
-    except (KeyboardInterrupt, GeneratorExit):
-        raise
-    except BaseException as error:  # a plugin may exit, and parts written in Rust panic
-        if is_exit_of_launcher(error):
-            raise
-        described = functools.partial(describe_failed, composed, job.runtime.choices, context, _ADMITTED)
-        cell.report_failed(error, described)
-        return
-    cell.report_done(outcome, config.model.name)
+    from dass_exp.cell import run_cell  # here: help and completion need no torch
 
-
-@dataclasses.dataclass(frozen=True)
-class _Cell:
-    """One run of the command, or one of a sweep: how it ended is noted in its folder and shown.
-
-    Args:
-        folder: where Hydra keeps its config and log.
-        overrides: as typed.
-        alone: whether it is in no sweep.
-    """
-
-    folder: str
-    overrides: list[str]
-    alone: bool
-
-    @property
-    def is_plan(self) -> bool:
-        """Whether it is only planned, as far as the command line says so."""
-        typed = (text.lstrip("+").lower().partition("=") for text in self.overrides)
-        return any(name == "plan" and value in ("true", "yes", "on", "1") for name, _, value in typed)
-
-    def note(self, **content: Any) -> None:
-        """Write cell.json."""
-        note_cell(self.folder, {"overrides": self.overrides, **content})
-
-    def report_planned(self, planned: Plan) -> None:
-        self.note(status="planned", **dataclasses.asdict(planned))
-        if self.alone:
-            show_plan([{"overrides": self.overrides, **dataclasses.asdict(planned)}])
-
-    def report_failed(self, error: BaseException, described: Callable[[], dict[str, Any]]) -> None:
-        """Note and log an error in one line; raise only if the run is in no sweep, whose other cells continue."""
-        content: dict[str, Any] = {} if _is_expected(error) else {"traceback": traceback.format_exc()}
-        try:
-            content |= described()
-        except Exception as second:  # noqa: BLE001 - the settings may be what is broken
-            content |= {"key": None, "config": {}, "not_described": one_line(second)}
-        self.note(status="unplanned" if self.is_plan else "failed", error=_one_line(error), **content)
-        full = os.environ.get(_TRACEBACKS) == "1" and not _is_expected(error)
-        where = [] if self.alone else [redact_text(" ".join(self.overrides))]
-        log.error("%s", ": ".join([*where, _one_line(error)]), exc_info=error if full else None)
-        if self.alone:
-            raise SystemExit(2 if isinstance(error, UserError) else 1) from None
-
-    def report_done(self, outcome: Outcome, model: str) -> None:
-        record = outcome.record
-        self.note(status="done", key=record["key"], record=str(outcome.path.resolve()))
-        if self.alone:
-            show_run(record, outcome.dense, outcome.path, outcome.found, model)
-        else:
-            log.info("%s", ending(record, outcome.path, outcome.found))
-
-
-def _is_expected(error: BaseException) -> bool:
-    return isinstance(error, (UserError, NumericalError, OSError))
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError):
-        return os_error_line(error)
-    own = _is_expected(error) or isinstance(error, ForeignCodeError)
-    return redact_text(" ".join(str(error).split()) if own else one_line(error))
+    run_cell(composed, _ADMITTED)
 
 
 def _explain_override() -> str | None:
@@ -178,7 +74,7 @@ def _explain_override() -> str | None:
 
 def _explain_missing(reason: str) -> str | None:
     """Name the choices of a config group that have a setting which the chosen one has not; None if that is no issue."""
-    found = re.search(r"Could not override '(\w+)\.(\w+)", reason)
+    found = re.search(r"Could not override '(\w+)\.(\w+)'", reason)
     folder = project_root() / "conf" / (found[1] if found else "")
     if found is None or not folder.is_dir():
         return None
@@ -203,8 +99,10 @@ def _explain(error: BaseException) -> int:
     reason = " ".join(" ".join(str(part).partition("Config search path")[0].split()) for part in parts)
     mistake = _explain_override() or _explain_missing(reason)
     if isinstance(error, OSError) and not isinstance(error, HydraException):
-        reason = _one_line(error)
+        reason = os_error_line(error)
     log.error("%s", mistake or redact_text(_with_override(reason)) or one_line(error))
+    from dass_exp.report.sweep_callback import Sweep
+
     if mistake or not Sweep.started or isinstance(error, (HydraException, OmegaConfBaseException, UserError)):
         return 2
     if "sbatch: error" in str(error):
@@ -223,7 +121,17 @@ def _explain(error: BaseException) -> int:
 def main() -> None:
     """Entry point. Exit code 2: a setting is wrong; 1: a run or a cell of a sweep failed; 130: interrupted."""
     streams.protect()
+    typed = sys.argv[1:]
+    if {"--version", "--help", "-h"} & {*typed}:
+        sys.stdout.write(version_line() if "--version" in typed else help_text())
+        return
     register()
+    if any(text.startswith(("-sc", "--shell-completion", "--shell_completion")) for text in typed):
+        _cell()  # the shell waits for it: no torch
+        return
+    from dass_exp.report.sweep_callback import Sweep
+    from dass_exp.runs import workers
+
     try:
         workers.set_environment()
         sys.argv[1:] = arguments.prepare(sys.argv[1:])

@@ -307,7 +307,7 @@ def settings_without_effect(schema: type = RunConfig, path: str = "") -> frozens
     for entry in fields(schema):
         if entry.metadata.get("no_effect"):
             found.add(path + entry.name)
-        elif (nested := _nested(schema, entry.name)) is not None:
+        elif (nested := nested_schema(schema, entry.name)) is not None:
             found |= settings_without_effect(nested, f"{path}{entry.name}.")
     return frozenset(found)
 
@@ -384,12 +384,12 @@ def _check_keys(node: Any, schema: type, path: str) -> None:
         if key not in (known := get_type_hints(schema)):
             parent = path.rstrip(".") or "a run"
             raise UserError(f"{path}{key}: there is no such setting; {parent} has {', '.join(known)}")
-        nested = _nested(schema, key)
+        nested = nested_schema(schema, key)
         if nested is not None and not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
             _check_keys(node[key], nested, f"{path}{key}.")
 
 
-def _nested(schema: type, name: str) -> type | None:
+def nested_schema(schema: type, name: str) -> type | None:
     """Return the dataclass that a field holds or may hold; None for a plain field."""
     kind = get_type_hints(schema)[name]
     return next(
