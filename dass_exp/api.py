@@ -37,6 +37,9 @@ class Pruned:
     masks: Mapping[str, Tensor]
     layers: list[Layer]
 
+    def __repr__(self) -> str:
+        return f"<Pruned: {len(self.layers)} linears, {100 * self.sparsity:.1f} % zeros>"
+
     @property
     def sparsity(self) -> float:
         """Fraction of zeros over the pruned linears."""
@@ -62,8 +65,8 @@ def load(path: str = "offline:smollm2_135m", **settings: Any) -> tuple[nn.Module
 def prune(
     model: nn.Module,
     tokens: Tensor | None = None,
-    method: Pruner | str | Mapping[str, Any] = "dass",
-    pattern: Pattern | str = "2:4",
+    method: Pruner | type[Pruner] | str | Mapping[str, Any] = "dass",
+    pattern: Pattern | str | float = "2:4",
     scope: str = "mlp",
     batch_size: int = 4,
     roles: Mapping[str, str] | None = None,
@@ -73,9 +76,9 @@ def prune(
     Args:
         model: a transformers causal language model of a known family.
         tokens: int64 [sequences, tokens], calibration; magnitude and dense need none.
-        method: a name of conf/method such as dass or sparsegpt, or an instance such as ``Dass(alpha=0.25)``; or method
-            and stages by config group, ``{"method": "dass", "permute": "neurons", "repair": "least_squares"}``.
-        pattern: ``2:4``, ``4:8``, any ``n:m`` (n kept), ``2:4 transposable``, ``50%``, or an instance.
+        method: a name of conf/method such as dass or sparsegpt, a class, or an instance such as ``Dass(alpha=0.25)``;
+            or method and stages by config group, ``{"method": "dass", "repair": "least_squares"}``.
+        pattern: ``2:4``, ``4:8``, any ``n:m`` (n kept), ``2:4 transposable``, ``50%``, 0.5, or an instance.
         scope: mlp, attention or all.
         batch_size: sequences that pass through a block together; it changes no number.
         roles: for a family that the table does not know: ``blocks``, and the path of each role's linear inside a block.
@@ -159,18 +162,24 @@ def _check_length(model: Any, tokens: Tensor) -> None:
         raise UserError(f"tokens: sequences of {tokens.shape[-1]}; this model has {limit} positions")
 
 
-def method_of(method: Pruner | str) -> Pruner:
-    """Build a method from the name of its file in conf/method, with its defaults; return an instance unchanged.
+def method_of(method: Pruner | type[Pruner] | str) -> Pruner:
+    """Build a method from the name of its file in conf/method, or from its class, with its defaults.
+
+    An instance is returned unchanged.
 
     Raises:
         UserError: the name is unknown.
     """
     if isinstance(method, Pruner):
         return method
+    if isinstance(method, type):
+        if not issubclass(method, Pruner):
+            raise UserError(f"method={method.__name__}: expected a subclass of dass_exp.methods.base.Pruner")
+        return method()
     return build(choice("method", method), Pruner, "method")
 
 
-def _method_and_stages(chosen: Pruner | str | Mapping[str, Any]) -> tuple[Pruner, Stages]:
+def _method_and_stages(chosen: Pruner | type[Pruner] | str | Mapping[str, Any]) -> tuple[Pruner, Stages]:
     """Build a method and the stages around it from names or instances, by config group."""
     parts = dict(chosen) if isinstance(chosen, Mapping) else {"method": chosen}
     for group in parts:
@@ -181,14 +190,16 @@ def _method_and_stages(chosen: Pruner | str | Mapping[str, Any]) -> tuple[Pruner
     )
 
 
-def pattern_of(pattern: Pattern | str) -> Pattern:
-    """Build a pattern from ``2:4``, ``2of4``, ``50%`` or ``unstructured``; return an instance unchanged.
+def pattern_of(pattern: Pattern | str | float) -> Pattern:
+    """Build a pattern from ``2:4``, ``2of4``, ``50%``, 0.5 or ``unstructured``; return an instance unchanged.
 
     Raises:
         UserError: the text describes no pattern.
     """
     if isinstance(pattern, Pattern):
         return pattern
+    if isinstance(pattern, float):
+        return Unstructured(pattern)
     text = str(pattern).replace("of", ":")
     try:
         if text == "unstructured":

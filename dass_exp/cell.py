@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from dass_exp.config.redact import redact_text
 from dass_exp.config.settings import validate
 from dass_exp.errors import ForeignCodeError, NumericalError, UserError, is_exit_of_launcher, one_line, os_error_line
-from dass_exp.report.console import TerminalReporter, ending, show_plan, show_run
+from dass_exp.report.console import ending, show_plan, show_run
+from dass_exp.report.progress import TerminalReporter
 from dass_exp.report.sweep_callback import note_cell
 from dass_exp.runs import workers
 from dass_exp.runs.context import RunContext, cache_of_process
@@ -49,6 +50,8 @@ def run_cell(composed: DictConfig, admitted: frozenset[str]) -> None:
             advice = "start it without torchrun, or call dass_exp.prune from a script of your own (docs/scale.md)"
             raise UserError(f"torchrun with {os.environ['WORLD_SIZE']} processes: dass-exp runs in one; {advice}")
         if not cell.alone:
+            sweep = next((text.partition("=")[2] for text in cell.overrides if text.startswith("sweeps=")), "grid")
+            os.environ.setdefault("WANDB_RUN_GROUP", f"{sweep}-{Path(job.sweep.dir).name}")
             workers.acquire_slot(job.launcher, Path(job.sweep.dir))
         elif launchers := [text for text in job.overrides.hydra if text.startswith("hydra/launcher=")]:
             raise UserError(

@@ -143,7 +143,7 @@ def test_patterns_by_text():
 
 
 REFUSED = dict.fromkeys(
-    ["2", "2:", ":4", "a:b", "2/4", "", "%", "x%", "2:4:8", "half", None, 0.5],
+    ["2", "2:", ":4", "a:b", "2/4", "", "%", "x%", "2:4:8", "half", None, "0.5"],
     "pattern=.*expected 2:4, 4:8, any n:m, 50%",
 )
 REFUSED |= {"5:4": r"pattern\.n", "0:4": r"pattern\.n", "100%": r"pattern\.sparsity", "-1%": r"pattern\.sparsity"}
@@ -230,5 +230,14 @@ def test_tokens_that_are_none_are_refused(wrong, words, use, tiny_model):
 
 
 def test_the_package_exports_its_interface():
-    assert set(dass_exp.__all__) == {"Pruned", "load", "load_masks", "perplexity", "prune"}
+    basic = {"Pruned", "load", "load_masks", "perplexity", "prune"}
+    assert set(dass_exp.__all__) == basic | {
+        "run",
+        "evaluate",
+        "dense_states",
+        "save",
+        "records",
+        "compare",
+        "calibration_tokens",
+    }
     assert all(hasattr(dass_exp, name) for name in dass_exp.__all__)

@@ -30,7 +30,7 @@ METHODS = sorted(path.stem for path in (PACKAGE / "methods").glob("*.py") if pat
 
 # Folders, and files that are in none: imports run downwards, or along a row. benchmark is an entry point of its own.
 ROWS = [
-    {"__init__", "__main__", "api", "cell", "train", "benchmark", "speed"},
+    {"__init__", "__main__", "api", "cell", "notebook", "train", "benchmark", "speed"},
     {"report"},
     {"runs"},
     {"engine", "evaluate", "retrain"},

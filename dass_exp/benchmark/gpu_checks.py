@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dass_exp.api import load, method_of, perplexity, prune
 from dass_exp.benchmark.measure import PruningJob, time_floor, time_pruning
-from dass_exp.benchmark.sweep import composing, settings_of
+from dass_exp.config.compose import composing, settings_of
 from dass_exp.config.settings import CalibrationConfig
 from dass_exp.data.texts import OfflineText
 from dass_exp.data.tokens import calibration_tokens

@@ -1,18 +1,12 @@
 """Time a whole sweep, five methods at three patterns as a user runs them, against the floors of its cells."""
 
 import itertools
-import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from omegaconf import open_dict
-
-from dass_exp.config.settings import RunConfig, register, validate
-from dass_exp.paths import project_root
+from dass_exp.config.compose import composing, settings_of
 from dass_exp.runs.context import ModelCache, RunContext
 from dass_exp.runs.run import run
 
@@ -43,20 +37,3 @@ def sweep_ratio(
             progress(f"sweep: {method} {pattern} {elapsed:.2f} s")
     cells = len(METHODS) * len(PATTERNS)
     return {"cells": cells, "records": len(keys), "seconds": seconds, "floors_s": floors, "ratio": seconds / floors}
-
-
-@contextmanager
-def composing() -> Iterator[None]:
-    """Let :func:`settings_of` compose the configs of the project."""
-    os.environ.setdefault("DASS_EXP_ROOT", str(project_root()))
-    register()
-    with initialize_config_dir(str(project_root() / "conf"), version_base="1.3"):
-        yield
-
-
-def settings_of(overrides: list[str]) -> RunConfig:
-    """Return the validated settings of a run with these overrides, as the command composes them."""
-    composed = compose("config", overrides, return_hydra_config=True)
-    with open_dict(composed):
-        choices = composed.pop("hydra").runtime.choices
-    return validate(composed, choices=choices)

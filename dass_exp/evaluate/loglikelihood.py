@@ -1,6 +1,6 @@
 """Log-likelihoods of continuations, as multiple-choice tasks need them, in pure torch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,13 @@ Score = tuple[float, bool]
 
 
 @torch.no_grad()
-def loglikelihoods(model: Any, requests: Sequence[Request], batch_size: int, max_length: int) -> list[Score]:
+def loglikelihoods(
+    model: Any,
+    requests: Sequence[Request],
+    batch_size: int,
+    max_length: int,
+    advance: Callable[[], None] = lambda: None,
+) -> list[Score]:
     """Return the log-likelihood of each continuation, and whether greedy decoding would give it.
 
     Sequences of similar length are batched, a sequence shared by several requests (single-token answers to the same
@@ -25,6 +31,7 @@ def loglikelihoods(model: Any, requests: Sequence[Request], batch_size: int, max
         requests: token ids of the context and of its continuation, at least one each.
         batch_size: sequences that pass through the model together.
         max_length: tokens that the model takes; longer sequences are truncated on the left.
+        advance: called once for every ``batch_size`` requests that are scored.
 
     Returns:
         nats, summed over the continuation, and the greedy flag, in the order of the requests.
@@ -45,6 +52,7 @@ def loglikelihoods(model: Any, requests: Sequence[Request], batch_size: int, max
     for number, (context, continuation) in enumerate(requests):
         numbers.setdefault((*context, *continuation)[-max_length - 1 : -1], []).append(number)
     scores: dict[int, Score] = {}
+    told = 0
     sequences = sorted(numbers, key=len, reverse=True)  # the batch that needs most memory comes first
     with eval_mode(model):
         if sequences:
@@ -55,6 +63,9 @@ def loglikelihoods(model: Any, requests: Sequence[Request], batch_size: int, max
             answers = [(row, requests[number][1]) for row, number in rows]
             for (_, number), score in zip(rows, _score(model, batch, answers), strict=True):
                 scores[number] = score
+            while (told + 1) * batch_size <= len(scores) or (told * batch_size < len(scores) == len(requests)):
+                told += 1
+                advance()
     return [scores[number] for number in range(len(requests))]
 
 

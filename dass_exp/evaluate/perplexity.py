@@ -1,7 +1,7 @@
 """Perplexity over token windows, and the divergence from the dense model on them, in pure torch."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -83,7 +83,13 @@ class Perplexity:
 
 
 @torch.no_grad()
-def perplexity(model: Any, tokens: Tensor, batch_size: int = 4, dense: Tensor | None = None) -> Perplexity:
+def perplexity(
+    model: Any,
+    tokens: Tensor,
+    batch_size: int = 4,
+    dense: Tensor | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> Perplexity:
     """Score windows of equal length independently.
 
     Args:
@@ -91,6 +97,7 @@ def perplexity(model: Any, tokens: Tensor, batch_size: int = 4, dense: Tensor | 
         tokens: int64 [windows, tokens].
         batch_size: windows that pass through the model together.
         dense: :func:`last_hidden_states` of the dense model for the same windows, to measure how far it is.
+        advance: called after each batch.
 
     Raises:
         UserError: a window has fewer than two tokens, or the model's logits are not those of its head.
@@ -105,19 +112,26 @@ def perplexity(model: Any, tokens: Tensor, batch_size: int = 4, dense: Tensor | 
         for part, reference in zip(tokens.split(batch_size), references, strict=dense is not None):
             ids = part.to(device)
             scores.append(score_tokens(model, last_hidden(model, ids), ids, reference))
+            advance()
     return Perplexity.of(scores)
 
 
 @torch.no_grad()
-def last_hidden_states(model: Any, tokens: Tensor, batch_size: int = 4) -> Tensor:
+def last_hidden_states(
+    model: Any, tokens: Tensor, batch_size: int = 4, advance: Callable[[], None] = lambda: None
+) -> Tensor:
     """Return the input of the head for windows: [windows, tokens, features] in the model's dtype, on the CPU.
 
-    ``tokens`` is int64 [windows, tokens]; ``batch_size`` windows pass through the model together.
+    ``tokens`` is int64 [windows, tokens]; ``batch_size`` windows pass through the model together, and ``advance`` is
+    called after each batch.
     """
     _check_windows(tokens)
-    device = next(model.parameters()).device
+    device, states = next(model.parameters()).device, []
     with eval_mode(model):
-        return torch.cat([last_hidden(model, part.to(device)).cpu() for part in tokens.split(batch_size)])
+        for part in tokens.split(batch_size):
+            states.append(last_hidden(model, part.to(device)).cpu())
+            advance()
+    return torch.cat(states)
 
 
 @torch.no_grad()

@@ -1,10 +1,12 @@
 """Zero- and few-shot tasks through lm-eval, on the model in memory. Only this file imports ``lm_eval``."""
 
 import functools
+import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ _DEFAULT_METRICS = {"multiple_choice": ("acc",), "loglikelihood": ("acc",), "gen
 _FEWSHOT_SEED = 1234  # lm-eval's own, of the examples that it draws
 
 
+Phase = Callable[[int], AbstractContextManager[Callable[[], None]]]
+
+
 @dataclass(frozen=True)
 class ZeroShotOptions:
     """How tasks are scored.
@@ -32,12 +37,14 @@ class ZeroShotOptions:
         bos: whether each request starts with the beginning-of-sequence token.
         num_fewshot: examples before each question.
         include_path: folder of own tasks.
+        phase: opens a phase of so many batches, and yields a function to call after each.
     """
 
     batch_size: int = 16
     bos: bool = False
     num_fewshot: int = 0
     include_path: str | None = None
+    phase: Phase = field(default=lambda steps: nullcontext(lambda: None), repr=False)
 
 
 def lm_eval_version() -> str:
@@ -200,7 +207,9 @@ def _adapter_class() -> Any:
 
         def _loglikelihood_tokens(self, requests: Any, **settings: Any) -> list[tuple[float, bool]]:
             pairs = [(context, continuation) for _, context, continuation in requests]
-            return loglikelihoods(self.model, pairs, self._options.batch_size, self.max_length)
+            size = self._options.batch_size
+            with self._options.phase(math.ceil(len(pairs) / size)) as advance:
+                return loglikelihoods(self.model, pairs, size, self.max_length, advance)
 
     return Adapter
 

@@ -173,18 +173,20 @@ def _from_config(spec: ModelSpec, **settings: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_config(spec.config, trust_remote_code=trust, **settings)
 
 
-def bos_policy(setting: str, spec: ModelSpec, tokenizer: Any) -> str:
+def bos_policy(setting: str, family: Family | None, tokenizer: Any, source: str) -> str:
     """Resolve where the beginning-of-sequence token goes: ``never``, ``stream`` (once per text) or ``window``.
 
     ``auto`` is ``window`` for Gemma; for others ``stream`` if the tokenizer adds the token by itself, else ``never``.
 
+    ``source`` is where the model comes from, for messages; ``family`` is None for one that the table does not know.
+
     Raises:
         UserError: the tokenizer does not have the token that the policy needs.
     """
-    with readable_errors(spec.source):
+    with readable_errors(source):
         bos = tokenizer.bos_token_id
         adds_bos = setting == "auto" and bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-    if setting == "auto" and spec.family is not None and spec.family.bos == "window":
+    if setting == "auto" and family is not None and family.bos == "window":
         setting = "window"
     elif setting == "auto":
         setting = "stream" if adds_bos else "never"

@@ -1,8 +1,10 @@
 """Save a pruned model as ``from_pretrained`` loads it: safetensors with zeros, tokenizer, packed masks, manifest."""
 
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ from dass_exp.storage.durable import (
     remove_partial_files,
     write_json,
     write_tensors,
+    write_text,
 )
 from dass_exp.storage.mask_file import MASKS, PackedMask, write_masks
 
+CARD = "README.md"
 STAGING = "made"  # in a partial folder: the checkpoint that is being written
 REPLACED = "before"  # in a partial folder: the checkpoint that is being replaced, which must not be deleted
 _SPARE = 1 << 28  # bytes that must stay free besides the weights: tokenizer, masks, and room for other programs
@@ -208,6 +212,7 @@ def partial_folder_of(folder: str | Path) -> Path:
 def _move_into_place(staging: Path, target: Path, masks: Mapping[str, PackedMask], manifest: Mapping[str, Any]) -> Path:
     """Add masks and manifest, sync, rename; an earlier checkpoint of the run is removed."""
     write_masks(masks, staging / MASKS)
+    write_text(staging / CARD, _card(target, manifest))
     remove_partial_files(staging)
     paths, mode = sorted(path for path in staging.rglob("*") if path.is_file()), new_file_mode(staging)
     for path in paths:
@@ -228,6 +233,29 @@ def _move_into_place(staging: Path, target: Path, masks: Mapping[str, PackedMask
         fsync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     return target
+
+
+def _card(target: Path, manifest: Mapping[str, Any]) -> str:
+    """Return the model card: what the weights are, how they came about, how to load them."""
+    linears, share = manifest["sparsity"].get("linears", {}), manifest["sparsity"]["scope"]
+    shares = sorted({f"{100 * each:.1f} %" for each in linears.values()})
+    among = f" (by linear: {shares[0]} to {shares[-1]})" if len(shares) > 1 else ""
+    base = str(manifest.get("config", {}).get("model", {}).get("path", ""))
+    of_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    head = ["---", "library_name: transformers", "tags: [pruned, sparse]"]
+    head += [f"base_model: {base}", "---"] if of_hub else ["---"]
+    paragraphs = [
+        "\n".join(head),
+        f"# {target.name}",
+        f"{manifest['told']}.",
+        f"{100 * share:.1f} % of the weights of the pruned linears are zero{among}; the zeros are stored as zeros.\n"
+        f"`{MASKS}` holds the masks, one bit a weight; `{MANIFEST}` says how this model was made, with a checksum of\n"
+        "every file.",
+        "```python\nfrom transformers import AutoModelForCausalLM\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{target}")\n```',
+        f"Written by dass_exp {version('dass_exp')} on {manifest['created'][:10]}. The dense model's license applies.",
+    ]
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def _restore_replaced(target: Path, replaced: Path) -> None:

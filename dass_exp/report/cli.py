@@ -4,9 +4,10 @@ import argparse
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -15,8 +16,11 @@ from dass_exp.paths import project_root
 from dass_exp.report import published, streams
 from dass_exp.report.compare import footnotes
 from dass_exp.report.compare_two import compare_records
+from dass_exp.report.console import console
 from dass_exp.report.figures import draw, draw_layers
-from dass_exp.report.load import LoadedRecords, Record, cells_of, evaluation_of, is_dense, load, recovered
+from dass_exp.report.fit import tables_that_fit
+from dass_exp.report.frame import listed, matching, records_frame
+from dass_exp.report.load import LoadedRecords, Record, cells_of, evaluation_of, is_dense, load, recovered, sweeps_run
 from dass_exp.report.metric_table import build_metric_table
 from dass_exp.report.metrics import METRICS, metric_of
 from dass_exp.report.page import Section, write_page
@@ -27,8 +31,11 @@ from dass_exp.storage.durable import refuse_links, write_text
 log = logging.getLogger("dass_exp.report")
 
 _DESCRIPTION = (
-    "Write the tables and figures of sweeps from their records; or compare two records: dass-report compare KEY KEY"
+    "Write the tables and figures of sweeps from their records, or of any records with --rows and --columns. "
+    "dass-report list: list records; dass-report compare KEY KEY: compare two"
 )
+_GRID = "grid"  # the name of a table of any records
+_FIRST = ("key", "method", "pattern", "perplexity", "kl", "mean_acc", "created")  # columns of a list that matter most
 _SWITCHES = {
     "--mix": "put records of different protocols into one table; each row shows the settings that differ",
     "--layers": "also draw the error and sparsity of every block, one figure per pruned record",
@@ -47,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if options.sweeps[:1] == ["compare"]:
             _compare(Path(options.results), options.sweeps[1:])
+        elif options.sweeps[:1] == ["list"]:
+            _list(Path(options.results), options)
         elif not _report(options):
             sys.exit(1)
     except (UserError, OSError) as error:
@@ -56,12 +65,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dass-report", description=_DESCRIPTION)
-    sweeps = "names of sweeps (default: all that were run), or: compare KEY KEY"
+    sweeps = "names of sweeps (default: all that were run), or: list, or: compare KEY KEY"
+    where = "only records with this: FIELD=VALUE or FIELD=A,B; may be given several times"
     output = "where tables/, figures/ and report.html are written (default: the results folder)"
     parser.add_argument("sweeps", nargs="*", metavar="SWEEP", help=sweeps)
     parser.add_argument("--results", default="results", help="the results folder (default: results)")
     parser.add_argument("--output", metavar="DIR", help=output)
     parser.add_argument("--metric", metavar="NAME", help=f"show another metric: {', '.join(METRICS)}")
+    parser.add_argument("--where", metavar="FIELD=VALUE", action="append", default=[], help=where)
+    parser.add_argument("--rows", metavar="SETTING", help="of a table of any records: method, or a setting")
+    parser.add_argument("--columns", metavar="SETTING", help="of that table: pattern, task, or a setting")
+    parser.add_argument("--title", help="of that table")
     for switch, text in _SWITCHES.items():
         parser.add_argument(switch, action="store_true", help=text)
     return parser
@@ -72,8 +86,10 @@ def _report(options: argparse.Namespace) -> bool:
     results = Path(options.results)
     if options.metric:
         metric_of(options.metric)
-    known = sorted(path.stem for path in (project_root() / "sweeps").glob("*.yaml"))
-    names = [one_of("sweep", name, tuple(known)) for name in dict.fromkeys(options.sweeps)] or known
+    layouts = layouts_of(results)
+    if options.rows or options.columns:
+        return _report_grid(results, options)
+    names = [one_of("sweep", name, tuple(layouts)) for name in dict.fromkeys(options.sweeps)] or list(layouts)
     loaded = load(results)
     for problem in loaded.problems:
         log.warning("%s", problem)
@@ -81,7 +97,7 @@ def _report(options: argparse.Namespace) -> bool:
     refused = False
     for name in names:
         try:
-            if built := _tables(name, loaded, results, options):
+            if built := _tables(name, layouts[name], loaded, results, options):
                 tables += built
             elif options.sweeps:
                 log.warning("%s: %s", name, _why_no_table(name, results))
@@ -94,11 +110,58 @@ def _report(options: argparse.Namespace) -> bool:
     return not refused
 
 
-def _tables(name: str, loaded: LoadedRecords, results: Path, options: argparse.Namespace) -> list[ResultTable]:
+def layouts_of(results: Path) -> dict[str, Mapping[str, Any]]:
+    """Return the layout of the table of every sweep: those of the project, and those that were run from elsewhere."""
+    files = sorted((project_root() / "sweeps").glob("*.yaml"))
+    layouts: dict[str, Mapping[str, Any]] = {}
+    for path in files:
+        layouts[path.stem] = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("sweep") or {}
+    for name, config in sweeps_run(results).items():
+        layouts.setdefault(name, config)
+    return layouts
+
+
+def _report_grid(results: Path, options: argparse.Namespace) -> bool:
+    """Write the table of any records; False if it was refused."""
+    loaded, metric = load(results), options.metric or "perplexity"
+    records = matching(loaded.records.values(), options.where)
+    if not records:
+        raise UserError(f"no record in {results} matches {' '.join(options.where) or 'anything'}")
+    rows, columns = (options.rows or "method").split(","), options.columns or "pattern"
+    title = options.title or f"{metric_of(metric).title} by {' and '.join(rows)} and {columns}"
+    layout = {"title": title, "rows": rows, "columns": columns, "metric": metric, "figure": {"kind": "bars"}}
+    together = [*records, *(record for record in _dense_of(records, loaded) if record not in records)]
+    try:
+        table = build_table(_GRID, layout, together, [], results, options.mix)
+    except UserError as error:
+        log.error("%s", error)
+        return False
+    filters = [f"--where {text}" for text in options.where]
+    arguments = [f"--rows {','.join(rows)} --columns {columns} --metric {metric}", *filters]
+    _write([replace(table, arguments=" ".join(arguments))], results, loaded.problems, options)
+    return True
+
+
+def _list(results: Path, options: argparse.Namespace) -> None:
+    """Print the records that the filters admit, the newest last."""
+    if options.sweeps[1:]:
+        raise UserError(f"dass-report list {' '.join(options.sweeps[1:])}: filters are given with --where FIELD=VALUE")
+    frame = records_frame(results, options.where)
+    if frame.empty:
+        raise UserError(f"no record in {results} matches {' '.join(options.where) or 'anything'}")
+    screen, shown = console(), listed(frame)
+    texts = [name for name in shown.columns if name not in ("perplexity", "kl", "mean_acc", "seed")]
+    for table in tables_that_fit(shown, f"{len(frame)} records in {results}", screen.width, texts, _FIRST):
+        screen.print(table)
+
+
+def _tables(
+    name: str, layout: Mapping[str, Any], loaded: LoadedRecords, results: Path, options: argparse.Namespace
+) -> list[ResultTable]:
     """Build the tables of a sweep that are asked for; none if it has no table of its own or nothing was run."""
-    layout = yaml.safe_load((project_root() / "sweeps" / f"{name}.yaml").read_text(encoding="utf-8")).get("sweep") or {}
     cells, metric = cells_of(results, name), options.metric
     own = [loaded.records[cell.key] for cell in cells if cell.key in loaded.records]
+    own = matching(own, options.where)
     records = list({record["key"]: record for record in (*own, *_dense_of(own, loaded))}.values())
     failed = [cell for cell in cells if cell.status == "failed" and not recovered(cell, records)]
     tables: list[ResultTable] = []

@@ -7,11 +7,13 @@ from rich.table import Table
 
 from dass_exp.config.components import choice
 from dass_exp.report.console import calibration_label, method_label, pattern_label, scope_label, shots_label, with_error
+from dass_exp.report.fit import tables_that_fit
 from dass_exp.report.load import Record, accuracy_name, asked_tasks, by_model_note, model_name, varying_settings
 from dass_exp.report.scores import main_text
 from dass_exp.report.write import markdown_table
 
 PAPER_MODELS = ("llama2_7b", "llama2_13b", "llama2_70b", "mistral_7b", "gemma_7b", "llama31_8b")
+_FIRST = ("pattern", "perplexity", "KL", "agree %", "mean acc", "prune s")  # in a narrow terminal
 _LABELS = ("model", "method", "pattern", "scope", "calibration", "seed")
 
 
@@ -122,14 +124,9 @@ def _tokens_differ(record: Record) -> Iterator[str]:
             )
 
 
-def as_rich(frame: pd.DataFrame, title: str) -> Table:
-    """The table for a terminal."""
-    table = Table(title=title, title_justify="left")
-    for column in frame.columns:
-        table.add_column(str(column), justify="left" if column in (*_LABELS, "record") else "right")
-    for row in frame.itertuples(index=False):
-        table.add_row(*map(str, row))
-    return table
+def as_rich(frame: pd.DataFrame, title: str, width: int) -> list[Table]:
+    """The table for a terminal of ``width`` columns; several below each other where one does not fit."""
+    return tables_that_fit(frame, title, width, ("method", *_LABELS, "record"), _FIRST)
 
 
 def as_markdown(frame: pd.DataFrame) -> str:

@@ -1,13 +1,11 @@
 """Terminal output: the progress of a run, its summary, the plan of a sweep."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from dass_exp.config.settings import OPTIONAL_GROUPS
@@ -23,30 +21,6 @@ def console(stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _PLAIN_WIDTH
     return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
-
-
-class TerminalReporter:
-    """Shows the phases of a run on standard error: live on a terminal, else one line each."""
-
-    @contextmanager
-    def phase(self, name: str, steps: int | None = None) -> Iterator[Callable[[], None]]:
-        """Show a phase; yields a function to call after each step."""
-        screen = console(stderr=True)
-        if not screen.is_terminal:
-            screen.print(f"{name} ...", soft_wrap=True)
-            yield lambda: None
-            return
-        counter = [MofNCompleteColumn()] if steps else []
-        columns = [
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            *counter,
-            TimeElapsedColumn(),
-        ]
-        with Progress(*columns, console=screen, transient=True) as progress:
-            task = progress.add_task(name, total=steps)
-            yield lambda: progress.advance(task)
 
 
 def show_run(record: Record, dense: Record | None, path: Path, found: bool, model: str | None = None) -> None:

@@ -3,9 +3,12 @@
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from dass_exp.config.settings import OPTIONAL_GROUPS, settings_without_effect
 from dass_exp.errors import DamagedFileError, UserError, os_error_line
@@ -73,6 +76,21 @@ def cells_of(results: Path, sweep: str) -> list[SweepCell]:
     # the cells of the largest launch first, each once
     largest_first = sorted(launches.values(), key=len, reverse=True)
     return [cells[overrides] for overrides in dict.fromkeys(name for launch in largest_first for name in launch)]
+
+
+def sweeps_run(results: Path) -> dict[str, dict[str, Any]]:
+    """Return the layout of the table of every sweep that was run into a results folder, as its last launch had it."""
+    layouts: dict[str, dict[str, Any]] = {}
+    for path in _cell_files(results):
+        with suppress(OSError, UserError, yaml.YAMLError):
+            typed = _json_object(path).get("overrides")
+            names = [str(text).partition("=") for text in typed] if isinstance(typed, list) else []
+            named = [value for name, _, value in names if name.lstrip("+") == "sweeps"]
+            composed = yaml.safe_load((path.parent / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
+            layout = composed.get("sweep") if isinstance(composed, dict) else None
+            if named and isinstance(layout, dict):
+                layouts[named[-1]] = layout
+    return layouts
 
 
 def _cell(note: dict[str, Any]) -> SweepCell | None:

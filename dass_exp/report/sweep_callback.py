@@ -1,16 +1,24 @@
 """Print a comparison of a sweep's cells after it has ended, and the cells that failed."""
 
 import logging
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from dass_exp.config.redact import redact
 from dass_exp.errors import UserError, os_error_line
 from dass_exp.report.compare import as_markdown, as_rich, comparison, footnotes, settings_line
 from dass_exp.report.console import caption, console, show_plan
+from dass_exp.report.progress import clock
 from dass_exp.storage.durable import read_json, write_json, write_text
 from dass_exp.storage.records import Record, read_record
 
@@ -24,6 +32,9 @@ class Sweep:
 
     started: ClassVar[DictConfig | None] = None
     failed: ClassVar[int] = 0
+    cells: ClassVar[int] = 0
+    ended: ClassVar[int] = 0  # of the cells, in this process
+    since: ClassVar[float] = 0.0
 
     @classmethod
     def has_cells(cls) -> bool:
@@ -69,12 +80,38 @@ class Comparison(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         del kwargs
-        Sweep.started = config
+        Sweep.started, Sweep.cells, Sweep.ended, Sweep.since = config, _count_cells(config), 0, time.monotonic()
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Say how far the sweep is, in the process that runs its cells one after the other."""
+        del config, job_return, kwargs
+        if Sweep.started is None:
+            return
+        Sweep.ended += 1
+        if Sweep.ended < Sweep.cells:
+            spent = time.monotonic() - Sweep.since
+            left = spent / Sweep.ended * (Sweep.cells - Sweep.ended)
+            log.info("%d of %d cells, %s, about %s left", Sweep.ended, Sweep.cells, clock(spent), clock(left))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         del kwargs
         Sweep.started = config
         Sweep.show_finished(ended=True)
+
+
+def _count_cells(config: DictConfig) -> int:
+    """Return how many cells a sweep has; 0 if its sweeper is not Hydra's own, which alone can tell."""
+    if not str(config.hydra.sweeper.get("_target_", "")).endswith("BasicSweeper"):
+        return 0
+    with suppress(HydraException, OmegaConfBaseException):
+        params = OmegaConf.to_container(config.hydra.sweeper.params or OmegaConf.create({}), resolve=True)
+        lines = [f"{name}={value}" for name, value in dict(params).items()]  # type: ignore[arg-type]
+        typed = list(OmegaConf.to_container(config.hydra.overrides.task) or [])
+        named = {line.partition("=")[0] for line in typed}
+        lines = [line for line in lines if line.partition("=")[0] not in named] + typed
+        overrides = OverridesParser.create().parse_overrides(lines)
+        return sum(map(len, BasicSweeper.split_arguments(overrides, None)))
+    return 0
 
 
 def _noted(path: Path) -> dict[str, Any]:
@@ -110,7 +147,8 @@ def _show(records: list[dict[str, Any]], folder: Path, title: str | None) -> Non
     except OSError as error:
         kept = f"comparison.md could not be written: {os_error_line(error)}"
     screen = console()
-    screen.print(as_rich(frame, heading))
+    for table in as_rich(frame, heading, screen.width):
+        screen.print(table)
     screen.print(described)
     if notes:
         screen.print("What differs from the paper's protocol:")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 import time
 from collections import OrderedDict
@@ -291,8 +292,9 @@ class RunContext:
             path = self._hidden_file(run, windows) if evaluation.cache == "disk" else None
             stored = None if path is None else _read_hidden(path)
             if stored is None:
-                with self.reporter.phase("the dense model on the windows"):
-                    stored = last_hidden_states(model, windows.ids, evaluation.batch_size)
+                steps = math.ceil(len(windows.ids) / evaluation.batch_size)
+                with self.reporter.phase("the dense model on the windows", steps) as advance:
+                    stored = last_hidden_states(model, windows.ids, evaluation.batch_size, advance)
                 if path is not None:
                     write_tensors({"hidden": stored}, path)
             kept[windows.sha256] = stored

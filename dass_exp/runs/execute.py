@@ -1,6 +1,8 @@
 """Execute a run: prune, score and save its model, in memory or while its blocks are streamed."""
 
+import functools
 import logging
+import math
 import shutil
 import time
 import uuid
@@ -231,13 +233,14 @@ def _perplexity(
     if not (sets := context.windows(run)):
         return {}
     batch_size, scores = run.config.eval.batch_size, {}
-    with context.reporter.phase(f"perplexity of {run.method.name}"):
+    steps = sum(math.ceil(len(windows.ids) / batch_size) for windows in sets.values())
+    with context.reporter.phase(f"perplexity of {run.method.name}", steps) as advance:
         for name, windows in sets.items():
             hidden = dense.get(name)
             if hidden is not None and not run.method.prunes:
                 scores[name] = perplexity_of_hidden(model, hidden, windows.ids, batch_size)
             else:
-                scores[name] = perplexity(model, windows.ids, batch_size, hidden)
+                scores[name] = perplexity(model, windows.ids, batch_size, hidden, advance)
     return scores
 
 
@@ -259,8 +262,14 @@ def _tasks(run: ResolvedRun, context: RunContext, model: nn.Module) -> ZeroShotR
         model.to("meta")
         saved = replace(run.spec, source=str(target_of(str(run.config.save))), revision=None)
         model = load.load_model(saved)
-    with context.reporter.phase(f"zero-shot tasks of {run.method.name}"):
-        own = zeroshot.num_fewshot, zeroshot.include_path
-        options = ZeroShotOptions(4 * evaluation.batch_size, run.bos != "never", *own)
+    title = f"zero-shot tasks of {run.method.name}"
+    with context.reporter.phase(title):
+        options = ZeroShotOptions(
+            4 * evaluation.batch_size,
+            run.bos != "never",
+            zeroshot.num_fewshot,
+            zeroshot.include_path,
+            functools.partial(context.reporter.phase, f"requests of {run.method.name}"),
+        )
         tokenizer = context.tokenizer(run)
         return zero_shot(model, tokenizer, zeroshot.tasks, zeroshot.limit, zeroshot.data, options)

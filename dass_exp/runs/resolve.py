@@ -29,7 +29,9 @@ def identify_run(config: RunConfig, context: RunContext) -> ResolvedRun:
     components = Components.of(config)
     spec, tokenizer = context.find(config.model)
     parts = {part.name: getattr(components, part.name) for part in dataclasses.fields(components)}
-    return ResolvedRun(**parts, config=config, spec=spec, bos=bos_policy(config.model.bos, spec, tokenizer))
+    return ResolvedRun(
+        **parts, config=config, spec=spec, bos=bos_policy(config.model.bos, spec.family, tokenizer, spec.source)
+    )
 
 
 def resolve(config: RunConfig, context: RunContext) -> ResolvedRun:

@@ -58,8 +58,9 @@ def keep_dense(run: ResolvedRun, context: RunContext, model: Any) -> DenseState 
         chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(run.config.seed))
         used = windows[chosen[: max(len(used), 1)]]
     if retraining.loss == "kl":
-        with context.reporter.phase("the dense model on the training windows"):
-            hidden = last_hidden_states(model, used, retraining.batch_size)
+        steps = math.ceil(len(used) / retraining.batch_size)
+        with context.reporter.phase("the dense model on the training windows", steps) as advance:
+            hidden = last_hidden_states(model, used, retraining.batch_size, advance)
     sites = run.sites(decoder_of(model, run.spec.roles)) if retraining.relevance else []
     weights = {site.name: site.matrix.weight.clone() for site in sites}
     return DenseState(weights, TrainingData(used, hidden, run.config.seed))

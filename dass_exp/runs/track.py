@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dass_exp.config.redact import redact, redact_text
+from dass_exp.config.settings import OPTIONAL_GROUPS
 from dass_exp.errors import ForeignCodeError, NumericalError, UserError, naming
+from dass_exp.storage.record_numbers import flat_metrics
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ class NullTracker(Tracker):
 class WandbTracker(Tracker):
     """One Weights & Biases run per record: config, metrics, a table of results and a table of layers.
 
+    The runs of a sweep are one group, unless ``WANDB_RUN_GROUP`` names another.
     Offline unless ``WANDB_MODE=online``; ``wandb sync results/wandb/offline-run-*`` uploads later.
 
     Args:
@@ -59,11 +62,14 @@ class WandbTracker(Tracker):
         import wandb
 
         config, layers = record["config"], record["sparsity"]["layers"]
-        pattern = (config["pattern"] or {}).get("name", "dense")
+        pattern = (config["pattern"] or {}).get("name", "")
         run = _start_run(
             results,
             project=self.project,
-            name=f"{config['model']['name']}-{config['method']['name']}-{pattern}-{record['key'][:6]}",
+            name=record.get("name") or _run_name(record),
+            job_type="prune" if pattern else "dense",
+            tags=list(dict.fromkeys(filter(None, (*record.get("tags", ()), config["method"]["name"], pattern)))),
+            notes=record.get("notes"),
             config=redact({**config, **{name: record[name] for name in ("key", "protocol", "environment")}}),
         )
         try:
@@ -76,6 +82,18 @@ class WandbTracker(Tracker):
                 run.log({"layers": wandb.Table(columns=[*layers[0], "sparsity"], data=data)})
         finally:
             run.finish()
+
+
+def _run_name(record: dict[str, Any]) -> str:
+    """Return a name that tells runs of a sweep apart: method with its settings, stages, pattern, scope, seed, key."""
+    config = record["config"]
+    settings = [f"{name}={value}" for name, value in config["method"].items() if name != "name"]
+    parts = [config["model"]["name"], config["method"]["name"], *settings]
+    parts += [config[group]["name"] for group in OPTIONAL_GROUPS if config.get(group)]
+    if config["pattern"]:
+        parts += [config["pattern"]["name"], str(config["scope"])]
+    parts += [] if config["seed"] is None else [f"seed={config['seed']}"]
+    return "-".join([*parts, record["key"][:6]])
 
 
 def track_table(title: str, tables: Mapping[str, list[list[Any]]], pictures: list[Path], results: str) -> None:
@@ -120,18 +138,3 @@ def _failure_as_warning(safe: str) -> Iterator[None]:
             yield
     except (UserError, NumericalError, ForeignCodeError) as error:
         log.warning("%s", redact_text(str(error)))
-
-
-def flat_metrics(record: dict[str, Any]) -> dict[str, float]:
-    """Return a record's numbers by flat name: ``perplexity/wikipedia_mini``, ``kl/wikipedia_mini``, ``piqa/acc``."""
-    metrics, sparsity = record["metrics"], record["sparsity"]
-    flat = {f"perplexity/{name}": value for name, value in metrics.get("perplexity", {}).items()}
-    for name, divergence in metrics.get("divergence", {}).items():
-        flat |= {f"{score}/{name}": value for score, value in divergence.items()}
-    for task, scores in metrics.get("tasks", {}).items():
-        shares = ("acc", "acc_norm", "exact_match")
-        names = [*shares, *(f"{name}_stderr" for name in shares), "bits_per_byte", "ece"]
-        flat |= {f"{task}/{name}": scores[name] for name in names if name in scores}
-    flat |= {name: metrics[name] for name in ("mean_acc", "mean_acc_norm") if name in metrics}
-    flat |= {f"sparsity/{name}": sparsity[name] for name in ("scope", "decoder", "model")}
-    return flat | {f"cost/{name}": value for name, value in record["cost"].items() if value is not None}

@@ -179,6 +179,9 @@ class _Record(TypedDict):
 
     key: str
     created: str
+    name: NotRequired[str]
+    tags: NotRequired[list[str]]
+    notes: NotRequired[str]
     config: _RunConfig
     identity: _Identity
     protocol: _Protocol

@@ -114,8 +114,8 @@ def test_the_likelihoods_are_those_of_lm_eval(task, monkeypatch):
 
     model, tokenizer, calls = transformers.AutoModelForCausalLM.from_config(tiny_config()).eval(), tiny_tokenizer(), []
 
-    def both(model, requests, batch_size, max_length):
-        ours = loglikelihoods(model, requests, batch_size, max_length)
+    def both(model, requests, batch_size, max_length, advance):
+        ours = loglikelihoods(model, requests, batch_size, max_length, advance)
         theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
         asked = [((str(number), ""), list(context), list(answer)) for number, (context, answer) in enumerate(requests)]
         calls.append((ours, theirs._loglikelihood_tokens(asked, disable_tqdm=True)))

@@ -102,7 +102,7 @@ def test_a_model_that_cannot_be_used_is_refused_in_one_line(folder, harm, load):
     change(folder)
     with pytest.raises(UserError) as caught:
         spec = identified(folder)
-        bos_policy("auto", spec, load_tokenizer(spec))
+        bos_policy("auto", spec.family, load_tokenizer(spec), spec.source)
         load(spec)
     assert contains(str(caught.value), [str(folder), *words]), caught.value
 

@@ -16,16 +16,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from dass_exp.report.compare import as_markdown, as_rich, comparison, footnotes, settings_line
-from dass_exp.report.console import (
-    TerminalReporter,
-    caption,
-    method_label,
-    pattern_label,
-    scope_label,
-    show_run,
-    sizes_line,
-    with_error,
-)
+from dass_exp.report.console import caption, method_label, pattern_label, scope_label, show_run, sizes_line, with_error
 from dass_exp.report.sweep_callback import Comparison, Sweep, note_cell
 
 METHODS = ("dense", "sparsegpt", "dass", "wanda", "magnitude")
@@ -131,7 +122,8 @@ def test_both_forms_of_the_table_have_every_row(demo):
         assert f"{record['metrics']['perplexity']['wikipedia_mini']:.2f}" in line
         assert record["key"][:8] in line
     screen = io.StringIO()
-    Console(width=200, file=screen).print(as_rich(frame, "A title"))
+    for table in as_rich(frame, "A title", 200):
+        Console(width=200, file=screen).print(table)
     assert all(name in screen.getvalue() for name in ("A title", "745.00", *METHODS))
 
 
@@ -240,13 +232,6 @@ def test_the_summary_of_a_single_record(demo, capsys):
     demo[4]["metrics"] = {}  # nothing was scored
     show_run(demo[4], None, Path("result.json"), found=False)
     assert "zeros: 50.0 % of the scope" in capsys.readouterr().out
-
-
-def test_a_phase_is_reported_once(capsys):
-    with TerminalReporter().phase("pruning with dass", 2) as step:
-        step()
-        step()
-    assert capsys.readouterr().err.strip() == "pruning with dass ..."
 
 
 # After a sweep
