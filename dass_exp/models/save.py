@@ -237,7 +237,8 @@ def _move_into_place(staging: Path, target: Path, masks: Mapping[str, PackedMask
 
 def _card(target: Path, manifest: Mapping[str, Any]) -> str:
     """Return the model card: what the weights are, how they came about, how to load them."""
-    linears, share = manifest["sparsity"].get("linears", {}), manifest["sparsity"]["scope"]
+    sparsity = manifest.get("sparsity", {})
+    linears, share = sparsity.get("linears", {}), sparsity.get("scope", 0.0)
     shares = sorted({f"{100 * each:.1f} %" for each in linears.values()})
     among = f" (by linear: {shares[0]} to {shares[-1]})" if len(shares) > 1 else ""
     base = str(manifest.get("config", {}).get("model", {}).get("path", ""))
@@ -253,7 +254,7 @@ def _card(target: Path, manifest: Mapping[str, Any]) -> str:
         "every file.",
         "```python\nfrom transformers import AutoModelForCausalLM\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{target}")\n```',
-        f"Written by dass_exp {version('dass_exp')} on {manifest['created'][:10]}. The dense model's license applies.",
+        f"Written by dass_exp {version('dass_exp')} on {str(manifest.get('created', ''))[:10]}. The dense model's license applies.",
     ]
     return "\n\n".join(paragraphs) + "\n"
 

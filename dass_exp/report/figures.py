@@ -1,4 +1,4 @@
-"""Figures of a table and of the layers of one record, as SVG and PNG, readable in black and white."""
+"""Figures of a table and of the layers of one record, as SVG, PNG and PDF, readable in black and white."""
 
 from __future__ import annotations
 
@@ -105,9 +105,9 @@ def _draw_bars(table: ResultTable, figure: Figure) -> bool:
         spare.set_axis_off()
     for pane, (model, rows) in zip(panes, panels.items(), strict=False):
         pane.set_title(model, fontsize="medium")
+        values = [value for (row, _), value in table.cells.items() if row in rows and is_finite(value)]
         _draw_panel(pane, table, model, rows, styles)
         _name_columns(pane, table.columns, figure.get_figwidth())
-        values = [value for (row, _), value in table.cells.items() if row in rows and is_finite(value)]
         _set_scale(pane, table.metric, values, floor=True)
     _add_legend(figure, *panes)
     return True
@@ -118,10 +118,16 @@ def _methods(table: ResultTable) -> set[str]:
 
 
 def _draw_panel(pane: Axes, table: ResultTable, model: str, rows: Sequence[str], styles: Mapping[str, Style]) -> None:
-    """Draw the bars and dense lines of one model; its name is empty if there are no panels of others."""
+    """Draw the bars and dense lines of one model; its name is empty if there are no panels of others.
+
+    A bar shows its value by its length, which a log axis has no zero for: there the values are dots.
+    """
     several = len(pane.figure.axes) > 1
     pruned = [row for row in rows if not row.endswith("dense")]
     width = 0.8 / max(len(pruned), 1)
+    as_dots = _is_logarithmic(
+        table.metric, [table.cells.get((row, column)) for row in rows for column in table.columns]
+    )
     for number, row in enumerate(pruned):
         shift = (number - (len(pruned) - 1) / 2) * width
         cells = {place + shift: table.cells.get((row, column)) for place, column in enumerate(table.columns)}
@@ -130,7 +136,11 @@ def _draw_panel(pane: Axes, table: ResultTable, model: str, rows: Sequence[str],
         means = [value.mean for value in bars.values()]
         name = row.removeprefix(f"{model} ")
         label = f" {display(name)}"
-        pane.bar(list(bars), means, width, label=label, edgecolor="black", linewidth=0.8, **styles[name].bar)
+        if as_dots:
+            dots = {**_LINE, "markersize": 8, **styles[name].line, "linestyle": "none"}
+            pane.plot(list(bars), means, label=label, **dots)
+        else:
+            pane.bar(list(bars), means, width, label=label, edgecolor="black", linewidth=0.8, **styles[name].bar)
         _draw_spread(pane, bars)
         for x, value in values.items():
             if x not in bars:
@@ -240,7 +250,7 @@ def _set_scale(pane: Axes, metric: str, values: Sequence[TableValue], floor: boo
     spread = [value for value in values if value.spread is not None]
     kinds = ["standard deviation" if value.sd is not None else "standard error" for value in spread]
     described = metric_of(metric)
-    logarithmic = described.ratio and low > 0 and high >= _DECADE * low
+    logarithmic = _is_logarithmic(metric, values)
     notes = [*(["log scale"] if logarithmic else []), *(f"± {kind}" for kind in dict.fromkeys(kinds))]
     pane.set_ylabel(described.axis + (f"\n({', '.join(notes)})" if notes else ""))
     if logarithmic:
@@ -250,6 +260,12 @@ def _set_scale(pane: Axes, metric: str, values: Sequence[TableValue], floor: boo
         pane.yaxis.set_minor_formatter("")
         pane.set_ylim(low / 1.6 if floor else None)
     pane.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+
+
+def _is_logarithmic(metric: str, values: Sequence[Any]) -> bool:
+    """Whether values belong on a log axis: equal ratios mean equal steps, and they span a decade."""
+    means = [value.mean for value in values if is_finite(value)]
+    return bool(means) and metric_of(metric).ratio and min(means) > 0 and max(means) >= _DECADE * min(means)
 
 
 def _add_legend(figure: Figure, *panes: Axes) -> None:
@@ -273,12 +289,15 @@ def canvas() -> Iterator[Figure]:
 
 
 def save(figure: Figure, title: str, path: Path) -> list[Path]:
-    """Write a figure as SVG, byte for byte the same each time, and as PNG; each atomically."""
-    figure.suptitle(textwrap.fill(title, int(10 * figure.get_figwidth())))
+    """Write a figure as SVG and PDF, byte for byte the same each time, and as PNG; each atomically.
+
+    The title stands in the metadata of PNG and PDF: a picture stands below a heading or above a caption of its own.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     svg = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    pdf = {"Title": title, "CreationDate": None, "Creator": None, "Producer": None}
     written: list[Path] = []
-    for ending, metadata in (("svg", svg), ("png", {"Software": None})):
+    for ending, metadata in (("svg", svg), ("png", {"Title": title, "Software": None}), ("pdf", pdf)):
         target = path.with_name(f"{path.name}.{ending}")
         with scratch_file(target, durable=False) as scratch:
             figure.savefig(scratch, format=ending, dpi=150, metadata=metadata)

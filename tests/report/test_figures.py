@@ -63,7 +63,7 @@ def texts(path: Path) -> list[str]:
 
 def drawn(table: ResultTable, folder: Path) -> set[str]:
     """The texts in the picture of a table."""
-    svg, _ = draw(table, folder)
+    svg, *_ = draw(table, folder)
     return set(texts(svg))
 
 
@@ -89,10 +89,12 @@ def test_an_unknown_kind_is_refused(tmp_path):
 
 
 def test_bars_say_what_they_show(tmp_path):
-    svg, png = draw(table_of(), tmp_path / "new")
-    assert {"A title of the table", "Wanda", "DaSS", "dense (20.1)", "2:4", "perplexity"} <= set(texts(svg))
+    svg, png, pdf = draw(table_of(), tmp_path / "new")
+    assert "A title of the table" not in texts(svg)  # it stands above the picture, wherever that is shown
+    assert b"A title of the table" in png.read_bytes() and pdf.read_bytes().startswith(b"%PDF")
+    assert {"Wanda", "DaSS", "dense (20.1)", "2:4", "perplexity"} <= set(texts(svg))
     assert ink(png) > 10_000
-    assert sorted(path.name for path in svg.parent.iterdir()) == ["table.png", "table.svg"]
+    assert sorted(path.name for path in svg.parent.iterdir()) == ["table.pdf", "table.png", "table.svg"]
     # bars differ by more than colour: the first is plain, the second hatched
     assert len(set(re.findall(r'<pattern id="(\w+)"', svg.read_text(encoding="utf-8")))) == 1
 
@@ -101,8 +103,8 @@ def test_bars_say_what_they_show(tmp_path):
     ("value", "kind"), [(TableValue((48.0, 52.0)), "standard deviation"), (one(50.0, 3.0), "standard error")]
 )
 def test_error_bars_where_they_are_known(tmp_path, value, kind):
-    without, _ = draw(table_of(metric="acc"), tmp_path / "a")
-    svg, _ = draw(table_of(PLAIN | {("dass", "2:4"): value}, metric="acc"), tmp_path / "b")
+    without, *_ = draw(table_of(metric="acc"), tmp_path / "a")
+    svg, *_ = draw(table_of(PLAIN | {("dass", "2:4"): value}, metric="acc"), tmp_path / "b")
     assert error_bars(svg) == error_bars(without) + 1
     assert {"accuracy %", f"(± {kind})"} <= set(texts(svg))
     assert not any("±" in text for text in texts(without))
@@ -123,7 +125,7 @@ def test_dense_of_each_column_and_cells_without_a_number(tmp_path):
 @pytest.mark.parametrize("number", [2, 3, 4, 5])
 def test_models_have_panels_of_their_own(tmp_path, number):
     models = [f"model{index}" for index in range(number)]
-    svg, _ = draw(panels(models), tmp_path)
+    svg, *_ = draw(panels(models), tmp_path)
     assert {"Wanda", *(f"{model}, dense 5" for model in models)} <= set(texts(svg))
     assert texts(svg).count("dense") == 1
     width, height = (float(side) for side in re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg.read_text()).groups())
@@ -138,9 +140,9 @@ def test_names_are_drawn_as_they_are(tmp_path):
 
 def test_lines_over_samples_by_method_with_dense_as_a_level(tmp_path):
     dense, axes = record_of("dense", [20.0]), ("method", "calibration.num_samples")
-    alone, _ = draw(table_of(figure=SAMPLES, records=[dense, dense, *by_samples()], axes=axes), tmp_path / "alone")
+    alone, *_ = draw(table_of(figure=SAMPLES, records=[dense, dense, *by_samples()], axes=axes), tmp_path / "alone")
     assert {"Wanda", "DaSS", "dense (20)", "calibration sequences", "1", "4", "16", "perplexity"} <= set(texts(alone))
-    svg, png = draw(table_of(figure=SAMPLES, records=[dense, *by_samples(3)], axes=axes), tmp_path / "seeds")
+    svg, png, _ = draw(table_of(figure=SAMPLES, records=[dense, *by_samples(3)], axes=axes), tmp_path / "seeds")
     assert error_bars(svg) == error_bars(alone) + 2
     assert "(± standard deviation)" in texts(svg)
     assert ink(png) > 5_000
@@ -179,7 +181,7 @@ def test_lines_over_sparsity_are_one_a_method(tmp_path):
 def test_lines_of_mixed_protocols_are_not_averaged(tmp_path):
     records = [*by_samples(), *by_samples(context=2048)]
     axes, mixed = ("method", "calibration.num_samples"), ("eval.perplexity.context",)
-    svg, _ = draw(table_of(figure=SAMPLES, records=records, axes=axes, mixed=mixed), tmp_path)
+    svg, *_ = draw(table_of(figure=SAMPLES, records=records, axes=axes, mixed=mixed), tmp_path)
     assert {f"{method} context={context}" for method in ("Wanda", "DaSS") for context in (512, 2048)} <= set(texts(svg))
     assert error_bars(svg) == 0
 
@@ -197,12 +199,23 @@ def test_layers_by_block(tmp_path):
         for block, error in enumerate((None, 0.1, 0.2))
         for role, zeros in (("gate", 50), ("up", 50), ("down", 40))
     ]
-    svg, png = draw_layers(record, tmp_path)
+    svg, png, _ = draw_layers(record, tmp_path)
     assert svg.name == "layers-0123.svg"
-    title = "smollm2_135m, wanda, 2:4, scope mlp"
-    assert {"gate, up", "down", "index of the block", "sparsity %", title} <= set(texts(svg))
+    assert {"gate, up", "down", "index of the block", "sparsity %"} <= set(texts(svg))
     assert ink(png) > 5_000
 
 
 def test_a_dense_record_has_no_layers_to_draw(tmp_path):
     assert draw_layers(record_of("dense"), tmp_path) == []
+
+
+def test_values_on_a_log_axis_are_dots_and_others_bars(tmp_path):
+    def shapes(cells, folder):
+        svg, *_ = draw(table_of(cells), tmp_path / folder)
+        content = svg.read_text()
+        return content.count('id="PathCollection'), len(re.findall(r'id="patch_\d+"', content)), "log scale" in content
+
+    wide = shapes({("dense", "2:4"): one(20.0), ("magnitude", "2:4"): one(730.0), ("dass", "2:4"): one(90.0)}, "wide")
+    narrow = shapes(PLAIN, "narrow")
+    assert wide[2] and not narrow[2]
+    assert narrow[1] > wide[1]  # bars are patches

@@ -120,7 +120,7 @@ def test_the_policy_lets_the_script_of_the_page_run(report):
 
 
 def test_pictures_of_two_tables_do_not_share_ids(table, tmp_path):
-    first, _ = draw(table, tmp_path)
+    first, *_ = draw(table, tmp_path)
     second = first.with_name("other.svg")
     second.write_bytes(first.read_bytes())
     section = Section(table, "", [first, second, tmp_path / "perplexity.png"])

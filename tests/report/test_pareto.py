@@ -70,7 +70,7 @@ def test_the_figure_names_methods_and_stages_once_and_no_setting(patterns, tmp_p
         ]
     ]
     table = build_table("frontier", LAYOUT, [record_of("dense", [20.0, 20.0]), *records], [], tmp_path)
-    svg, png = draw(table, tmp_path)
+    svg, png, _ = draw(table, tmp_path)
     text = svg.read_text()
     for word in ("Wanda", "DaSS", "neurons + least squares", "no stage", "seconds to prune", *patterns):
         assert text.count(f">{word}<") + text.count(f"> {word}<") + text.count(f">{word} (") == (

@@ -253,5 +253,5 @@ def test_a_layout_for_another_metric_keeps_its_axes(layout, metric, rows, column
 @pytest.mark.parametrize("figure", [{"kind": "bars"}, {"kind": "line", "x": "method.alpha"}, {"kind": "pareto"}])
 def test_figures_show_the_metric_that_is_asked_for(table_of, tmp_path, figure):
     records = [diverged(record_of("dass", alpha=x), [x + 0.1, x + 0.2], [0.5, 0.5], 1.5) for x in (0.0, 0.5)]
-    svg, _ = draw(table_of(records, "kl", {**PERPLEXITY, "figure": figure}), tmp_path)
+    svg, *_ = draw(table_of(records, "kl", {**PERPLEXITY, "figure": figure}), tmp_path)
     assert "KL divergence, nats per token" in svg.read_text(encoding="utf-8")

@@ -85,9 +85,9 @@ def test_a_method_has_its_colour_in_figures_of_every_kind(tmp_path):
     costly = [record_of("wanda", [9.0]), record_of("dass", [5.0])]
     points = table_of({("wanda", "2:4"): one(9.0)}, {"kind": "pareto"}, records=costly)
     for number, table in enumerate((bars, other, lines, points)):
-        svg, _ = draw(table, tmp_path / str(number))
+        svg, *_ = draw(table, tmp_path / str(number))
         assert wanda in colours(svg)
-    without, _ = draw(replace(points, records=costly[1:]), tmp_path / "without")
+    without, *_ = draw(replace(points, records=costly[1:]), tmp_path / "without")
     assert wanda not in colours(without)
 
 
