@@ -254,7 +254,7 @@ def _card(target: Path, manifest: Mapping[str, Any]) -> str:
         "every file.",
         "```python\nfrom transformers import AutoModelForCausalLM\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{target}")\n```',
-        f"Written by dass_exp {version('dass_exp')} on {str(manifest.get('created', ''))[:10]}. The dense model's license applies.",
+        f"Written by dass_exp {version('dass_exp')}. The dense model's license applies.",
     ]
     return "\n\n".join(paragraphs) + "\n"
 
