@@ -19,7 +19,7 @@ from dass_exp.models.families import markdown_table
 README, SETTINGS, MODELS = (
     (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/settings.md", "docs/models.md")
 )
-COMMANDS = re.findall(r"^dass-exp *(.*?) *(?:#.*)?$", README + SETTINGS, re.MULTILINE)
+COMMANDS = re.findall(r"^dass-exp *((?!--).*?) *(?:#.*)?$", README + SETTINGS, re.MULTILINE)
 
 
 def test_the_python_example_runs() -> None:

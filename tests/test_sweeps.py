@@ -12,6 +12,7 @@ from support import CONF, ROOT, FixedMemory, Phases, command, run_with, settings
 
 from dass_exp.engine.callbacks import Callback
 from dass_exp.errors import UserError
+from dass_exp.models import load as model_load
 from dass_exp.report import cli
 from dass_exp.report.load import cells_of, load
 from dass_exp.report.metrics import METRICS
@@ -122,6 +123,35 @@ def test_a_plan_knows_what_is_done_and_estimates_the_rest(cell):
     assert more.seconds == pytest.approx(outcome.record["cost"]["prune_s"] + eval_s)
 
 
+def test_a_model_that_is_missing_is_searched_for_once(monkeypatch, results):
+    searched = []
+
+    def missing(*_):
+        searched.append(1)
+        raise UserError("there is none")
+
+    monkeypatch.setattr(model_load, "identify", missing)
+    context = RunContext(planning=True)
+    plans = [
+        plan(settings_of("model=llama2_7b", f"method={name}", f"results_dir={results}"), context) for name in PRUNING
+    ]
+    assert searched == [1]
+    assert {planned.problem for planned in plans} == {"there is none"}
+
+
+def test_the_arithmetic_of_a_run_is_that_of_its_tokens(cell):
+    planned = plan(settings_of(*cell, "method=wanda", "calibration.num_samples=4", "calibration.seq_len=32"))
+    assert "(256 tokens of calibration, " in planned.basis
+    dense = plan(settings_of(*cell, "method=dense"))
+    assert "calibration" not in dense.basis
+
+
+def test_what_a_model_file_says_does_not_hold_for_another_path(tiny):
+    named = settings_of(f"model.path={tiny}", "model.name=mine").model
+    assert (named.name, named.parameters, named.license) == ("mine", None, None)
+    assert settings_of("model.name=mine").model.parameters is not None
+
+
 def test_a_plan_refuses_what_a_run_would_refuse(cell, results):
     with pytest.raises(UserError, match=r"model\.layers\.0"):
         plan(settings_of(*cell, "pattern=nm", "pattern.n=2", "pattern.m=7"))
@@ -139,7 +169,8 @@ def test_every_model_file_says_what_it_needs(path, results, monkeypatch, tmp_pat
     assert f"{path.stem} ({own['path']})" in planned.needs
     assert f"license: {own['license']}; sequences up to {own['context']} tokens" in planned.needs
     at_hand = path.stem == "smollm2_135m"
-    assert planned.basis.startswith("no like record" if at_hand else "the model is not at hand")
+    assert bool(planned.problem) != at_hand
+    assert planned.basis.startswith("no like record; about" if at_hand else "about") and "TFLOP (" in planned.basis
 
 
 # --- a sweep through the command

@@ -345,7 +345,7 @@ def validate(
         raise UserError("the config is nested too deeply, or refers to itself") from error
     if not isinstance(config, RunConfig):
         raise TypeError(f"composed a {type(config).__name__}; conf/config.yaml must list run_schema first")
-    return replace(config, model=rename_model(config.model))
+    return replace(config, model=rename_model(config.model, (choices or {}).get("model")))
 
 
 def unresolved(error: OmegaConfBaseException) -> str:
@@ -369,15 +369,13 @@ def _named(composed: DictConfig, choices: Mapping[str, str | None]) -> DictConfi
     return composed
 
 
-def rename_model(model: ModelConfig) -> ModelConfig:
-    """Name a model after its path if ``model.path`` overrides the path of the chosen config file.
-
-    The licence, size and context stated in that file do not apply then, so they are dropped.
-    """
-    folder = project_root() / "conf" / "model"
-    if not (folder / f"{model.name}.yaml").is_file() or choice("model", model.name).get("path") == model.path:
+def rename_model(model: ModelConfig, chosen: str | None = None) -> ModelConfig:
+    """Name a model after its path if that is not the path of the ``chosen`` file, whose licence and size are dropped."""
+    chosen = chosen or model.name
+    file = project_root() / "conf" / "model" / f"{chosen}.yaml"
+    if not file.is_file() or choice("model", chosen).get("path") == model.path:
         return model
-    name = model.path.rstrip("/").rsplit("/", 1)[-1]
+    name = model.path.rstrip("/").rsplit("/", 1)[-1] if model.name == chosen else model.name
     return replace(model, name=name, license=None, parameters=None, context=None)
 
 

@@ -70,6 +70,8 @@ def show_plan(cells: list[dict[str, Any]]) -> None:
         table.add_row(name, cell["key"], state, "?" if seconds is None else f"{seconds:.0f}", basis)
     screen = console()
     screen.print(table)
+    for problem in dict.fromkeys(filter(None, (cell.get("problem") for cell in cells))):
+        screen.print(f"model not available: {problem}")
     for needed in dict.fromkeys(filter(None, (cell["needs"] for cell in cells))):
         screen.print(f"needs: {needed}")
     if unknown == len(cells):

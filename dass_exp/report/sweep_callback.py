@@ -84,8 +84,8 @@ class Comparison(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Say how far the sweep is, in the process that runs its cells one after the other."""
-        del config, job_return, kwargs
-        if Sweep.started is None:
+        del job_return, kwargs
+        if Sweep.started is None or OmegaConf.select(config, "plan") is True:
             return
         Sweep.ended += 1
         if Sweep.ended < Sweep.cells:

@@ -34,7 +34,7 @@ class Retraining(ABC):
 
     text: Text
     steps: int = 100
-    lr: float = 1e-4
+    lr: float = 3e-4
     batch_size: int = 4
     seq_len: int = 256
     loss: str = "next_token"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dass_exp.config.settings import ModelConfig
 from dass_exp.data import tokens
 from dass_exp.engine.callbacks import Callback
-from dass_exp.errors import DamagedFileError
+from dass_exp.errors import DamagedFileError, UserError
 from dass_exp.evaluate.generation import PROMPT, generate
 from dass_exp.evaluate.perplexity import last_hidden_states
 from dass_exp.models import load
@@ -144,6 +144,18 @@ class RunContext:
                 return spec, load.load_tokenizer(spec)
 
         return self.cache.get(_model_key(model), search)
+
+    def find_for_plan(self, model: ModelConfig) -> tuple[load.ModelSpec, Any]:
+        """Identify a model as :meth:`find`; one that cannot be found is searched for once."""
+        key = ("missing", _model_key(model))
+        if key in self.cache:
+            raise UserError(self.cache.get(key, str))
+        try:
+            return self.find(model)
+        except UserError as error:
+            text = str(error)
+            self.cache.get(key, lambda: text)
+            raise
 
     def has_found(self, model: ModelConfig) -> bool:
         """Check whether the model was identified before."""

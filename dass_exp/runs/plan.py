@@ -23,6 +23,7 @@ class Plan:
         seconds: estimate from the costs of similar records; None without any, zero if it is done.
         basis: the records behind the estimate, in words; or why there is none.
         needs: memory and licence of the model, in words; empty if its config file does not state them.
+        problem: why the model could not be found; empty if it was.
     """
 
     key: str
@@ -30,6 +31,7 @@ class Plan:
     seconds: float | None
     basis: str
     needs: str = ""
+    problem: str = ""
 
 
 def plan(config: RunConfig, context: RunContext | None = None) -> Plan:
@@ -43,11 +45,12 @@ def plan(config: RunConfig, context: RunContext | None = None) -> Plan:
     stated = _stated_size(config)
     context = context or RunContext(planning=True)
     try:
-        context.find(config.model)
+        context.find_for_plan(config.model)
     except UserError as error:
         if config.model.parameters is None:
             raise
-        return Plan("", done=False, seconds=None, basis=f"the model is not at hand: {error}", needs=stated)
+        work = _work(config, config.model.parameters, Components.of(config))
+        return Plan("", done=False, seconds=None, basis=work, needs=stated, problem=str(error))
     run = resolve(config, context)
     if run.finished_record() is not None:
         return Plan(run.key, done=True, seconds=0.0, basis="done", needs=stated)
@@ -56,7 +59,29 @@ def plan(config: RunConfig, context: RunContext | None = None) -> Plan:
     prune_s, basis = _median(records, run, "prune_s") if run.method.prunes else (0.0, "nothing to prune")
     eval_s, _ = _median(records, run, "eval_s")
     seconds = None if prune_s is None or eval_s is None else prune_s + eval_s
+    if seconds is None:
+        size = sum(parameter.numel() for parameter in context.skeleton(run).parameters())
+        basis = f"no like record; {_work(config, size, run)}"
     return Plan(run.key, done=False, seconds=seconds, basis=basis, needs=needs)
+
+
+def _work(config: RunConfig, parameters: float, components: Components) -> str:
+    """Return the arithmetic of a run in words: two operations a parameter and token (Kaplan et al., arXiv 2001.08361).
+
+    Calibration passes each block twice, dense and pruned; scored windows once. Solving is not counted.
+    """
+    calibration, passes = config.calibration, {"calibration": 0, "windows": 0}
+    if components.calibrated:
+        passes["calibration"] = 2 * calibration.num_samples * calibration.seq_len
+    for _, scored in config.eval.perplexity_sets.values():
+        passes["windows"] += scored.context * (scored.max_windows or 0)
+    if components.retrain.active:  # a backward pass is two forward ones
+        passes["training"] = 3 * components.retrain.steps * components.retrain.batch_size * components.retrain.seq_len
+    total = 2 * parameters * sum(passes.values())
+    parts = ", ".join(f"{count:,} tokens of {name}" for name, count in passes.items() if count)
+    unknown = any(scored.max_windows is None for _, scored in config.eval.perplexity_sets.values())
+    more = ", and all windows of the text" if unknown else ""
+    return f"about {total / 1e12:,.1f} TFLOP ({parts or 'no tokens'}{more})"
 
 
 def _needs(run: ResolvedRun) -> str:
