@@ -109,7 +109,7 @@ def test_a_cell_with_a_wrong_method_still_names_its_pattern(cell):
 def test_a_plan_loads_and_writes_nothing(cell, results):
     phases = Phases()
     planned = plan(settings_of(*cell), RunContext(phases))
-    assert (planned.done, planned.seconds, planned.basis) == (False, None, "no like record")
+    assert (planned.done, planned.seconds) == (False, None) and planned.basis.startswith("no like record; about ")
     assert phases.count(LOADED) == [0]
     assert not results.exists()
 

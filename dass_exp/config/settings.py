@@ -370,7 +370,7 @@ def _named(composed: DictConfig, choices: Mapping[str, str | None]) -> DictConfi
 
 
 def rename_model(model: ModelConfig, chosen: str | None = None) -> ModelConfig:
-    """Name a model after its path if that is not the path of the ``chosen`` file, whose licence and size are dropped."""
+    """Name a model after its path if that is not the path of the ``chosen`` file; drop that file's licence and size."""
     chosen = chosen or model.name
     file = project_root() / "conf" / "model" / f"{chosen}.yaml"
     if not file.is_file() or choice("model", chosen).get("path") == model.path:
