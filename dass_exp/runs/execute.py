@@ -121,7 +121,8 @@ def _run_blocks(
     size = sum(parameter.numel() for parameter in model.parameters())
     result = RunResult([], [], None, {}, None, size, decoder.size, tokens, windows, {"prune_s": 0.0, "eval_s": 0.0})
     if not run.method.prunes and not run.streams:
-        return result
+        matrices = [parameter for parameter in decoder.blocks.parameters() if parameter.ndim > 1]
+        return replace(result, zero_weights=sum(int((matrix == 0).sum()) for matrix in matrices))
     stopwatch, verification, earlier = Stopwatch(), Verification(), _earlier_state(run)
     done = earlier.blocks if earlier else 0
     options = EngineOptions(

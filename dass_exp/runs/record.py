@@ -35,6 +35,7 @@ class RunResult:
         tasks: zero-shot scores.
         generation: what it generates, compared with the dense model.
         retrained: the course of its retraining (:func:`dass_exp.runs.retraining.retrain`).
+        zero_weights: of the matrices in the blocks of a model that was not pruned here, but may have been before.
         model_size: parameters of the model.
         decoder_size: weights of all matrices in its blocks.
         calibration, windows: the tokens that were used; windows by name of their set.
@@ -54,6 +55,7 @@ class RunResult:
     cost: dict[str, Any] = field(default_factory=dict)
     generation: Generation | None = None
     retrained: dict[str, Any] | None = None
+    zero_weights: int | None = None
     dense: RunResult | None = None
 
 
@@ -201,6 +203,7 @@ def _sparsity(result: RunResult, width: int) -> dict[str, Any]:
         "dense_bytes": width * result.model_size,
         "packed_bytes": width * (result.model_size - zeros) + sum(-(-layer.size // 8) for layer in result.layers),
         "excess_zeros": sum(layer.excess for layer in result.layers),
+        **({} if result.zero_weights is None else {"zero_weights": result.zero_weights / result.decoder_size}),
         "layers": [dataclasses.asdict(layer) for layer in result.layers],
     }
 

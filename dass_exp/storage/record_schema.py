@@ -97,6 +97,7 @@ class _Sparsity(TypedDict):
     model: _Share
     dense_bytes: NotRequired[_Count]
     packed_bytes: NotRequired[_Count]
+    zero_weights: NotRequired[_Share]
     layers: list[_Layer]
 
 

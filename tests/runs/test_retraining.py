@@ -13,6 +13,7 @@ from support import CONF, FixedMemory, Killed, Phases, contains, run_with, setti
 
 import dass_exp
 from dass_exp.errors import UserError
+from dass_exp.report.console import sizes_line
 from dass_exp.retrain import train
 from dass_exp.runs import run as run_module
 from dass_exp.runs.context import ModelCache, RunContext
@@ -97,6 +98,9 @@ def test_the_saved_model_is_the_retrained_one(retrained, untrained, tmp_path):
     assert all(bool((model.get_submodule(name).weight[~keep] == 0).all()) for name, keep in masks.items())
     again = run_with(*untrained, "method=dense", f"model.path={tmp_path}/saved").record
     assert again["metrics"]["perplexity"] == record["metrics"]["perplexity"]
+    assert again["sparsity"]["zero_weights"] == pytest.approx(record["sparsity"]["decoder"], abs=1e-3)
+    shown = f"{100 * again['sparsity']['zero_weights']:.1f} % of the linears of all blocks, as the model was loaded"
+    assert shown in sizes_line(again)
     manifest = json.loads((tmp_path / "saved" / "dass_exp.json").read_text())
     assert manifest["config"]["retrain"]["name"] == "norms"
 
