@@ -1,7 +1,7 @@
 # Each target builds .venv if it is missing or out of date.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo report bench gpu-check tiny-models test campaign test-all check clean
+.PHONY: help demo report bench docs docs-check gpu-check tiny-models test campaign test-all check clean
 
 PYTHON ?= python3
 STAMP := .venv/.stamp
@@ -26,6 +26,17 @@ report: $(STAMP)  ## write the tables, figures and page of every sweep that was 
 
 bench: $(STAMP)  ## time every method against the forward passes that none can avoid (15 minutes on an idle machine)
 	@$(RUN)python -m dass_exp.benchmark
+
+DOCS := .venv/.stamp-docs
+$(DOCS): $(STAMP)
+	@$(RUN)python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	@touch $@
+
+docs: $(DOCS)  ## build the documentation as a site and serve it at http://127.0.0.1:8000
+	@NO_MKDOCS_2_WARNING=1 $(RUN)mkdocs serve
+
+docs-check: $(DOCS)  ## build the site, and fail on a dead link
+	@NO_MKDOCS_2_WARNING=1 $(RUN)mkdocs build --strict --quiet
 
 gpu-check: $(STAMP)  ## try on this machine's GPU what was built without one, and write what differs (5 minutes; without a GPU it says so)
 	@$(RUN)python -m dass_exp.benchmark.gpu_check

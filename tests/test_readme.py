@@ -19,7 +19,7 @@ from dass_exp.models.families import markdown_table
 README, SETTINGS, MODELS = (
     (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/settings.md", "docs/models.md")
 )
-COMMANDS = re.findall(r"^dass-exp *((?!--).*?) *(?:#.*)?$", README + SETTINGS, re.MULTILINE)
+COMMANDS = re.findall(r"^dass-exp(?! +--) *(.*?) *(?:#.*)?$", README + SETTINGS, re.MULTILINE)
 
 
 def test_the_python_example_runs() -> None:
@@ -83,3 +83,23 @@ def test_the_config_file_states_the_defaults_of_the_schema() -> None:
     plain = {name: value for name, value in stated.items() if name in defaults and name != "protocol"}
     assert len(plain) > 10
     assert plain == {name: defaults[name] for name in plain}
+
+
+def test_the_site_has_a_page_for_every_method_and_every_page_is_in_its_menu() -> None:
+    listed = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert sorted(listed) == sorted(pages)
+    for path in (CONF / "method").glob("*.yaml"):
+        if path.stem != "dense":
+            page = (ROOT / "docs" / "methods" / f"{path.stem}.md").read_text(encoding="utf-8")
+            content = path.read_text(encoding="utf-8")
+            target = yaml.safe_load(content)["_target_"]
+            assert f"::: {target}" in page
+            settings = [line for line in content.splitlines() if not line.startswith(("_target_", "#"))]
+            assert "\n".join(settings).strip() in page
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path}: {target}"

@@ -115,7 +115,8 @@ class MaskResult:
     Args:
         keep: bool [out, in], True where the weight stays.
         dim: the axis along which weights competed (0 output, 1 input, None the matrix).
-        low, high: range of the scores; tensors stay on the device until the block is verified.
+        low: the lowest score; a tensor stays on its device until the block is verified.
+        high: the highest score.
         slab_width: number of input columns that were ranked together, None for all of them.
         damping_retries: how often the damping was raised.
         seconds: time to score, rank and write.
