@@ -23,6 +23,8 @@ def test_without_a_gpu_it_says_so_and_succeeds(capsys, tmp_path):
 
 def test_every_check_runs_on_a_pretended_gpu(accelerator, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu_kernels, "SHAPES", ((64, 128),))
+    monkeypatch.setattr(gpu_kernels, "TOKENS", {"prefill": 16, "decode of 1": 1})
+    monkeypatch.setattr(gpu_kernels, "_ROUNDS", 1)
     model = save_tiny(tmp_path / "tiny")
     sizes = ["--samples", "4", "--length", "12", "--block", "64", "32"]
     assert gpu_check.main(["--model", str(model), *sizes, "--output", str(tmp_path / "bench")]) == 0
@@ -82,6 +84,7 @@ def test_masks_that_differ_from_the_cpus_are_said(there, status, monkeypatch):
 
 def test_sparse_kernels_of_a_whole_model_are_compared_with_dense_ones(tmp_path, monkeypatch):
     converted = []
+    monkeypatch.setattr(gpu_kernels, "_ROUNDS", 1)
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda weight: converted.append(weight) or weight)
     cpu = torch.device("cpu")
     setup = gpu_checks.Setup.load(str(save_tiny(tmp_path / "tiny")), cpu, 2, 8, (4, 4))

@@ -37,6 +37,7 @@ def key_with(folder, *overrides: str) -> str:
 
 # Another value for each setting whose type does not suggest one.
 ANOTHER = {
+    "tags": "[other]",
     "model.dtype": "bfloat16",
     "model.bos": "window",
     "model.roles": "{q: self_attn.k_proj,k: self_attn.q_proj,v: self_attn.v_proj,o: self_attn.o_proj,"
@@ -64,6 +65,7 @@ GROUPS = {
     "permute._target_": "permute=neurons",
     "refine._target_": "refine=swaps",
     "repair._target_": "repair=least_squares",
+    "retrain._target_": "retrain=norms",
 }
 OWN_TEST = {  # below, or in test_tiny.py
     *(
