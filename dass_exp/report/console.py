@@ -13,7 +13,6 @@ from dass_exp.report.load import Record, asked_tasks, model_name
 
 _PLAIN_WIDTH = 160  # columns for a pipe or a file, which have no width of their own
 _SPARSITIES = {"scope": "the scope", "decoder": "the linears of all blocks", "model": "the whole model"}
-_PRUNED_BEFORE = 0.01  # share of zeros from which a model that was loaded as dense is shown with them
 _SECONDS = {"load_s": "seconds to load", "prune_s": "to prune", "eval_s": "to evaluate"}
 
 
@@ -112,7 +111,7 @@ def sizes_line(record: Record) -> str:
     """Return the zeros of a record, and the size of its model where it is known, in one line."""
     sparsity = record["sparsity"]
     zeros = ", ".join(f"{100 * sparsity[name]:.1f} % of {label}" for name, label in _SPARSITIES.items())
-    if (found := sparsity.get("zero_weights", 0.0)) > _PRUNED_BEFORE:
+    if (found := sparsity.get("zero_weights")) is not None:
         zeros = f"{100 * found:.1f} % of {_SPARSITIES['decoder']}, as the model was loaded"
     if "packed_bytes" not in sparsity:  # a record of an earlier version
         return f"zeros: {zeros}"

@@ -34,6 +34,8 @@ from dass_exp.storage.environment import PeakMemory
 
 log = logging.getLogger(__name__)
 
+_PRUNED_BEFORE = 0.01  # share of zeros from which a record of a model that was loaded as dense says so
+
 
 def execute(run: ResolvedRun, context: RunContext) -> RunResult:
     """Prune, score and save the model of a run.
@@ -122,7 +124,8 @@ def _run_blocks(
     result = RunResult([], [], None, {}, None, size, decoder.size, tokens, windows, {"prune_s": 0.0, "eval_s": 0.0})
     if not run.method.prunes and not run.streams:
         matrices = [parameter for parameter in decoder.blocks.parameters() if parameter.ndim > 1]
-        return replace(result, zero_weights=sum(int((matrix == 0).sum()) for matrix in matrices))
+        zeros = sum(int((matrix == 0).sum()) for matrix in matrices)
+        return replace(result, zero_weights=zeros if zeros > _PRUNED_BEFORE * decoder.size else None)
     stopwatch, verification, earlier = Stopwatch(), Verification(), _earlier_state(run)
     done = earlier.blocks if earlier else 0
     options = EngineOptions(
