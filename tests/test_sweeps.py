@@ -201,7 +201,7 @@ def test_the_report_of_a_sweep(swept):
     remarks = ["method.alpha=-1: expected a number", "No published number on file"]
     assert [words for words in (*rows, *remarks) if words not in text] == []
     assert (swept / "report.html").is_file()
-    assert {path.suffix for path in (swept / "figures").iterdir()} == {".svg", ".png"}
+    assert {path.suffix for path in (swept / "figures").iterdir()} == {".svg", ".png", ".pdf"}
     (problem,) = load(swept).problems
     assert "broken/result.json" in problem
 
@@ -209,7 +209,7 @@ def test_the_report_of_a_sweep(swept):
 def test_a_report_may_be_written_elsewhere(swept, tmp_path):
     cli.main(["alpha", "--results", str(swept), "--output", str(tmp_path / "paper")])
     files = {path.name for path in (tmp_path / "paper").rglob("*.*")}
-    assert files == {"report.html", *(f"alpha.{ending}" for ending in ("md", "csv", "tex", "svg", "png"))}
+    assert files == {"report.html", *(f"alpha.{ending}" for ending in ("md", "csv", "tex", "svg", "png", "pdf"))}
     links = re.findall(r'href="([^"#]*result.json)"', (tmp_path / "paper" / "report.html").read_text())
     assert len(links) == 3
     assert all((tmp_path / "paper" / link).is_file() for link in links)
