@@ -30,7 +30,6 @@ log = logging.getLogger("dass_exp")
 logging.raiseExceptions = False  # a log file on a full disk would print a traceback for every line
 
 _ADMITTED = admitted_packages(sys.argv[1:])  # before any config file can add to it
-_TRACEBACKS = "DASS_EXP_TRACEBACKS"  # as in cell.py
 
 # launchers that are extras: the Hydra plugin of each, and the extra of dass_exp that installs it
 _LAUNCHERS = {"slurm": "submitit", "submitit_slurm": "submitit", "submitit_local": "submitit", "ray": "ray"}
@@ -38,15 +37,8 @@ _GROUPS = ("model", "method", "pattern", "calibration", "eval", "protocol", "tra
 _EXTRAS = {"submitit": "slurm", "ray": "ray"}
 
 
-class _Startup:
-    """Whether Hydra has called our code: an exit before that is about a setting that Hydra refused."""
-
-    finished = False
-
-
 @hydra.main(version_base="1.3", config_path=str(project_root() / "conf"), config_name="config")
 def _cell(composed: DictConfig) -> None:
-    _Startup.finished = True
     from dass_exp.cell import run_cell  # here: help and completion need no torch
 
     run_cell(composed, _ADMITTED)
@@ -140,7 +132,7 @@ def main() -> None:
         log.error("%s", error)
         raise SystemExit(2) from None
     os.environ["DASS_EXP_PLUGINS"] = " ".join(_ADMITTED)  # a worker of a launcher has another command line
-    os.environ[_TRACEBACKS] = os.environ.get("HYDRA_FULL_ERROR", "0")
+    os.environ[arguments.TRACEBACKS] = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing a traceback
     try:
         with loader.checked(_ADMITTED, source):
@@ -152,11 +144,11 @@ def main() -> None:
         )
         raise SystemExit(130) from None
     except Exception as error:
-        if os.environ[_TRACEBACKS] == "1":
+        if os.environ[arguments.TRACEBACKS] == "1":
             raise
         raise SystemExit(_explain(error)) from None
     finally:
-        os.environ["HYDRA_FULL_ERROR"] = os.environ.pop(_TRACEBACKS)
+        os.environ["HYDRA_FULL_ERROR"] = os.environ.pop(arguments.TRACEBACKS)
         unwritten = streams.problem()
     if unwritten is not None:
         log.error("standard output cannot be written: %s; the records are kept", unwritten)

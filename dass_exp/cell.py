@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from dass_exp.config.arguments import TRACEBACKS
 from dass_exp.config.redact import redact_text
 from dass_exp.config.settings import validate
 from dass_exp.errors import ForeignCodeError, NumericalError, UserError, is_exit_of_launcher, one_line, os_error_line
@@ -26,8 +27,6 @@ from dass_exp.runs.plan import Plan, plan
 from dass_exp.runs.run import Outcome, run
 
 log = logging.getLogger("dass_exp")
-
-TRACEBACKS = "DASS_EXP_TRACEBACKS"  # what the user set as HYDRA_FULL_ERROR, for the workers of a launcher too
 
 
 def run_cell(composed: DictConfig, admitted: frozenset[str]) -> None:

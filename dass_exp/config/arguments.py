@@ -14,6 +14,8 @@ from dass_exp.paths import project_root
 
 log = logging.getLogger(__name__)
 
+TRACEBACKS = "DASS_EXP_TRACEBACKS"  # what the user set as HYDRA_FULL_ERROR, for the workers of a launcher too
+
 _MULTIRUN = ("-m", "--multirun")
 
 
