@@ -1,6 +1,5 @@
 """The base class of retraining: what is trained, how long, and on what."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -10,12 +9,13 @@ from torch import Tensor, nn
 
 from dass_exp.data.texts import Text
 from dass_exp.errors import UserError, finite_number, one_of, whole_number
+from dass_exp.retrain.parts import Values
 
 LOSSES = ("next_token", "kl")
 
 
 @dataclass
-class Retraining(ABC):
+class Retraining:
     """Continues the training of a pruned model by AdamW, in float32, without weight decay; zeros stay zero.
 
     The learning rate rises over the first tenth of the steps and falls to zero along a cosine; gradients are clipped to
@@ -72,15 +72,16 @@ class Retraining(ABC):
         own = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return {**own, "text": self.text.identity}
 
-    @abstractmethod
     def part(self, start: Tensor, keep: Tensor | None, generator: torch.Generator) -> nn.Module:
-        """Return a module whose call gives one trained tensor of the model.
+        """Return a module whose call gives one trained tensor of the model, by default with all its values free.
 
         Args:
             start: the tensor of the pruned model.
             keep: bool of the same shape, False where it must stay zero; None for a norm or a bias.
             generator: on the CPU, for random starts.
         """
+        del generator
+        return Values(start, keep)
 
     def trained_numbers(self, shape: Sequence[int]) -> int:
         """Return how many numbers are trained for a tensor of this shape, for the plan of memory."""
@@ -99,6 +100,3 @@ class NoRetraining(Retraining):
 
     def settings(self) -> dict[str, Any]:
         return {}
-
-    def part(self, start: Tensor, keep: Tensor | None, generator: torch.Generator) -> nn.Module:
-        raise NotImplementedError("nothing is trained")

@@ -2,11 +2,7 @@
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-
 from dass_exp.retrain.base import Retraining
-from dass_exp.retrain.parts import Values
 
 
 @dataclass
@@ -19,7 +15,3 @@ class Norms(Retraining):
     lr: float = 1e-3
 
     trains_vectors = True
-
-    def part(self, start: Tensor, keep: Tensor | None, generator: torch.Generator) -> nn.Module:
-        del generator
-        return Values(start, keep)

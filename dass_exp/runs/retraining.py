@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dass_exp.engine.prune import EngineOptions
@@ -21,7 +19,7 @@ from dass_exp.models.decoder import Decoder, decoder_of
 from dass_exp.permute.base import NoOrder
 from dass_exp.retrain.relevance import mask_overlap, neuron_norms, rank_correlations
 from dass_exp.retrain.student import Student
-from dass_exp.retrain.train import TrainingData, TrainingHooks, train
+from dass_exp.retrain.train import TrainingData, TrainingHooks, train, training_order
 from dass_exp.runs.context import RunContext
 from dass_exp.runs.resolved_run import ResolvedRun
 from dass_exp.runs.resume import TRAINING
@@ -52,11 +50,10 @@ def keep_dense(run: ResolvedRun, context: RunContext, model: Any) -> DenseState 
     retraining = run.retrain
     if not retraining.active:
         return None
-    windows, hidden = context.training_windows(run).ids, None
-    used = windows[: min(len(windows), retraining.steps * retraining.batch_size)]
-    if len(used) < len(windows):  # fewer steps than an epoch: a random choice, as of the first epoch
-        chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(run.config.seed))
-        used = windows[chosen[: max(len(used), 1)]]
+    used, hidden = context.training_windows(run).ids, None
+    count = max(retraining.steps * retraining.batch_size, 1)
+    if count < len(used):  # less than an epoch: the dense states of the other windows are not needed
+        used = used[training_order(len(used), count, run.config.seed)]
     if retraining.loss == "kl":
         steps = math.ceil(len(used) / retraining.batch_size)
         with context.reporter.phase("the dense model on the training windows", steps) as advance:
@@ -97,8 +94,8 @@ def retrain(
             hooks = TrainingHooks(lambda: _entry(score()), advance, _fingerprint(run, before, masks))
             curve += train(student, retraining, before.data, run.work_folder / TRAINING, hooks)
         del student
-    retrained: dict[str, Any] = {"curve": curve, "tokens_sha256": context.training_windows(run).sha256}
-    retrained["windows"] = len(context.training_windows(run).ids)
+    windows = context.training_windows(run)
+    retrained: dict[str, Any] = {"curve": curve, "tokens_sha256": windows.sha256, "windows": len(windows.ids)}
     if retraining.relevance:
         with context.reporter.phase("choosing the masks again"):
             retrained["activation_rank_correlation"] = rank_correlations(
@@ -112,7 +109,7 @@ def retrain(
 def with_last_scores(retrained: dict[str, Any], final: Mapping[str, Perplexity]) -> dict[str, Any]:
     """Add the scores of the finished model to its curve, and the share of the gap to the dense model that it closed."""
     *earlier, last = retrained["curve"]
-    curve = [*earlier, {**last, **_entry(final)}] if final else [*earlier, last]
+    curve = [*earlier, {**last, **_entry(final)} if final else last]
     return {**retrained, "curve": curve, "gap_closed": _gap_closed(curve, final)}
 
 
@@ -142,9 +139,8 @@ def _gap_closed(curve: list[dict[str, Any]], final: Mapping[str, Perplexity]) ->
 def _fingerprint(run: ResolvedRun, before: DenseState, masks: Mapping[str, PackedMask]) -> dict[str, Any]:
     """Return what a checkpoint must have been written for: the run, and the very masks, which a GPU may not repeat."""
     bits = {name: mask.bits for name, mask in masks.items()}
-    settings = json.loads(json.dumps(run.identity))
     return {
-        "identity": json_digest(settings),
+        "identity": json_digest(run.identity),
         "masks": tensors_digest(bits, {"windows": str(len(before.data.windows))}),
     }
 
