@@ -1,5 +1,6 @@
 """Log-likelihoods of continuations, as multiple-choice tasks need them, in pure torch."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ def loglikelihoods(
         requests: token ids of the context and of its continuation, at least one each.
         batch_size: sequences that pass through the model together.
         max_length: tokens that the model takes; longer sequences are truncated on the left.
-        advance: called once for every ``batch_size`` requests that are scored.
+        advance: called once for every ``batch_size`` requests, the last of which may be fewer.
 
     Returns:
         nats, summed over the continuation, and the greedy flag, in the order of the requests.
@@ -52,7 +53,6 @@ def loglikelihoods(
     for number, (context, continuation) in enumerate(requests):
         numbers.setdefault((*context, *continuation)[-max_length - 1 : -1], []).append(number)
     scores: dict[int, Score] = {}
-    told = 0
     sequences = sorted(numbers, key=len, reverse=True)  # the batch that needs most memory comes first
     with eval_mode(model):
         if sequences:
@@ -61,10 +61,10 @@ def loglikelihoods(
             batch = sequences[start : start + batch_size]
             rows = [(row, number) for row, sequence in enumerate(batch) for number in numbers[sequence]]
             answers = [(row, requests[number][1]) for row, number in rows]
+            before = math.ceil(len(scores) / batch_size)
             for (_, number), score in zip(rows, _score(model, batch, answers), strict=True):
                 scores[number] = score
-            while (told + 1) * batch_size <= len(scores) or (told * batch_size < len(scores) == len(requests)):
-                told += 1
+            for _ in range(math.ceil(len(scores) / batch_size) - before):
                 advance()
     return [scores[number] for number in range(len(requests))]
 

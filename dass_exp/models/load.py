@@ -195,14 +195,18 @@ def bos_policy(setting: str, family: Family | None, tokenizer: Any, source: str)
     return setting
 
 
+def _accelerator() -> torch.device | None:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
 def is_present(device: torch.device) -> bool:
     """Check whether this machine has a device of this type."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accelerator = _accelerator()
     return device.type == "cpu" or (accelerator is not None and accelerator.type == device.type)
 
 
 def _device(setting: str, planning: bool) -> torch.device:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accelerator = _accelerator()
     if setting == "auto":
         return accelerator if accelerator is not None and accelerator.type != "mps" else torch.device("cpu")
     try:

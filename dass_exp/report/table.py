@@ -138,8 +138,7 @@ def with_metric(layout: Mapping[str, Any], metric: str, sweep: str) -> dict[str,
     described = metric_of(metric)
     rows = layout.get("rows", "method")
     rows, columns = (rows if isinstance(rows, list) else [rows]), str(layout.get("columns", _BY_SETTING))
-    has_none = columns in _BY_TASK if described.one_number else False
-    if has_none or (columns == STEP and described.source != "windows"):
+    if (described.one_number and columns in _BY_TASK) or (columns == STEP and described.source != "windows"):
         first, *others = rows
         rows, columns = (others, first) if others else (rows, _BY_SETTING)
     elif not described.one_number:

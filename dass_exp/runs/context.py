@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dass_exp.config.settings import ModelConfig
 from dass_exp.data import tokens
+from dass_exp.data.texts import Text
 from dass_exp.engine.callbacks import Callback
 from dass_exp.errors import DamagedFileError, UserError
 from dass_exp.evaluate.generation import PROMPT, generate
@@ -212,15 +213,8 @@ class RunContext:
         return {name: self._windows(run, name) for name in run.config.eval.perplexity_sets}
 
     def _windows(self, run: ResolvedRun, name: str) -> tokens.Tokens:
-        (setting, scored), text = run.config.eval.perplexity_sets[name], run.evaluation_texts[name]
-        size = scored.context, scored.max_windows
-        key = ("windows", run.spec.identity, run.bos, json.dumps(text.identity, sort_keys=True), *size)
-
-        def cut() -> tokens.Tokens:
-            windows = tokens.evaluation_windows(text, *size, self.tokenizer(run), run.bos, f"{setting}.context")
-            return windows.checked(run.spec.vocabulary, run.spec.source)
-
-        return self.cache.get(key, cut)
+        setting, scored = run.config.eval.perplexity_sets[name]
+        return self._cut(run, run.evaluation_texts[name], scored.context, scored.max_windows, f"{setting}.context")
 
     def training_windows(self, run: ResolvedRun) -> tokens.Tokens:
         """Return all windows of the text that a run retrains on.
@@ -228,11 +222,13 @@ class RunContext:
         Raises:
             UserError: the text is shorter than one window, or cannot be loaded.
         """
-        text, length = run.retrain.text, run.retrain.seq_len
-        key = ("windows", run.spec.identity, run.bos, json.dumps(text.identity, sort_keys=True), length, None)
+        return self._cut(run, run.retrain.text, run.retrain.seq_len, None, "retrain.seq_len")
+
+    def _cut(self, run: ResolvedRun, text: Text, length: int, count: int | None, setting: str) -> tokens.Tokens:
+        key = ("windows", run.spec.identity, run.bos, json.dumps(text.identity, sort_keys=True), length, count)
 
         def cut() -> tokens.Tokens:
-            windows = tokens.evaluation_windows(text, length, None, self.tokenizer(run), run.bos, "retrain.seq_len")
+            windows = tokens.evaluation_windows(text, length, count, self.tokenizer(run), run.bos, setting)
             return windows.checked(run.spec.vocabulary, run.spec.source)
 
         return self.cache.get(key, cut)

@@ -266,8 +266,7 @@ def _tasks(run: ResolvedRun, context: RunContext, model: nn.Module) -> ZeroShotR
         model.to("meta")
         saved = replace(run.spec, source=str(target_of(str(run.config.save))), revision=None)
         model = load.load_model(saved)
-    title = f"zero-shot tasks of {run.method.name}"
-    with context.reporter.phase(title):
+    with context.reporter.phase(f"zero-shot tasks of {run.method.name}"):
         options = ZeroShotOptions(
             4 * evaluation.batch_size,
             run.bos != "never",

@@ -145,8 +145,10 @@ def _trained_numbers(model: Any, sites: list[list[LinearSite]], retraining: Retr
 
 
 def _training_bytes(decoder: Decoder, model: Any, sites: list[list[LinearSite]], workload: Workload) -> int:
-    """Estimate retraining: value, gradient and two moments of what is trained, float32; masks, dense and pruned weights
-    to compare masks; the tensors that are put in place; activations kept for gradients; logits with their gradients.
+    """Estimate retraining.
+
+    Value, gradient and two moments of what is trained, float32; masks, dense and pruned weights to compare masks; the
+    tensors that are put in place; activations kept for gradients; logits with their gradients.
     """
     retraining, config, width = workload.retrain, decoder.config, workload.dtype.itemsize
     if not retraining.active:
