@@ -20,7 +20,7 @@ from dass_exp.report.console import console
 from dass_exp.report.figures import draw, draw_layers
 from dass_exp.report.fit import tables_that_fit
 from dass_exp.report.frame import listed, matching, records_frame
-from dass_exp.report.load import LoadedRecords, Record, cells_of, evaluation_of, is_dense, load, recovered, sweeps_run
+from dass_exp.report.load import LoadedRecords, Record, cells_of, evaluation_of, is_dense, layouts_run, load, recovered
 from dass_exp.report.metric_table import build_metric_table
 from dass_exp.report.metrics import METRICS, metric_of
 from dass_exp.report.page import Section, write_page
@@ -86,9 +86,9 @@ def _report(options: argparse.Namespace) -> bool:
     results = Path(options.results)
     if options.metric:
         metric_of(options.metric)
-    layouts = layouts_of(results)
     if options.rows or options.columns:
         return _report_grid(results, options)
+    layouts = layouts_of(results)
     names = [one_of("sweep", name, tuple(layouts)) for name in dict.fromkeys(options.sweeps)] or list(layouts)
     loaded = load(results)
     for problem in loaded.problems:
@@ -116,9 +116,7 @@ def layouts_of(results: Path) -> dict[str, Mapping[str, Any]]:
     layouts: dict[str, Mapping[str, Any]] = {}
     for path in files:
         layouts[path.stem] = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("sweep") or {}
-    for name, config in sweeps_run(results).items():
-        layouts.setdefault(name, config)
-    return layouts
+    return layouts | layouts_run(results, layouts)
 
 
 def _report_grid(results: Path, options: argparse.Namespace) -> bool:

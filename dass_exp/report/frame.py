@@ -12,7 +12,6 @@ from dass_exp.report.console import calibration_label, method_label, pattern_lab
 from dass_exp.report.load import Record, load, model_name, setting
 from dass_exp.report.scores import main_text
 from dass_exp.storage.record_numbers import flat_metrics
-from dass_exp.storage.record_schema import flatten
 
 _LABELS = ("key", "created", "name", "model", "method", "pattern", "scope", "seed")
 _LISTED = (*_LABELS, "perplexity", "kl", "mean_acc", "tags")
@@ -33,12 +32,15 @@ def records_frame(results: str | Path = "results", where: Sequence[str] = ()) ->
     Raises:
         UserError: a filter is wrong.
     """
-    records = matching(load(Path(results)).records.values(), where)
-    return pd.DataFrame([as_row(record) for record in sorted(records, key=lambda record: str(record["created"]))])
+    admitted = matching(load(Path(results)).records.values(), where)
+    records = sorted(admitted, key=lambda record: str(record["created"]))
+    settings = pd.json_normalize([record["config"] for record in records])
+    nested = settings[[name for name in settings if "." in name]]  # the others are among the labels
+    return pd.concat([nested, pd.DataFrame([as_row(record) for record in records])], axis=1)
 
 
 def as_row(record: Record) -> dict[str, Any]:
-    """Return labels, numbers and settings of a record by column."""
+    """Return labels and numbers of a record by column."""
     config, metrics = record["config"], record["metrics"]
     text = main_text(record)
     row: dict[str, Any] = {"key": record["key"], "created": record["created"], "name": record.get("name", "")}
@@ -50,20 +52,7 @@ def as_row(record: Record) -> dict[str, Any]:
         row["perplexity"] = perplexity
     if (divergence := metrics.get("divergence", {}).get(text)) is not None:
         row |= {"kl": divergence["kl"], "agreement": divergence["agreement"]}
-    settings = {name: _number(value) for name, value in flatten(config).items() if "." in name}
-    return {**settings, **flat_metrics(record), **row}
-
-
-def _number(text: str) -> Any:
-    """Return a leaf of the settings as the number or truth value that it was."""
-    if text in ("True", "False"):
-        return text == "True"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return None if text == "None" else text
+    return {**flat_metrics(record), **row}
 
 
 def matching(records: Iterable[Record], where: Sequence[str]) -> list[Record]:
@@ -75,22 +64,21 @@ def matching(records: Iterable[Record], where: Sequence[str]) -> list[Record]:
     Raises:
         UserError: a filter has no value, or no record has its field.
     """
-    chosen = list(records)
+    chosen = [(record, as_row(record)) for record in records] if where else [(record, {}) for record in records]
     for text in where:
         field, equals, value = text.partition("=")
         if not equals or not field:
             raise UserError(f"--where {text}: expected FIELD=VALUE, such as method=dass or calibration.num_samples=16")
-        allowed = value.split(",")
-        known = [record for record in chosen if _value(record, field) is not None]
-        if chosen and not known:
+        values = [_value(record, row, field) for record, row in chosen]
+        if chosen and all(known is None for known in values):
             fields = "key, name, tag, model, method, pattern, scope, seed, a stage, or a setting such as method.alpha"
             raise UserError(f"--where {text}: no record has {field}; expected {fields}")
-        chosen = [record for record in known if _admits(record, field, allowed)]
-    return chosen
+        pairs = zip(chosen, values, strict=True)
+        chosen = [each for each, known in pairs if known is not None and _admits(known, field, value.split(","))]
+    return [record for record, _ in chosen]
 
 
-def _admits(record: Record, field: str, allowed: Sequence[str]) -> bool:
-    value = _value(record, field)
+def _admits(value: Any, field: str, allowed: Sequence[str]) -> bool:
     if field == "key":
         return any(str(value).startswith(start) for start in allowed)
     if field == "tag":
@@ -107,10 +95,9 @@ def _same(value: Any, text: str) -> bool:
         return False
 
 
-def _value(record: Record, field: str) -> Any:
+def _value(record: Record, row: dict[str, Any], field: str) -> Any:
     if field == "tag":
         return record.get("tags", [])
-    row = as_row(record)
     return row[field] if field in row else setting(record["config"], field)
 
 

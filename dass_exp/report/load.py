@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,18 +78,25 @@ def cells_of(results: Path, sweep: str) -> list[SweepCell]:
     return [cells[overrides] for overrides in dict.fromkeys(name for launch in largest_first for name in launch)]
 
 
-def sweeps_run(results: Path) -> dict[str, dict[str, Any]]:
-    """Return the layout of the table of every sweep that was run into a results folder, as its last launch had it."""
-    layouts: dict[str, dict[str, Any]] = {}
+def layouts_run(results: Path, known: Container[str]) -> dict[str, dict[str, Any]]:
+    """Return the layout of the table of every sweep that was run into a results folder, as its last launch had it.
+
+    Those that are ``known`` are left out: the config of a cell takes long to read.
+    """
+    last: dict[str, Path] = {}
     for path in _cell_files(results):
-        with suppress(OSError, UserError, yaml.YAMLError):
-            typed = _json_object(path).get("overrides")
-            names = [str(text).partition("=") for text in typed] if isinstance(typed, list) else []
-            named = [value for name, _, value in names if name.lstrip("+") == "sweeps"]
-            composed = yaml.safe_load((path.parent / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
-            layout = composed.get("sweep") if isinstance(composed, dict) else None
-            if named and isinstance(layout, dict):
-                layouts[named[-1]] = layout
+        with suppress(OSError, UserError):
+            overrides = _json_object(path).get("overrides")
+            for text in overrides if isinstance(overrides, list) else []:
+                name, _, sweep = str(text).lstrip("+").partition("=")
+                if name == "sweeps" and sweep not in known:
+                    last[sweep] = path.parent / ".hydra" / "config.yaml"
+    layouts: dict[str, dict[str, Any]] = {}
+    for sweep, path in last.items():
+        with suppress(OSError, yaml.YAMLError):
+            composed = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if isinstance(composed, dict) and isinstance(composed.get("sweep"), dict):
+                layouts[sweep] = composed["sweep"]
     return layouts
 
 

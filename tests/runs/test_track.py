@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import struct
 import time
 from collections.abc import Callable
@@ -14,10 +15,12 @@ from unittest.mock import Mock
 
 import pytest
 import wandb
+from fork_server import forked_command as command
 from support import run_with, settings_of, tiny_overrides
 from wandb.proto import wandb_internal_pb2
 
 from dass_exp.data.texts import OfflineText
+from dass_exp.report import cli
 from dass_exp.report.figures import draw
 from dass_exp.report.table import ResultTable, TableValue
 from dass_exp.report.write import long_form, wide_form
@@ -90,6 +93,14 @@ def test_the_offline_run_holds_the_resolved_config(offline):
     assert config["method"] == {"name": "dass", "alpha": 0.5, "granularity": "input"}
     assert config["model"]["dtype"] == "float32"
     assert config["calibration"]["num_samples"] == 2
+
+
+def test_the_offline_run_says_what_it_is(offline):
+    record, folder = offline
+    run_record = run_record_of(folder)
+    name = f"tiny-dass-alpha=0.5-granularity=input-2:4-mlp-seed=0-{record['key'][:6]}"
+    assert run_record.display_name == name
+    assert (run_record.job_type, list(run_record.tags)) == ("prune", ["dass", "2:4"])
 
 
 def test_the_offline_run_holds_the_metrics(offline):
@@ -265,3 +276,24 @@ def test_a_summary_that_fails_costs_one_warning(tmp_path, init, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "the tracker failed, the files are safe: RuntimeError: no such project"
     ]
+
+
+def test_the_runs_of_a_sweep_of_ones_own_are_a_group_and_its_table_is_known(tiny, tmp_path, capsys):
+    (tmp_path / "own" / "sweeps").mkdir(parents=True)
+    layout = "{title: My seeds, rows: method, columns: seed, metric: perplexity}"
+    (tmp_path / "own" / "sweeps" / "mine.yaml").write_text(f"# @package _global_\nsweep: {layout}\n")
+    own = [text for text in tiny_overrides(tiny, tmp_path / "results") if not text.startswith("tracker")]
+    sweep = ["--config-dir", str(tmp_path / "own"), "-m", "sweeps=mine", "method=wanda", "seed=0,1"]
+    done = command(*sweep, *own, "tracker=wandb", "name=a name", "tags=[first]", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 2 cells, 0:" in done.stderr and "2 of 2 cells" not in done.stderr
+    runs = [run_record_of(folder) for folder in offline_runs(tmp_path / "results")]
+    (group,) = {run_record.run_group for run_record in runs}
+    assert group.startswith("mine-")
+    assert {"a name"} == {run_record.display_name for run_record in runs if run_record.job_type == "prune"}
+    assert all("first" in run_record.tags for run_record in runs)
+    cli.main(["mine", "--results", str(tmp_path / "results")])
+    table = (tmp_path / "results" / "tables" / "mine.md").read_text()
+    assert table.startswith("# My seeds\n") and "| | seed=0 | seed=1 |" in table and "| Wanda |" in table
+    logs = list((tmp_path / "results" / "hydra").rglob("dass_exp.log"))
+    assert all(re.match(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\] INFO ", log.read_text()) for log in logs) and logs

@@ -1,0 +1,107 @@
+"""``dass-report`` on records of no sweep in particular: lists, filters, and tables of any rows and columns."""
+
+from __future__ import annotations
+
+import pytest
+from factory import record_of, write_record
+
+from dass_exp.report import cli
+from dass_exp.report.frame import records_frame
+
+
+@pytest.fixture(name="results")
+def results_fixture(tmp_path):
+    """Five records, of two patterns and two seeds."""
+    records = [
+        record_of("dense", [20.0], key="d" * 16),
+        record_of("wanda", [110.0], key="a1" * 8, seed=0),
+        record_of("wanda", [114.0], key="a2" * 8, seed=1),
+        record_of("dass", [94.0], key="b1" * 8, alpha=0.5),
+        record_of("dass", [43.0], key="b2" * 8, alpha=1.0, pattern="50%"),
+    ]
+    records[3] |= {"tags": ["mine"], "name": "first try", "created": "2026-02-03T00:00:00Z"}
+    for record in records:
+        write_record(record, tmp_path)
+    return tmp_path
+
+
+def report(capsys, *arguments):
+    try:
+        cli.main(list(arguments))
+        code = 0
+    except SystemExit as ended:
+        code = ended.code
+    return code, capsys.readouterr()
+
+
+def listed(capsys, results, *filters):
+    """The beginnings of the keys in a list, in its order."""
+    wheres = [part for text in filters for part in ("--where", text)]
+    code, shown = report(capsys, "list", "--results", str(results), *wheres)
+    assert code == 0, shown
+    cells = [line.split("│")[1].strip() for line in shown.out.splitlines() if line.startswith("│")]
+    return {cell for cell in cells if len(cell) == 8}
+
+
+@pytest.mark.parametrize(
+    ("filters", "keys"),
+    [
+        ([], {"dddddddd", "a1a1a1a1", "a2a2a2a2", "b1b1b1b1", "b2b2b2b2"}),
+        (["method=wanda"], {"a1a1a1a1", "a2a2a2a2"}),
+        (["method=wanda,dass", "pattern=2:4", "seed=0"], {"a1a1a1a1", "b1b1b1b1"}),
+        (["method.alpha=1"], {"b2b2b2b2"}),
+        (["calibration.num_samples=16", "method=DASS"], {"b1b1b1b1", "b2b2b2b2"}),
+        (["tag=mine"], {"b1b1b1b1"}),
+        (["name=first try"], {"b1b1b1b1"}),
+        (["key=b,d"], {"b1b1b1b1", "b2b2b2b2", "dddddddd"}),
+        (["repair=none", "method=dense"], {"dddddddd"}),
+    ],
+    ids=str,
+)
+def test_a_list_holds_what_its_filters_admit(results, capsys, filters, keys):
+    assert listed(capsys, results, *filters) == keys
+
+
+def test_the_newest_record_is_last_and_settings_keep_their_types(results):
+    frame = records_frame(results)
+    assert frame.iloc[-1].tags == "mine"
+    dass = frame[frame.method == "dass"].set_index("pattern")
+    assert dass.loc["50%", "method.alpha"] == 1.0 and dass.loc["2:4", "perplexity"] == 94.0
+    assert set(frame["calibration.num_samples"].dropna()) == {16}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["list", "--where", "method"], "--where method: expected FIELD=VALUE"),
+        (["list", "--where", "nothing=1"], "--where nothing=1: no record has nothing; expected key, name"),
+        (["list", "--where", "method=ria"], "matches method=ria"),
+        (["list", "method=ria"], "filters are given with --where"),
+        (["--rows", "method", "--where", "method=ria"], "matches method=ria"),
+    ],
+    ids=str,
+)
+def test_a_filter_that_admits_nothing_is_said_in_one_line(results, capsys, caplog, arguments, words):
+    code, _ = report(capsys, *arguments, "--results", str(results))
+    assert code == 2 and words in caplog.messages[-1]
+
+
+def test_any_records_make_a_table(results, capsys):
+    options = ["--rows", "method", "--columns", "seed", "--where", "method=wanda", "--title", "Two seeds"]
+    code, _ = report(capsys, *options, "--results", str(results), "--output", str(results / "out"))
+    table = (results / "out" / "tables" / "grid.md").read_text()
+    assert code == 0
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert rows == [
+        "| | seed=0 | seed=1 |",
+        "|---|---|---|",
+        "| dense | 20.00 | 20.00 |",
+        "| Wanda | 110.00 | 114.00 |",
+    ]
+    assert table.startswith("# Two seeds\n")
+    assert "Made by `dass-report --rows method --columns seed --metric perplexity --where method=wanda`." in table
+
+
+def test_records_that_do_not_belong_together_are_refused_as_in_a_sweep(results, capsys, caplog):
+    code, _ = report(capsys, "--rows", "method", "--columns", "seed", "--results", str(results))
+    assert code == 1 and "pattern: 2:4, 50%" in caplog.text
