@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import dass_exp
 from dass_exp.data.texts import Text
+from dass_exp.engine.verify import VerificationError
 from dass_exp.errors import NumericalError, UserError
 from dass_exp.models.decoder import decoder_of
 from dass_exp.models.families import FAMILIES
@@ -139,6 +140,15 @@ def test_a_mask_is_part_of_the_computation():
     assert torch.equal(low_rank(), start)
     low_rank.first.data, low_rank.second.data = torch.tensor([[1.0, 10.0]]), torch.tensor([[1.0], [3.0]])
     assert low_rank().tolist() == [[1 + 2 * 1.0, 0.0], [0.0, 2 + 2 * 30.0]]
+
+
+def test_a_removed_weight_that_moved_is_named(pruned):
+    model, masks = pruned()
+    student = student_of(model, masks, how())
+    student.parts[0].keep = None  # the mask is lost; what was removed is free
+    student.parts[0].values.data += 1
+    with pytest.raises(VerificationError, match=r"q_proj\.weight: retraining moved a weight that was removed"):
+        student.write()
 
 
 def test_half_precision_trains_float32_values(pruned, tokens, tmp_path):

@@ -15,7 +15,6 @@ import dass_exp
 from dass_exp.errors import UserError
 from dass_exp.report.console import sizes_line
 from dass_exp.retrain import train
-from dass_exp.runs import run as run_module
 from dass_exp.runs.context import ModelCache, RunContext
 from dass_exp.runs.plan import plan
 from dass_exp.runs.resolve import resolve
@@ -106,7 +105,7 @@ def test_the_saved_model_is_the_retrained_one(retrained, untrained, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "norms"])
-def test_a_killed_run_continues_to_the_same_record(retrained, tmp_path, monkeypatch, kind):
+def test_a_killed_run_continues_to_the_same_record(retrained, tmp_path, monkeypatch, caplog, kind):
     monkeypatch.setattr(train, "SAVED_EVERY", 0.0)
     own = [*retrained, f"retrain={kind}", "retrain.curve=[2]"]
     whole = run_with(*own, f"results_dir={tmp_path}/whole", f"save={tmp_path}/first").record
@@ -124,12 +123,11 @@ def test_a_killed_run_continues_to_the_same_record(retrained, tmp_path, monkeypa
 
             return nullcontext(advance)
 
-    # what a kill leaves: no cleaning up
-    monkeypatch.setattr(run_module, "discard_unless_resumable", lambda folder: None)
     with pytest.raises(Killed):
         run_with(*own, f"save={tmp_path}/second", context=RunContext(Kills()))
-    phases = Phases()
-    record = run_with(*own, f"save={tmp_path}/second", context=RunContext(phases)).record
+    with caplog.at_level("INFO"):
+        record = run_with(*own, f"save={tmp_path}/second").record
+    assert "continuing after step 4 of an interrupted training" in caplog.text
     assert record["key"] == whole["key"]
     assert without_seconds(of(record)) == without_seconds(of(whole))
     assert record["metrics"]["window_nll"] == whole["metrics"]["window_nll"]
@@ -137,6 +135,19 @@ def test_a_killed_run_continues_to_the_same_record(retrained, tmp_path, monkeypa
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     assert {path.name for path in tmp_path.iterdir()} - {".first.lock", ".second.lock"} >= {"first", "second"}
     assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_zeros_are_counted_again_after_training(retrained, tiny, tmp_path):
+    model, tokenizer = dass_exp.load(str(tiny))
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate_proj.weight[:, :8] = 0  # two zeros of each group of four are kept
+    dass_exp.save(model, tokenizer, tmp_path / "zeros")
+    own = [*retrained, f"model.path={tmp_path}/zeros", "method=magnitude", "pattern=nm", "pattern.n=3", "pattern.m=4"]
+    before, after = (
+        run_with(*own, "retrain=full", f"retrain.steps={steps}").record["sparsity"]["layers"][0] for steps in (0, 2)
+    )
+    assert before["name"].endswith("gate_proj") and before["excess"] > 0 and before["underfull"] > 0
+    assert (after["excess"], after["underfull"]) == (0, 0) and after["zeros"] == before["zeros"]
 
 
 def without_seconds(course):
