@@ -35,26 +35,26 @@ def report(capsys, *arguments):
 
 
 def listed(capsys, results, *filters):
-    """The beginnings of the keys in a list, in its order."""
+    """The sorted beginnings of the keys in a list."""
     wheres = [part for text in filters for part in ("--where", text)]
     code, shown = report(capsys, "list", "--results", str(results), *wheres)
     assert code == 0, shown
     cells = [line.split("│")[1].strip() for line in shown.out.splitlines() if line.startswith("│")]
-    return {cell for cell in cells if len(cell) == 8}
+    return sorted(cell for cell in cells if len(cell) == 8)
 
 
 @pytest.mark.parametrize(
     ("filters", "keys"),
     [
-        ([], {"dddddddd", "a1a1a1a1", "a2a2a2a2", "b1b1b1b1", "b2b2b2b2"}),
-        (["method=wanda"], {"a1a1a1a1", "a2a2a2a2"}),
-        (["method=wanda,dass", "pattern=2:4", "seed=0"], {"a1a1a1a1", "b1b1b1b1"}),
-        (["method.alpha=1"], {"b2b2b2b2"}),
-        (["calibration.num_samples=16", "method=DASS"], {"b1b1b1b1", "b2b2b2b2"}),
-        (["tag=mine"], {"b1b1b1b1"}),
-        (["name=first try"], {"b1b1b1b1"}),
-        (["key=b,d"], {"b1b1b1b1", "b2b2b2b2", "dddddddd"}),
-        (["repair=none", "method=dense"], {"dddddddd"}),
+        ([], ["a1a1a1a1", "a2a2a2a2", "b1b1b1b1", "b2b2b2b2", "dddddddd"]),
+        (["method=wanda"], ["a1a1a1a1", "a2a2a2a2"]),
+        (["method=wanda,dass", "pattern=2:4", "seed=0"], ["a1a1a1a1", "b1b1b1b1"]),
+        (["method.alpha=1"], ["b2b2b2b2"]),
+        (["calibration.num_samples=16", "method=DASS"], ["b1b1b1b1", "b2b2b2b2"]),
+        (["tag=mine"], ["b1b1b1b1"]),
+        (["name=first try"], ["b1b1b1b1"]),
+        (["key=b,d"], ["b1b1b1b1", "b2b2b2b2", "dddddddd"]),
+        (["repair=none", "method=dense"], ["dddddddd"]),
     ],
     ids=str,
 )
