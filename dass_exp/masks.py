@@ -159,7 +159,7 @@ class Budget(Unstructured):
     def of_slabs(self, shape: tuple[int, int], width: int) -> list[Pattern]:
         """Round the slabs so that they lose as many weights together as the matrix does in one piece."""
         rows, columns = shape
-        whole, edges = int(self.sparsity * rows * columns), [*range(0, columns, width), columns]
+        whole, edges = int(self.sparsity * (rows * columns)), [*range(0, columns, width), columns]
         patterns: list[Pattern] = []
         for first, last in itertools.pairwise(edges):
             zeros, size = whole * last // columns - whole * first // columns, rows * (last - first)

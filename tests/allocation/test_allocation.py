@@ -85,6 +85,19 @@ def test_slabs_of_a_budget_lose_together_what_the_matrix_does(sparsity, width):
     assert Unstructured(sparsity).of_slabs((13, 29), width) == [Unstructured(sparsity)] * len(slabs)
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_one_slab_loses_what_the_matrix_does_at_every_number_of_zeros(dim):
+    """Where sparsity x rows x columns rounds to the other side of a whole number than sparsity x size."""
+    rows, columns = 24, 36
+    for zeros in range(1, rows * columns):
+        for sparsity in (zeros / (rows * columns), math.nextafter(zeros / (rows * columns), 0)):
+            pattern = Budget(sparsity)
+            (of_slab,) = pattern.of_slabs((rows, columns), columns)
+            keep = pattern.keep(torch.arange(rows * columns).view(rows, columns).float(), dim)
+            assert of_slab.violations(keep, dim) == 0, sparsity
+            assert int((~keep).sum()) == int(sparsity * keep.numel())
+
+
 def test_uniform_changes_no_pattern_and_serves_every_pattern():
     for pattern in (NM(2, 4), TransposableNM(2, 4), Unstructured(0.5)):
         Uniform().check(pattern)
