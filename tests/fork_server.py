@@ -18,6 +18,12 @@ from typing import Any
 from support import ROOT, environment
 
 DOING = ("finding ", "model.placement=stream: the model is read", "continuing after block")
+_SHORT_TEXTS = """
+import functools
+from dass_exp.data.texts import OfflineText
+documents = functools.cache(OfflineText.documents)
+OfflineText.documents = lambda text: documents(text)[:20]
+"""  # as the fixture short_texts
 _RUN = ("prelude", "dass_exp.__main__", "dass_exp.report.cli")  # modules that a job runs as its main one
 
 
@@ -93,10 +99,13 @@ def _shared_server() -> Server:
     return server
 
 
-def forked_command(*arguments: str, folder: Path, **changes: str) -> subprocess.CompletedProcess[str]:
+def forked_command(
+    *arguments: str, folder: Path, short_texts: bool = True, **changes: str
+) -> subprocess.CompletedProcess[str]:
     """Run the command as :func:`support.command` does, in a fork of a process that has imported the libraries.
 
-    They have read their own environment variables by then: for tests that change nothing of that.
+    They have read their own environment variables by then: for tests that change nothing of that. ``short_texts`` does
+    what the fixture of this name does; processes that the command starts have whole texts.
     """
     server = _shared_server()
     env = environment(**changes)
@@ -104,5 +113,6 @@ def forked_command(*arguments: str, folder: Path, **changes: str) -> subprocess.
     box = tempfile.mkdtemp(dir=server.folder)
     env.setdefault("DASS_EXP_CACHE", str(Path.home() / ".cache" / "dass_exp"))
     job = {"module": "dass_exp", "argv": list(arguments), "cwd": str(folder), "env": env, "box": box, "path": path}
+    job |= {"prelude": _SHORT_TEXTS} if short_texts else {}
     (result,) = server.run({**job, "seconds": 300})
     return subprocess.CompletedProcess(list(arguments), result.code, result.stdout, result.stderr)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +23,7 @@ import torch
 import transformers
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dass_exp.config.components import admitted_packages
@@ -67,12 +70,23 @@ def composed_with_hydra(*overrides: str) -> DictConfig:
         return hydra_compose("config", list(overrides), return_hydra_config=True)
 
 
-def composed_with_choices(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
-    """What Hydra composes, and the file chosen in each group."""
+@functools.cache
+def _composed_once(*overrides: str) -> tuple[bytes, dict[str, str]]:
+    """What Hydra composes and chooses, once in a process: composing takes as long as a run of the tiny model."""
     composed = composed_with_hydra(*overrides)
     with open_dict(composed):
         choices = dict(composed.pop("hydra").runtime.choices)
-    return composed, choices
+    return pickle.dumps(composed), choices
+
+
+def composed_with_choices(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
+    """What Hydra composes, and the file chosen in each group."""
+    paths = [override for override in overrides if re.fullmatch(r"(results_dir|model\.path|save)=/[\w/.-]+", override)]
+    content, choices = _composed_once(*(override for override in overrides if override not in paths))
+    composed = pickle.loads(content)
+    for name, _, path in (override.partition("=") for override in paths):  # every test has its own
+        OmegaConf.update(composed, name, path)
+    return composed, dict(choices)
 
 
 def settings_of(*overrides: str) -> RunConfig:
