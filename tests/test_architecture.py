@@ -34,12 +34,18 @@ ROWS = [
     {"report"},
     {"runs"},
     {"engine", "evaluate", "retrain"},
-    {"methods", "models", "data", "refine", "repair", "allocation", "permute"},
+    {"methods", "models", "data", "refine", "repair", "allocation", "permute", "trackers"},
     {"storage"},
     {"config"},
     {"masks", "statistics", "hessian", "errors", "paths"},
 ]
-EDGES = {"wandb": "runs/track", "lm_eval": "evaluate/zeroshot", "datasets": "data/texts"}
+EDGES = {
+    "wandb": "trackers/wandb",
+    "mlflow": "trackers/mlflow",
+    "trackio": "trackers/trackio",
+    "lm_eval": "evaluate/zeroshot",
+    "datasets": "data/texts",
+}
 FORBIDDEN_CALLS = {"print", "eval", "exec", "compile", "__import__", "breakpoint", "input"}
 FORBIDDEN_MODULES = {"pickle", "dill", "joblib", "cloudpickle", "marshal", "shelve"}
 FORBIDDEN_WORDS = {"register_new_resolver", "register_resolver"}

@@ -21,14 +21,18 @@ OURS = frozenset({"dass_exp"})
 _MOVED = {
     "dass_exp.data.OfflineText": "dass_exp.data.texts.OfflineText",
     "dass_exp.data.HubText": "dass_exp.data.texts.HubText",
-    "dass_exp.track.WandbTracker": "dass_exp.runs.track.WandbTracker",
-    "dass_exp.track.NullTracker": "dass_exp.runs.track.NullTracker",
+    **dict.fromkeys(
+        ("dass_exp.track.WandbTracker", "dass_exp.runs.track.WandbTracker"), "dass_exp.trackers.wandb.WandbTracker"
+    ),
+    **dict.fromkeys(
+        ("dass_exp.track.NullTracker", "dass_exp.runs.track.NullTracker"), "dass_exp.trackers.none.NullTracker"
+    ),
 }
 
 # former names that plugins import
 _RENAMED = {"Cut": "MaskResult", "Stat": "Statistic", "dass_exp.stats": "dass_exp.statistics"}
 _RENAMED |= dict.fromkeys(("dass_exp.matrices", "dass_exp.decoder"), "dass_exp.models.decoder")
-_RENAMED |= {"dass_exp.families": "dass_exp.models.families"}
+_RENAMED |= {"dass_exp.families": "dass_exp.models.families", "dass_exp.runs.track": "dass_exp.trackers.base"}
 
 
 def admitted_packages(command_line: Iterable[str]) -> frozenset[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from dass_exp.config.components import build, choice
 from dass_exp.errors import UserError, one_of, os_error_line
 from dass_exp.paths import project_root
 from dass_exp.report import published, streams
@@ -27,12 +28,15 @@ from dass_exp.report.page import Section, write_page
 from dass_exp.report.table import ResultTable, build_table, with_metric
 from dass_exp.report.write import caption, long_form, wide_form, write_table
 from dass_exp.storage.durable import refuse_links, write_text
+from dass_exp.trackers.base import Tracker
+from dass_exp.trackers.tracking import send_missing
 
 log = logging.getLogger("dass_exp.report")
 
 _DESCRIPTION = (
     "Write the tables and figures of sweeps from their records, or of any records with --rows and --columns. "
-    "dass-report list: list records; dass-report compare KEY KEY: compare two"
+    "dass-report list: list records; dass-report compare KEY KEY: compare two; "
+    "dass-report sync: send records to a tracker that has not got them yet"
 )
 _GRID = "grid"  # the name of a table of any records
 _FIRST = ("key", "method", "pattern", "perplexity", "kl", "mean_acc", "created")  # columns of a list that matter most
@@ -56,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _compare(Path(options.results), options.sweeps[1:])
         elif options.sweeps[:1] == ["list"]:
             _list(Path(options.results), options)
+        elif options.sweeps[:1] == ["sync"]:
+            _sync(Path(options.results), options)
         elif not _report(options):
             sys.exit(1)
     except (UserError, OSError) as error:
@@ -65,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dass-report", description=_DESCRIPTION)
-    sweeps = "names of sweeps (default: all that were run), or: list, or: compare KEY KEY"
+    sweeps = "names of sweeps (default: all that were run), or: list, or: compare KEY KEY, or: sync"
     where = "only records with this: FIELD=VALUE or FIELD=A,B; may be given several times"
     output = "where tables/, figures/ and report.html are written (default: the results folder)"
     parser.add_argument("sweeps", nargs="*", metavar="SWEEP", help=sweeps)
@@ -76,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", metavar="SETTING", help="of a table of any records: method, or a setting")
     parser.add_argument("--columns", metavar="SETTING", help="of that table: pattern, task, or a setting")
     parser.add_argument("--title", help="of that table")
+    parser.add_argument("--tracker", metavar="NAME", default="wandb", help="where sync sends to (default: wandb)")
     for switch, text in _SWITCHES.items():
         parser.add_argument(switch, action="store_true", help=text)
     return parser
@@ -153,6 +160,16 @@ def _list(results: Path, options: argparse.Namespace) -> None:
         screen.print(table)
 
 
+def _sync(results: Path, options: argparse.Namespace) -> None:
+    """Send the records that the filters admit to a tracker, unless they were sent there before."""
+    if options.sweeps[1:]:
+        raise UserError(f"dass-report sync {' '.join(options.sweeps[1:])}: records are chosen with --where FIELD=VALUE")
+    tracker = build(choice("tracker", options.tracker), Tracker, "tracker")
+    records = matching(load(results).records.values(), options.where)
+    sent, there = send_missing(tracker, sorted(records, key=lambda record: record["created"]), str(results))
+    log.info("%s: %d records sent, %d were there", tracker.place, sent, there)
+
+
 def _tables(
     name: str, layout: Mapping[str, Any], loaded: LoadedRecords, results: Path, options: argparse.Namespace
 ) -> list[ResultTable]:
@@ -207,7 +224,7 @@ def _write(tables: list[ResultTable], results: Path, problems: list[str], option
         for path in (*written, *pictures):
             log.info("wrote %s", path)
         if options.wandb:
-            from dass_exp.runs.track import track_table
+            from dass_exp.trackers.wandb import track_table
 
             track_table(table.title, {"table": wide_form(table), "values": long_form(table)}, pictures, str(results))
     if tables:

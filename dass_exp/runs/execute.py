@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 _PRUNED_BEFORE = 0.01  # share of zeros from which a record of a model that was loaded as dense says so
 
 
-def execute(run: ResolvedRun, context: RunContext) -> RunResult:
+def execute(run: ResolvedRun, context: RunContext, callbacks: Sequence[Callback] = ()) -> RunResult:
     """Prune, score and save the model of a run.
 
     Resident and streamed models differ in the loader of their blocks. A streamed model is scored
@@ -46,6 +46,7 @@ def execute(run: ResolvedRun, context: RunContext) -> RunResult:
     Args:
         run: resolved and placed.
         context: loads model, tokenizer and tokens.
+        callbacks: of the engine's loop, after the run's own.
 
     Raises:
         UserError: a file of the model or of an interrupted start is missing or damaged, or the disk is too small.
@@ -59,7 +60,7 @@ def execute(run: ResolvedRun, context: RunContext) -> RunResult:
         dense_s = time.perf_counter() - start
         untrained = keep_dense(run, context, model)
         writer = None if save is None else _checkpoint_writer(run, model)
-        result = _run_blocks(run, context, model, blocks, writer)
+        result = _run_blocks(run, context, model, blocks, writer, callbacks)
         if untrained is not None:
             result = _retrain(run, context, model, result, untrained, dense)
         manifest = compose_manifest(run, result.layers)
@@ -116,7 +117,12 @@ def _checkpoint_writer(run: ResolvedRun, model: nn.Module) -> CheckpointWriter |
 
 
 def _run_blocks(
-    run: ResolvedRun, context: RunContext, model: nn.Module, blocks: BlockLoader, writer: CheckpointWriter | None
+    run: ResolvedRun,
+    context: RunContext,
+    model: nn.Module,
+    blocks: BlockLoader,
+    writer: CheckpointWriter | None,
+    callbacks: Sequence[Callback],
 ) -> RunResult:
     """Pass the model's blocks through the engine once, with all callbacks of the run."""
     decoder, tokens, windows = decoder_of(model, run.spec.roles), context.calibration(run), context.windows(run)
@@ -153,11 +159,11 @@ def _run_blocks(
     phase = f"reading, {phase} and scoring block by block" if run.streams else phase
     with context.reporter.phase(phase, len(decoder.blocks)) as advance:
         # the state counts a block as done, so it comes after everything that writes files of the block
-        later = (verification, masks, saver, resume, ProgressBar(advance), *context.callbacks)
+        later = (verification, masks, saver, resume, ProgressBar(advance), *context.callbacks, *callbacks)
         own: list[Callback] = [SeedEachBlock(run.config.seed), *scorers.values()]
-        callbacks = own + [callback for callback in later if callback is not None]
+        ordered = own + [callback for callback in later if callback is not None]
         ids = tokens.ids if tokens is not None else None
-        prune_model(model, ids, run.method, run.pattern, options, callbacks, blocks)
+        prune_model(model, ids, run.method, run.pattern, options, ordered, blocks)
     seconds = stopwatch.read()
     result.cost["prune_s"] = seconds["prune"]
     result = replace(

@@ -65,7 +65,7 @@ def compose_record(run: ResolvedRun, result: RunResult) -> Record:
         "schema": SCHEMA,
         "key": run.key,
         "created": now(),
-        **_labels(run.config),
+        **labels(run.config),
         "config": describe_config(run.config, run, run.spec),
         "identity": run.identity,
         "protocol": _protocol(run, result),
@@ -82,7 +82,7 @@ def compose_record(run: ResolvedRun, result: RunResult) -> Record:
     }
 
 
-def _labels(config: RunConfig) -> dict[str, Any]:
+def labels(config: RunConfig) -> dict[str, Any]:
     """Return what the user calls the run; nothing that was not given."""
     given = {"name": config.name, "tags": list(config.tags), "notes": config.notes}
     return {name: value for name, value in given.items() if value}

@@ -31,9 +31,9 @@ from dass_exp.models.load import ModelSpec
 from dass_exp.models.save import is_saved, partial_folder_of
 from dass_exp.retrain.base import NoRetraining, Retraining
 from dass_exp.runs.memory import MemoryNeeds
-from dass_exp.runs.track import Tracker
 from dass_exp.storage.checksum import folder_digest
 from dass_exp.storage.records import Record, RecordStore
+from dass_exp.trackers.base import Tracker
 
 _STARVED = {"uniform": "level", "raise": "refuse"}  # as identities spelt them before they were renamed
 
@@ -182,7 +182,9 @@ class ResolvedRun(Components):
         if (evaluation.zeroshot or evaluation.generation) is not None and placement != "resident":
             # tasks and generation need the whole model in memory, where it may fit alone
             model, placement = dataclasses.replace(model, placement="resident"), None
-        config = dataclasses.replace(self.config, model=model, rerun=False, repeat=0, save=None)
+        # what the user calls a run is not said of one that others will find
+        own: dict[str, Any] = {"save": None, "name": None, "notes": None}
+        config = dataclasses.replace(self.config, model=model, rerun=False, repeat=0, **own)
         return dataclasses.replace(
             self, config=config, method=Dense(), stages=Stages(), retrain=NoRetraining(), placement=placement
         )

@@ -1,23 +1,26 @@
 """One run: resolve, find or execute, record, track."""
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from filelock import Timeout
 
 from dass_exp.config.settings import RunConfig
+from dass_exp.engine.callbacks import BlockReport, Callback
 from dass_exp.errors import ForeignCodeError, UserError
 from dass_exp.models.save import locked
 from dass_exp.runs.context import RunContext
 from dass_exp.runs.execute import execute
-from dass_exp.runs.record import RunResult, compose_record, describe_config
+from dass_exp.runs.record import RunResult, compose_record, describe_config, labels
 from dass_exp.runs.resolve import place, resolve
 from dass_exp.runs.resolved_run import ResolvedRun
 from dass_exp.runs.resume import discard, discard_unless_resumable, placement_in
 from dass_exp.storage.durable import refuse_links, remove_partial_files
 from dass_exp.storage.records import Record
+from dass_exp.trackers.none import NullTracker
+from dass_exp.trackers.tracking import Tracking
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,18 @@ def run(config: RunConfig, context: RunContext | None = None) -> Outcome:
     resolved = resolve(config, context)
     dense_run, dense = resolved.dense(), None
     if dense_run is not None and not resolved.streams:  # scored while the model in memory is still dense
-        dense, _ = _find_or_execute(dense_run, context)
+        dense, _ = _find_or_execute(_counterpart(dense_run), context)
     record, found = _find_or_execute(resolved, context)
+    if found and resolved.tracker.takes_one_run:
+        Tracking(resolved.tracker, config.results_dir).send(record)
     if dense_run is not None and dense is None:
-        dense, _ = _find_or_execute(dense_run, context)
+        dense, _ = _find_or_execute(_counterpart(dense_run), context)
     return Outcome(record, resolved.store.path(resolved.key), dense, found)
+
+
+def _counterpart(dense: ResolvedRun) -> ResolvedRun:
+    """Return a dense run that is executed on the way: it takes no run of a tracker that waits for another's numbers."""
+    return replace(dense, tracker=NullTracker()) if dense.tracker.takes_one_run else dense
 
 
 def _find_or_execute(run: ResolvedRun, context: RunContext) -> tuple[Record, bool]:
@@ -74,21 +84,37 @@ def _find_or_execute(run: ResolvedRun, context: RunContext) -> tuple[Record, boo
         if (record := run.finished_record()) is not None:  # another process executed it while this one waited
             return record, True
         run.store.make_way(run.key)
-        with run.store.recording_failure(run.key, describe_config(run.config, run, run.spec)):
+        described = describe_config(run.config, run, run.spec)
+        tracking = Tracking(run.tracker, run.config.results_dir)
+        with (
+            tracking.working({"key": run.key, "config": described, **labels(run.config)}),
+            run.store.recording_failure(run.key, described),
+        ):
             with run.naming_foreign_code(ForeignCodeError):
-                result = _execute_in_work_folder(run, context)
+                result = _execute_in_work_folder(run, context, TrackBlocks(tracking))
             record = _write(run, result)
         _clean_up(run)
-    run.tracker.track(record, run.config.results_dir)
+    tracking.send(record)
     return record, False
 
 
-def _execute_in_work_folder(run: ResolvedRun, context: RunContext) -> RunResult:
+class TrackBlocks(Callback):
+    """Tell the tracker of every block that is done."""
+
+    def __init__(self, tracking: Tracking) -> None:
+        self._tracking = tracking
+
+    def on_block_end(self, report: BlockReport) -> None:
+        error = {} if report.error is None else {"block_error": report.error}
+        self._tracking.progress({"blocks": report.index + 1, **error})
+
+
+def _execute_in_work_folder(run: ResolvedRun, context: RunContext, *callbacks: Callback) -> RunResult:
     refuse_links(run.work_folder, run.store.runs.parent if run.config.save is None else run.work_folder.parent)
     for folder in (run.work_folder, run.record_folder):
         remove_partial_files(folder)
     try:
-        return execute(run, context)
+        return execute(run, context, callbacks)
     finally:
         discard_unless_resumable(run.work_folder)
 

@@ -13,11 +13,12 @@ from support import CONF, components_of, compose, contains, settings_of
 
 from dass_exp.config.components import admitted_packages, build, check_targets, choice, target_class
 from dass_exp.config.settings import validate
-from dass_exp.data.texts import HubText, OfflineText, Text
+from dass_exp.data.texts import HubText, OfflineText
 from dass_exp.errors import UserError
 from dass_exp.masks import NM, Pattern
 from dass_exp.methods.base import Pruner
-from dass_exp.runs.track import NullTracker, WandbTracker
+from dass_exp.trackers.none import NullTracker
+from dass_exp.trackers.wandb import WandbTracker
 
 OURS = frozenset({"dass_exp"})
 PLUGIN = """
@@ -97,7 +98,7 @@ def test_a_foreign_target_is_refused_and_never_called(override, words, monkeypat
         ("method._target_=dass_exp.masks.NM", ["method", "expected a Pruner"]),
         ("pattern._target_=dass_exp.methods.wanda.Wanda", ["pattern", "expected a Pattern"]),
         ("tracker._target_=dass_exp.data.texts.OfflineText", ["tracker", "expected a Tracker"]),
-        ("calibration.text._target_=dass_exp.runs.track.NullTracker", ["calibration.text", "expected a Text"]),
+        ("calibration.text._target_=dass_exp.trackers.none.NullTracker", ["calibration.text", "expected a Text"]),
         ("eval.perplexity.text._target_=dass_exp.masks.NM", ["eval.perplexity.text", "expected a Text"]),
         ("+method._partial_=true", ["method"]),
         ("+pattern._partial_=true", ["pattern"]),
@@ -197,9 +198,13 @@ def test_a_node_that_names_no_class_is_refused(node):
         build(node, Pruner, "method")
 
 
-@pytest.mark.parametrize("kind", [OfflineText, HubText, NullTracker, WandbTracker])
-def test_a_target_under_its_former_name_is_accepted(kind):
-    former = f"dass_exp.{'data' if issubclass(kind, Text) else 'track'}.{kind.__name__}"
+@pytest.mark.parametrize(
+    ("module", "kind"),
+    [("data", OfflineText), ("data", HubText)]
+    + [(module, kind) for module in ("track", "runs.track") for kind in (NullTracker, WandbTracker)],
+)
+def test_a_target_under_its_former_name_is_accepted(module, kind):
+    former = f"dass_exp.{module}.{kind.__name__}"
     assert target_class("x._target_", former) is kind
     if kind in (OfflineText, WandbTracker):
         components = components_of(f"{'calibration.text' if kind is OfflineText else 'tracker'}._target_={former}")

@@ -1,14 +1,11 @@
-"""Trackers: an offline W&B run that can be read back, and failures that cost one warning and no result."""
+"""Weights & Biases: offline runs that are read back."""
 
 from __future__ import annotations
 
 import json
-import logging
 import re
 import struct
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -16,17 +13,17 @@ from unittest.mock import Mock
 import pytest
 import wandb
 from fork_server import forked_command as command
-from support import run_with, settings_of, tiny_overrides
+from support import listening, run_with, tiny_overrides, without
 from wandb.proto import wandb_internal_pb2
 
 from dass_exp.data.texts import OfflineText
+from dass_exp.errors import NumericalError
 from dass_exp.report import cli
 from dass_exp.report.figures import draw
 from dass_exp.report.table import ResultTable, TableValue
 from dass_exp.report.write import long_form, wide_form
-from dass_exp.runs.run import run
-from dass_exp.runs.track import NullTracker, Tracker, WandbTracker, flat_metrics, track_table
-from dass_exp.storage.durable import read_json
+from dass_exp.storage.record_numbers import flat_metrics
+from dass_exp.trackers.wandb import WandbTracker, track_table
 
 pytestmark = pytest.mark.usefixtures("short_texts")
 
@@ -75,13 +72,18 @@ def tables(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def run_record_of(folder: Path) -> Any:
-    """The run record of an offline run; wandb's own process writes it, possibly late on a busy machine."""
+    """The run record of an offline run."""
+    return awaited(folder, "run")
+
+
+def awaited(folder: Path, kind: str) -> Any:
+    """The one record of a kind; wandb's own process writes it, possibly late on a busy machine."""
     for _ in range(100):
-        if records := wandb_records(folder, "run"):
+        if records := wandb_records(folder, kind):
             break
         time.sleep(0.2)
-    (run_record,) = records
-    return run_record
+    (record,) = records
+    return record
 
 
 def test_the_offline_run_holds_the_resolved_config(offline):
@@ -111,6 +113,19 @@ def test_the_offline_run_holds_the_metrics(offline):
         assert logged[name] == pytest.approx(value), name
 
 
+def test_the_offline_run_was_open_while_the_blocks_passed(offline):
+    record, folder = offline
+    items = [
+        {item.nested_key[0]: json.loads(item.value_json) for item in history.item if item.nested_key}
+        for history in wandb_records(folder, "history")
+    ]
+    steps = [step for step in items if "progress/blocks" in step]
+    assert [step["progress/blocks"] for step in steps] == [1, 2]
+    (error,) = {layer["block_error"] for layer in record["sparsity"]["layers"]} - {None}
+    assert [step.get("progress/block_error") for step in steps] == [pytest.approx(error), None]
+    assert awaited(folder, "exit").exit_code == 0
+
+
 def test_the_offline_run_holds_a_table_of_results(offline):
     record, folder = offline
     table = tables(folder)["results"]
@@ -131,49 +146,6 @@ def test_no_secret_reaches_the_offline_run(offline):
     for path in folder.parent.rglob("*"):
         if path.is_file():
             assert b"secret123" not in path.read_bytes(), path
-
-
-@dataclass
-class FunctionTracker(Tracker):
-    """A tracker that calls a function."""
-
-    function: Callable[[dict[str, Any], str], None]
-
-    def send(self, record, results):
-        self.function(record, results)
-
-
-def tracked(function, *overrides):
-    """Run with a tracker that calls the function."""
-    return run(replace(settings_of(*overrides), tracker=FunctionTracker(function)))
-
-
-def test_a_tracker_that_fails_costs_one_warning_and_no_result(cell, caplog):
-    def broken(record, results):
-        raise ConnectionError("the server\nis down")
-
-    with caplog.at_level(logging.WARNING):
-        outcome = tracked(broken, *cell, "method=dense")
-    warnings = [entry.getMessage() for entry in caplog.records if entry.name.startswith("dass_exp")]
-    assert warnings == ["the tracker failed, the record is safe: ConnectionError: the server is down"]
-    assert read_json(outcome.path) == outcome.record
-    assert not (outcome.path.parent / "failed.json").exists()
-
-
-def test_the_record_is_written_before_the_tracker_sees_it(cell, results):
-    def compare(record, results):
-        compared.append(read_json(Path(results) / "runs" / record["key"] / "result.json") == record)
-
-    compared = []
-    tracked(compare, *cell, "method=dense")
-    assert compared == [True]
-
-
-def test_an_existing_record_is_not_tracked_again(cell):
-    sent = []
-    for _ in range(2):
-        tracked(lambda record, results: sent.append(record["config"]["method"]["name"]), *cell, "method=magnitude")
-    assert sent == ["dense", "magnitude"]
 
 
 @pytest.fixture
@@ -214,37 +186,44 @@ def test_a_dense_record_has_no_table_of_layers(offline, tmp_path, monkeypatch):
     assert tables(folder).keys() == {"results"}
 
 
-def test_the_null_tracker_writes_nothing(tmp_path):
-    NullTracker().track({}, str(tmp_path / "results"))
-    assert list(tmp_path.iterdir()) == []
+def test_a_failed_run_is_shown_as_failed(cell, results, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    overrides = [*without(cell, "tracker", "eval"), "tracker=wandb", "method=wanda", "eval=none"]
+    with pytest.raises(NumericalError):
+        run_with(*overrides, context=listening(on_block_end=Mock(side_effect=NumericalError("block 0: not finite"))))
+    (folder,) = offline_runs(results)
+    assert awaited(folder, "exit").exit_code == 1
+    summaries = [item for summary in wandb_records(folder, "summary") for item in summary.update]
+    assert {item.key: json.loads(item.value_json) for item in summaries}["error"].endswith("block 0: not finite")
 
 
-def test_flat_names_of_the_numbers():
-    record = {
-        "metrics": {
-            "perplexity": {"wikipedia_mini": 20.5},
-            "divergence": {"wikipedia_mini": {"kl": 0.5, "agreement": 0.75, "perplexity_ratio": 2.0}},
-            "tasks": {"piqa": {"acc": 0.6, "acc_stderr": 0.1, "version": 1.0, "limit": 20}},
-            "mean_acc": 0.6,
-            "mean_acc_norm": 0.6,
-        },
-        "sparsity": {"scope": 0.5, "decoder": 0.4, "model": 0.3, "layers": [], "excess_zeros": 0},
-        "cost": {"prune_s": 1.5, "peak_gpu_bytes": None},
-    }
-    assert flat_metrics(record) == {
-        "perplexity/wikipedia_mini": 20.5,
-        "kl/wikipedia_mini": 0.5,
-        "agreement/wikipedia_mini": 0.75,
-        "perplexity_ratio/wikipedia_mini": 2.0,
-        "piqa/acc": 0.6,
-        "piqa/acc_stderr": 0.1,
-        "mean_acc": 0.6,
-        "mean_acc_norm": 0.6,
-        "sparsity/scope": 0.5,
-        "sparsity/decoder": 0.4,
-        "sparsity/model": 0.3,
-        "cost/prune_s": 1.5,
-    }
+def test_the_files_of_a_record_are_an_artifact_where_asked_for(offline, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    record, folder = offline
+    results = folder.parents[1]
+    assert not logged_artifacts(folder)
+    WandbTracker(artifacts=True).send(record, str(results))
+    (artifact,) = [artifact for path in offline_runs(results) for artifact in logged_artifacts(path)]
+    assert (artifact.name, artifact.type) == (f"record-{record['key']}", "record")
+    assert {entry.path for entry in artifact.manifest.contents} == {"result.json"}
+
+
+def logged_artifacts(folder: Path) -> list[Any]:
+    """Those of records; W&B makes some of tables too."""
+    requests = [request for request in wandb_records(folder, "request") if request.HasField("log_artifact")]
+    logged = [*wandb_records(folder, "artifact"), *(request.log_artifact.artifact for request in requests)]
+    return [artifact for artifact in logged if artifact.type == "record"]
+
+
+def test_an_agent_gets_the_run_that_it_waits_for_and_no_other(tiny, tmp_path):
+    overrides = without(tiny_overrides(tiny, tmp_path / "results"), "tracker")
+    for _ in range(2):  # a run that is found is sent too: the agent waits for its numbers
+        done = command(*overrides, "tracker=wandb", "method=wanda", folder=tmp_path, WANDB_RUN_ID="chosen1")
+        assert done.returncode == 0, done.stderr
+    runs = [run_record_of(folder) for folder in offline_runs(tmp_path / "results")]
+    assert [(run_record.run_id, run_record.job_type) for run_record in runs] == [("chosen1", "prune")] * 2
+    cli.main(["sync", "--results", str(tmp_path / "results")])
+    assert len(offline_runs(tmp_path / "results")) == 3  # the dense record is sent by it
 
 
 def test_a_summary_run_holds_the_tables_and_the_picture(tmp_path, monkeypatch):
