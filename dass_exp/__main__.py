@@ -65,7 +65,12 @@ def _explain_override() -> str | None:
 
 
 def _explain_missing(reason: str) -> str | None:
-    """Name the choices of a config group that have a setting which the chosen one has not; None if that is no issue."""
+    """Say which setting the chosen files have no place for, and what has; None if that is no issue."""
+    if "Unexpected type for root: NoneType" in reason:
+        deep = [text for text in sys.argv[1:] if re.match(r"\w+\.\w+\.[\w.]+=", text)]
+        parents = {text.partition("=")[0].rpartition(".")[0]: text.partition(".")[0] for text in deep}
+        advice = f"leave it out, or choose another {' or '.join(dict.fromkeys(parents.values()))}"
+        return f"{' or '.join(deep)}: {' or '.join(parents)} is null in what was chosen; {advice}" if deep else None
     found = re.search(r"Could not override '(\w+)\.(\w+)'", reason)
     folder = project_root() / "conf" / (found[1] if found else "")
     if found is None or not folder.is_dir():

@@ -162,6 +162,7 @@ MISTAKES = {
     "model.name=null": ["model.name"],
     "tracker.project=5 tracker=wandb": ["tracker.project=5"],
     "pattern=null": ["pattern=null", "2of4"],
+    "eval=none": ["eval.perplexity.context=32", "eval.perplexity is null", "choose another eval"],
     "method._target_=dass_exp.masks.NM": ["method._target_=dass_exp.masks.NM", "expected a Pruner"],
 }
 
