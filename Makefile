@@ -1,7 +1,7 @@
 # Each target builds .venv if it is missing or out of date.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo report bench docs docs-check gpu-check tiny-models test campaign test-all check clean
+.PHONY: help demo report bench docs docs-check gpu-check tiny-models test test-thorough campaign test-all check clean
 
 PYTHON ?= python3
 STAMP := .venv/.stamp
@@ -44,8 +44,12 @@ gpu-check: $(STAMP)  ## try on this machine's GPU what was built without one, an
 tiny-models: $(STAMP)  ## train the twelve tiny models of sweeps/glu_variants.yaml (once; took 96 minutes on 2 busy cores; resumes after an interruption)
 	@$(RUN)python -m dass_exp.train
 
-test: $(STAMP)  ## run the tests (CPU, offline once the assets are cached, some minutes)
-	@HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false $(RUN)python -m pytest -m 'not slow' -n 2
+TEST := HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false $(RUN)python -m pytest -n 2
+test: $(STAMP)  ## run the tests of some seconds at most (CPU, offline once the assets are cached, some minutes)
+	@$(TEST) -m 'not slow and not thorough'
+
+test-thorough: $(STAMP)  ## also run longer ones: launchers, kills, notebooks, whole sweeps (half an hour; CI runs these)
+	@$(TEST) -m 'not slow'
 
 CASES ?= 3
 campaign: $(STAMP)  ## try every third of the hostile cases of tests/campaign (some 1,900; CASES=all for all); print their counts
@@ -56,7 +60,7 @@ $(STAMP_ALL): $(STAMP)
 	@touch $@
 
 test-all: $(STAMP_ALL)  ## run all tests, including slow ones, the whole campaign and a sweep through a local Ray
-	@DASS_EXP_CAMPAIGN=all HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false $(RUN)python -m pytest -n 2
+	@DASS_EXP_CAMPAIGN=all $(TEST)
 
 check: $(STAMP)  ## check lint, formatting and types
 	@$(RUN)ruff check .

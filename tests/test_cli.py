@@ -22,6 +22,7 @@ def folder(tmp_path: Path) -> Path:
 SWEEP = ["sweeps=alpha", "method.alpha=0,1"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -65,6 +66,7 @@ def test_several_processes_of_one_command_are_refused(folder):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.thorough
 def test_a_sweep_goes_on_past_bad_cells_and_ends_with_1(folder, tiny):
     shared = tiny_overrides(tiny, Path("results"))
     swept = command("-m", "method.alpha=-1,0.5", "calibration.batch_size=1000000000000,4", *shared, folder=folder)
@@ -103,6 +105,7 @@ hydra:
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("mode", "way", "code"),
     [
@@ -122,6 +125,7 @@ def test_a_config_file_cannot_admit_the_code_that_it_names(tmp_path, folder, mod
     assert "not admitted" in done.stderr
 
 
+@pytest.mark.thorough
 def test_a_plan_that_cannot_be_leaves_no_failure_behind(folder, tiny):
     shared = tiny_overrides(tiny, Path("results"))
     done = command(*SWEEP, "pattern=2of4", *shared, "plan=true", "scope=wrong", folder=folder)

@@ -99,6 +99,7 @@ FOREIGN = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", FOREIGN)
 def test_a_config_file_runs_no_foreign_code(dass_exp, work, name):
     refusal(dass_exp(*config_file(work, FOREIGN[name])), "hydra.")
@@ -167,6 +168,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("typed", MISTAKES)
 def test_a_mistake_is_one_line(dass_exp, work, tiny, typed):
     (work / "loop").symlink_to("loop")
@@ -213,6 +215,7 @@ def test_a_secret_is_refused_unseen(dass_exp, work, monkeypatch, typed):
     assert not any(path.is_file() for path in work.rglob("*"))
 
 
+@pytest.mark.thorough
 def test_a_run_is_repeated_from_its_config(dass_exp, tiny, work):
     shared = tiny_overrides(tiny, Path("results"))
     first = dass_exp("method=wanda", "seed=3", *shared)
@@ -228,6 +231,7 @@ def test_a_run_is_repeated_from_its_config(dass_exp, tiny, work):
     refusal(dass_exp("--config-path", str(kept), "method=dass"), "method=dass", "keeps its choices")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["[/x]", "[red]a", "a:smile:", "${", "[link=x]"])
 def test_names_are_shown_as_they_are(dass_exp, tiny, work, name):
     quoted = name.replace("${", "\\${")
@@ -263,6 +267,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_plugin_fails_its_cell_only(dass_exp, tiny, work, kind):
     line, body = BROKEN[kind]

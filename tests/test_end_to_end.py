@@ -11,11 +11,11 @@ SHORT = [
     "model=smollm2_135m",
     "pattern=2of4",
     "tracker=none",
-    "calibration.num_samples=4",
-    "calibration.seq_len=128",
+    "calibration.num_samples=2",
+    "calibration.seq_len=64",
     "eval=ppl_mini",
-    "eval.perplexity.context=256",
-    "eval.perplexity.max_windows=4",
+    "eval.perplexity.context=128",
+    "eval.perplexity.max_windows=2",
 ]
 CALIBRATED = ("wanda", "dass", "sparsegpt")
 

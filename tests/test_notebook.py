@@ -26,6 +26,7 @@ def test_what_there_is_can_be_listed_before_anything_is_imported():
     assert all(getattr(dass_exp, name).__doc__ for name in dass_exp.__all__)
 
 
+@pytest.mark.thorough
 def test_threads_wait_without_spinning_as_in_the_command():
     code = "import os, dass_exp; dass_exp.prune; print(os.environ['OMP_WAIT_POLICY'])"
     env = {name: value for name, value in environment().items() if name != "OMP_WAIT_POLICY"}
@@ -65,6 +66,7 @@ def test_evaluating_in_memory_gives_the_numbers_of_a_run(tiny):
     assert repr(pruned) == "<Pruned: 6 linears, 50.0 % zeros>"
 
 
+@pytest.mark.thorough
 def test_tasks_are_scored_too(tiny, cell):
     model, tokenizer = dass_exp.load(str(tiny))
     scores = dass_exp.evaluate(model, tokenizer, "zeroshot_mini")

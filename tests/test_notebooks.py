@@ -24,6 +24,7 @@ def test_there_are_two():
     assert [path.stem for path in NOTEBOOKS] == ["first_steps", "own_method"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(notebook, tiny, tmp_path):
     # as a kernel does: one name space, and the value of the last line of each cell is computed

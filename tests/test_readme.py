@@ -22,6 +22,7 @@ README, SETTINGS, MODELS = (
 COMMANDS = re.findall(r"^dass-exp(?! +--) *(.*?) *(?:#.*)?$", README + SETTINGS, re.MULTILINE)
 
 
+@pytest.mark.thorough
 def test_the_python_example_runs() -> None:
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -26,6 +26,7 @@ SWEEPS = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
 LOADED = "loading the model"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("protocol", ["demo", "paper"])
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_sweep_composes_at_both_scales_to_axes_and_the_layout_of_a_table(name, protocol):
@@ -61,6 +62,7 @@ def test_every_cell_of_the_granularity_ablation_is_a_method(cell, name, settings
 # --- what cells share
 
 
+@pytest.mark.thorough
 def test_cells_load_their_model_once_and_get_the_numbers_that_they_get_alone(cell):
     phases, cache, methods = Phases(), ModelCache(), [method.name for method in PRUNING]
     shared = [run_with(*cell, f"method={name}", context=RunContext(phases, cache)).record for name in methods]
@@ -70,6 +72,7 @@ def test_cells_load_their_model_once_and_get_the_numbers_that_they_get_alone(cel
     assert [record["sparsity"]["scope"] for record in shared] == [0.5] * len(methods)
 
 
+@pytest.mark.thorough
 def test_a_shared_model_is_dense_again_after_a_failure(cell):
     class Broken(Callback):
         def on_end(self) -> None:
@@ -82,6 +85,7 @@ def test_a_shared_model_is_dense_again_after_a_failure(cell):
     assert run_with(*dense, context=RunContext(shared=cache)).record["metrics"] == before
 
 
+@pytest.mark.thorough
 def test_a_cell_without_enough_memory_is_the_same_cell_once_its_activations_are_on_disk(cell):
     device, disk = (
         resolve(settings_of(*cell, f"calibration.cache={cache}"), RunContext()).needs for cache in ("device", "disk")
@@ -106,6 +110,7 @@ def test_a_cell_with_a_wrong_method_still_names_its_pattern(cell):
 # --- a plan
 
 
+@pytest.mark.thorough
 def test_a_plan_loads_and_writes_nothing(cell, results):
     phases = Phases()
     planned = plan(settings_of(*cell), RunContext(phases))
@@ -114,6 +119,7 @@ def test_a_plan_loads_and_writes_nothing(cell, results):
     assert not results.exists()
 
 
+@pytest.mark.thorough
 def test_a_plan_knows_what_is_done_and_estimates_the_rest(cell):
     outcome = run_with(*cell, "method=wanda")
     assert plan(settings_of(*cell, "method=wanda")).done
@@ -140,6 +146,7 @@ def test_a_model_that_is_missing_is_searched_for_once(monkeypatch, results):
     assert {planned.problem for planned in plans} == {"there is none"}
 
 
+@pytest.mark.thorough
 def test_the_arithmetic_of_a_run_is_that_of_its_tokens(cell):
     planned = plan(settings_of(*cell, "method=wanda", "calibration.num_samples=4", "calibration.seq_len=32"))
     assert "(256 tokens of calibration, " in planned.basis
@@ -160,6 +167,7 @@ def test_a_plan_refuses_what_a_run_would_refuse(cell, results):
         plan(settings_of("model.path=no-owner/no-model", f"results_dir={results}"))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("path", sorted((CONF / "model").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_model_file_says_what_it_needs(path, results, monkeypatch, tmp_path):
     own = yaml.safe_load(path.read_text())
@@ -192,6 +200,7 @@ def swept(tiny, tmp_path_factory):
     return folder / "results"
 
 
+@pytest.mark.thorough
 def test_the_report_of_a_sweep(swept):
     (swept / "runs" / "broken").mkdir()
     (swept / "runs" / "broken" / "result.json").write_text('{"schema": 1, "key"')

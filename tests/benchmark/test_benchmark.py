@@ -84,6 +84,7 @@ def test_scoring_is_timed_over_the_tokens_that_it_scores(tiny):
     assert not model.base_model._forward_pre_hooks
 
 
+@pytest.mark.thorough
 def test_a_sweep_is_compared_with_the_floors_of_its_records(tiny, tmp_path):
     lines, overrides = [], [part for part in tiny_overrides(tiny, tmp_path) if not part.startswith("results_dir")]
     timed = sweep.sweep_ratio(overrides, 2.0, 0.5, lines.append)

@@ -21,6 +21,7 @@ def test_without_a_gpu_it_says_so_and_succeeds(capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.thorough
 def test_every_check_runs_on_a_pretended_gpu(accelerator, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu_kernels, "SHAPES", ((64, 128),))
     monkeypatch.setattr(gpu_kernels, "TOKENS", {"prefill": 16, "decode of 1": 1})

@@ -76,6 +76,7 @@ def written(content, place):
     return prepare
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("way", ["command line", "sweep", "config folder", "config path"])
 def test_code_of_nobody_in_any_node(campaign, hold, way):
     cases = []

@@ -209,6 +209,7 @@ def test_shards_and_tokenizers_that_lead_elsewhere(campaign, hold, placement):
     hold("models", cases)
 
 
+@pytest.mark.thorough
 def test_any_changed_byte_of_a_model_is_another_run(campaign, hold):
     """The same command on a model of which one file has changed: another record, or a refusal."""
     argv = run_of(campaign, "resident")

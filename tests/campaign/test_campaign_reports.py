@@ -48,6 +48,7 @@ def grid(campaign):
     return state, path, records[path]
 
 
+@pytest.mark.thorough
 def test_a_report_of_whole_records(campaign, hold, grid):
     state, path, _ = grid
     key = path.parts[2]
@@ -202,6 +203,7 @@ def test_links_in_the_place_of_what_a_report_writes(campaign, hold, grid, target
     hold("links", cases)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("count", [2, 3])
 def test_reports_at_the_same_time(campaign, hold, grid, count):
     state, _, _ = grid

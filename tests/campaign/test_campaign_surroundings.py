@@ -239,6 +239,7 @@ def test_trackers_that_fail(campaign, hold):
     hold("trackers", cases)
 
 
+@pytest.mark.thorough
 def test_the_true_tracker_in_odd_surroundings(campaign, hold):
     argv, clean = campaign.base("tracker=wandb"), campaign.base()
     folder = {
@@ -256,6 +257,7 @@ def test_the_true_tracker_in_odd_surroundings(campaign, hold):
     hold("trackers", cases)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("run", [["save_masks=true"], ["model.placement=stream", "save=saved"], ["-m", "repeat=0,1"]])
 @pytest.mark.parametrize("count", [2, 4])
 def test_many_processes_on_one_key(campaign, hold, run, count):

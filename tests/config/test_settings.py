@@ -216,6 +216,7 @@ BAD = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("overrides", "words"), BAD, ids=[overrides for overrides, _ in BAD])
 def test_a_bad_value_is_named_with_what_is_allowed(overrides, words):
     with pytest.raises(UserError) as caught:

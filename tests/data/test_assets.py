@@ -211,6 +211,7 @@ def test_an_interrupted_conversion_leaves_no_folder(model, cache, interruption):
     assert (model / "model.safetensors").read_bytes() == b"weights"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "damage",
     [

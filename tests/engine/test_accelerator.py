@@ -94,6 +94,7 @@ def cases():
         yield pytest.param(family, method, id=f"{family}-{method.name}", marks=() if fast else pytest.mark.slow)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("family", "method"), cases())
 def test_weights_are_those_of_the_cpu(family, method, tiny_model, tokens, accelerator):
     cpu, gpu = both(tiny_model(family))
@@ -114,6 +115,7 @@ def test_patterns(pattern, method, tiny_model, tokens, accelerator):
     assert_same_weights(cpu, gpu)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("family", "method"), [*((family, Dass()) for family in UNLIKE), ("llama", SparseGPT())], ids=str
@@ -144,6 +146,7 @@ def test_stages(chosen, family, tiny_model, tokens, accelerator):
     assert_same_weights(cpu, gpu)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", [Dass(), SparseGPT()], ids=str)
 def test_a_model_spread_over_two_devices(method, tiny_model, tokens, accelerator):
     cpu = tiny_model("llama")
@@ -211,6 +214,7 @@ def counts_of_a_block(
     return launches - fewer_launches, waits - fewer_waits
 
 
+@pytest.mark.thorough
 # not the solvers that ask for convergence or for the size of a mask
 @pytest.mark.parametrize("scope", ["mlp", "all"])
 @pytest.mark.parametrize("method", [one for one in PRUNING if one.name not in ("alps", "thanos", "admm")], ids=str)
@@ -223,6 +227,7 @@ def test_the_host_waits_seldom(method, scope, tiny_model, tokens, accelerator):
     assert 1 <= sum(waits.values()) <= allowed, waits
 
 
+@pytest.mark.thorough
 def test_launches_of_choosing_masks_and_weights(tiny_model, tokens, accelerator):
     """What docs/performance.md states: per linear for methods that score, per column for SparseGPT."""
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
@@ -234,12 +239,14 @@ def test_launches_of_choosing_masks_and_weights(tiny_model, tokens, accelerator)
         assert count <= (6.5 * columns if method.name == "sparsegpt" else 40 * 3), (method, count)
 
 
+@pytest.mark.thorough
 def test_more_sequences_add_no_wait(tiny_model, tokens, accelerator):
     model = tiny_model("llama", num_hidden_layers=3)
     few, many = (counts_of_a_block(accelerator, model, Wanda(), part, "all")[1] for part in (tokens[:1], tokens))
     assert few == many
 
 
+@pytest.mark.thorough
 def test_a_mixture_of_experts_adds_one_wait_a_batch(tiny_model, tokens, accelerator):
     model = tiny_model("mixtral", num_hidden_layers=3)
     _, waits = counts_of_a_block(accelerator, model, Wanda(), tokens, "all")

@@ -44,6 +44,7 @@ def test_an_unknown_kind_is_refused(cell):
         run_with(*cell, "calibration.cache=ram")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["cpu", "disk"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_engine_prunes_the_same_weights(kind, family, tiny_model, tokens, tmp_path):

@@ -31,6 +31,7 @@ def counting(module: nn.Module) -> list[None]:
     return calls
 
 
+@pytest.mark.thorough
 @each_family
 @pytest.mark.parametrize("method", CALIBRATED, ids=repr)
 def test_attention_runs_once_and_what_is_passed_on_is_bit_for_bit_the_models_own(family, method, tiny_model, tokens):

@@ -67,6 +67,7 @@ def both_fixture(tmp_path_factory) -> list[Any]:
     return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: "-".join(map(str, CASES[number])))
 def test_two_processes_choose_the_masks_of_one(number, both):
     masks, weights, errors = pruned(number)

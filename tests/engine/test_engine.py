@@ -140,6 +140,7 @@ def test_a_pattern_that_keeps_everything_changes_no_hidden_state(family, method,
     assert [report.error for report in pruning.reports] == [0.0, 0.0]
 
 
+@pytest.mark.thorough
 @each_family
 @pytest.mark.parametrize("method", CALIBRATED, ids=repr)
 def test_pruned_activations_are_passed_on(family, method, tiny_model, tokens):

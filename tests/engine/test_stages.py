@@ -98,6 +98,7 @@ def test_contract(chosen, method, scope, family, tiny_model, tokens, attached):
     assert attached(model) == hooks
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
 @pytest.mark.parametrize("chosen", [one for one in ACTIVE if one[0] != "allocation"], ids="=".join)
@@ -255,6 +256,7 @@ def test_impossible_settings_are_refused(settings, message):
         Neurons(rounds=-1)
 
 
+@pytest.mark.thorough
 @each_family
 @pytest.mark.parametrize(
     "chosen",

@@ -74,6 +74,7 @@ def test_every_offline_task_is_tested_here():
     assert set(assets.EXAMPLES) == set(GROUPS["mmlu"])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("task", TASKS)
 def test_scores_and_the_outcomes_that_average_to_them(scored, task):
     scores, outcomes = scored.tasks[task], scored.documents[task]
@@ -140,6 +141,7 @@ def test_scoring_again_gives_the_same_outcomes(loaded, scored):
             assert one == pytest.approx(other, rel=1e-6)
 
 
+@pytest.mark.thorough
 def test_a_task_has_all_its_documents(lm_eval_tasks):
     assert {name: len(list(task.validation_docs())) for name, task in lm_eval_tasks.items()} == SIZES
 
@@ -199,6 +201,7 @@ def first_tokens(ids: Any) -> list[int]:
     return [next(token for token in row if token != 2) for row in ids.tolist()] if ids.shape[1] > 1 else []
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("task", ["piqa", "triviaqa"])
 @pytest.mark.parametrize("bos", [True, False])
 def test_the_token_at_the_head_of_a_request_follows_the_policy(loaded, bos, task):
@@ -211,6 +214,7 @@ def test_the_token_at_the_head_of_a_request_follows_the_policy(loaded, bos, task
     assert {token == tokenizer.bos_token_id for token in first} == {bos}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("data", ["offline", "hub"])
 def test_an_unknown_task_is_named(data):
     choice = "hellaswag" if data == "offline" else "lm-eval"

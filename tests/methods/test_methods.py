@@ -148,6 +148,7 @@ ROW_OF_ZEROS = torch.ones(8, 8).index_fill(0, torch.tensor(2), 0)
 WEIGHTS = {"ones": torch.ones(8, 8), "zeros": torch.zeros(8, 8), "row": ROW_OF_ZEROS, "column": ROW_OF_ZEROS.T}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", VARIANTS, ids=repr)
 @each_pattern
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -269,6 +270,7 @@ def assert_same_mask(keep: Tensor, scores: Tensor, pattern: Pattern) -> None:
         assert bool((torch.abs(group - lowest)[chosen != expected] <= 1e-6 * lowest).all())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("method", [Wanda(), Dass(alpha=0.5), Dass(alpha=0.25)], ids=repr)
 @pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5)], ids=repr)

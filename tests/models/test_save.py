@@ -76,6 +76,7 @@ def test_a_saved_model_that_was_damaged_is_not_scored(cell, target):
     assert scored_again(cell, target)
 
 
+@pytest.mark.thorough
 def test_a_finished_run_can_be_saved_later(cell, target):
     first = run_with(*cell)
     assert not target.exists()

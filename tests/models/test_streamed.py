@@ -58,6 +58,7 @@ class InMemory(Callback):
         self.blocks.append([index for index, block in blocks if not next(block.parameters()).is_meta])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", PRUNING, ids=repr)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_weights_are_identical_and_both_perplexities_those_of_the_models(family, method, tiny_model, tokens, tmp_path):

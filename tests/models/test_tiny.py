@@ -66,6 +66,7 @@ def test_every_variant_has_its_model_file():
         assert compose(f"model=tiny_{variant}").model.path == f"tiny:{variant}"
 
 
+@pytest.mark.thorough
 def test_a_training_that_was_killed_ends_in_the_same_weights(cache, monkeypatch):
     recipe = Recipe("gelu", 1, **SMALL)
     whole = load_file(train.train(recipe) / "model.safetensors")
@@ -132,6 +133,7 @@ def test_a_wrong_command_is_a_one_line_error(caplog):
     assert "swiglu, geglu, reglu, gelu" in caplog.text
 
 
+@pytest.mark.thorough
 def test_trainings_of_one_recipe_differ_in_their_weights_and_are_repetitions(cache, monkeypatch):
     recipes = {seed: Recipe("geglu", seed, **SMALL) for seed in (0, 1)}
     monkeypatch.setattr(tiny, "trained_recipe", lambda variant, seed: recipes[seed or 0])

@@ -61,6 +61,7 @@ def trained(model, masks, retraining, tokens, folder, scope="all", hooks=None, d
     return train.train(student, retraining, TrainingData(tokens, dense, 0), folder, hooks or TrainingHooks(dict))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_zeros_never_move_and_only_what_is_trained_does(pruned, tokens, tmp_path, family, kind):
@@ -166,6 +167,7 @@ class Stopped(Exception):
     """In place of a kill."""
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_interrupted_training_continues_bit_for_bit(pruned, tokens, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(train, "SAVED_EVERY", 0.0)

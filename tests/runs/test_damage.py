@@ -44,6 +44,7 @@ def flip(path, part):
     path.write_bytes(flipped(content, min(len(content) - 1, part * len(content) // 8), part % 8))
 
 
+@pytest.mark.thorough
 @both_placements
 def test_a_damaged_file_of_an_interrupted_run_is_never_believed(tiny, tmp_path, placement):
     overrides = settings(tiny, tmp_path, placement)
@@ -63,6 +64,7 @@ def test_a_damaged_file_of_an_interrupted_run_is_never_believed(tiny, tmp_path, 
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.thorough
 @both_placements
 def test_a_planted_link_is_not_followed(tiny, tmp_path, placement):
     for name in (".saved.partial", ".saved.lock", ".saved.partial/made", ".saved.partial/before", "results/runs"):

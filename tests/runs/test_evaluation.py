@@ -63,6 +63,7 @@ AS_THE_ONLY_SET = [
 AS_THE_ONLY_SET += ["eval.perplexity.max_windows=3", "eval.perplexity.name=c4"]
 
 
+@pytest.mark.thorough
 def test_each_set_is_scored_as_if_it_were_the_only_one(cell):
     both, first, second = run_with(*cell, *EXTRA), run_with(*cell), run_with(*cell, *AS_THE_ONLY_SET)
     for record, one, other in ((both.record, first.record, second.record), (both.dense, first.dense, second.dense)):
@@ -81,6 +82,7 @@ def test_each_set_is_scored_as_if_it_were_the_only_one(cell):
     assert "extra_perplexity" not in {**first.record["protocol"], **first.record["config"]["eval"]}
 
 
+@pytest.mark.thorough
 def test_a_table_shows_one_set(cell, results):
     records = [run_with(*cell, *EXTRA).record]
     layout = {"title": "t", "rows": "method", "columns": "pattern"}
@@ -94,6 +96,7 @@ def test_a_table_shows_one_set(cell, results):
         assert windows in table_caption(table)
 
 
+@pytest.mark.thorough
 def test_a_streamed_run_scores_all_sets_and_resumes_them(cell, tmp_path):
     resident = run_with(*cell, *EXTRA)
     streamed = [*cell, *EXTRA, "model.placement=stream", f"results_dir={tmp_path}/streamed"]
@@ -106,6 +109,7 @@ def test_a_streamed_run_scores_all_sets_and_resumes_them(cell, tmp_path):
             assert record["metrics"]["window_nll"][name] == pytest.approx(nll, rel=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -131,6 +135,7 @@ def test_a_wrong_set_is_named(cell, overrides, words):
     assert contains(str(caught.value), words)
 
 
+@pytest.mark.thorough
 def test_names_of_sets_are_part_of_a_run(cell):
     keys = {
         run_with(*cell, "method=dense", override).record["key"]
@@ -176,6 +181,7 @@ def test_the_pruned_model_is_compared_with_the_dense_one(generating, tmp_path):
     assert record_problem(record, record["key"]) is None
 
 
+@pytest.mark.thorough
 def test_the_dense_model_generates_once_in_a_process(generating):
     phases, shared = Phases(), ModelCache()
     for method in ("magnitude", "wanda", "dass"):

@@ -118,6 +118,7 @@ def keys(mixture):
     return {name: key_with(mixture, override) for name, override in OVERRIDES.items()}
 
 
+@pytest.mark.thorough
 def test_a_setting_changes_the_key_unless_its_field_says_that_it_has_no_effect(keys, mixture):
     base = key_with(mixture)
     assert {name for name, key in keys.items() if key == base} == WITHOUT_EFFECT
@@ -192,6 +193,7 @@ def test_equal_settings_have_equal_keys(tiny, one, other):
 SETTINGS_OF_A_METHOD = ["pattern=4of8", "scope=all", "seed=3", "calibration.num_samples=3", "calibration.seq_len=99"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("method", "uses"),
     [("dense", ("eval",)), ("magnitude", ("eval", "pattern", "scope")), ("dass", ""), ("wanda", ""), ("sparsegpt", "")],
@@ -209,6 +211,7 @@ def test_each_method_and_each_of_its_settings_has_a_key_of_its_own(tiny):
     assert len({key_with(tiny, *overrides) for overrides in runs}) == len(runs)
 
 
+@pytest.mark.thorough
 def test_the_rule_for_starved_experts_is_in_the_key_of_a_calibrated_mixture_only(tiny, mixture):
     sensitive = {
         (folder, method)
@@ -292,6 +295,7 @@ def test_changing_a_weight_or_the_tokenizer_is_seen_by_the_same_process(tiny, ba
     assert len({base, another_weight, key_with(folder)}) == 3
 
 
+@pytest.mark.thorough
 def test_a_hub_model_is_known_by_its_commit(tmp_path, tiny):
     """In a process of its own: the hub's client looks at the environment when it is imported."""
     commits, cache = {"main": "c0ffee" * 6 + "c0ff", "v2": "decade" * 6 + "deca"}, tmp_path / "hub/models--some--model"

@@ -177,6 +177,7 @@ def serial_fixture(tiny, tmp_path_factory):
     return metrics(folder)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "launcher", ["joblib", *(pytest.param(name, marks=pytest.mark.slow) for name in ("submitit_local", "ray"))]
 )
@@ -212,6 +213,7 @@ def test_a_launcher_that_is_not_installed_names_its_extra(monkeypatch, launcher,
     assert entry._explain_override().startswith(message)
 
 
+@pytest.mark.thorough
 def test_slurm_is_asked_for_what_the_config_says(tiny, tmp_path):
     """Submitit's own submission file, taken from a stand-in for sbatch that refuses it: there is no cluster here."""
     refuse = f'cp "$1" {tmp_path}/submitted.sh; echo "sbatch: error: invalid partition" >&2; exit 1'
@@ -235,6 +237,7 @@ def test_slurm_is_asked_for_what_the_config_says(tiny, tmp_path):
     assert done.stdout.count("would run") == 2
 
 
+@pytest.mark.thorough
 def test_a_launcher_without_a_sweep_is_refused(tiny, tmp_path):
     done = command(*cells(tiny), "hydra/launcher=joblib", folder=tmp_path)
     assert done.returncode == 2
@@ -302,6 +305,7 @@ def processes_in(folder):
     return running
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="there is no /proc here to look into")
 def test_workers_end_with_the_process_that_launched_them(tiny, tmp_path):
     arguments = cells(tiny, *SWEEP, "hydra/launcher=joblib", "calibration.num_samples=512")

@@ -62,6 +62,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.thorough
 def test_a_saved_model_holds_no_file_of_a_killed_writer(cell, elsewhere, save, tmp_path, results):
     run_with(*elsewhere, STREAM, f"save={tmp_path}/whole")
     settings = [*cell, STREAM, save, "save_masks=true"]
@@ -87,6 +88,7 @@ def test_files_that_appear_in_the_save_folder_meanwhile_stay(cell, save, tmp_pat
     assert (tmp_path / "saved" / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.thorough
 @both_placements
 @pytest.mark.parametrize("ending", [OSError, Killed])
 def test_a_checkpoint_that_was_to_be_replaced_is_restored(cell, save, tmp_path, placement, ending, monkeypatch):
@@ -111,6 +113,7 @@ def test_a_checkpoint_that_was_to_be_replaced_is_restored(cell, save, tmp_path, 
     assert not (tmp_path / ".saved.partial").exists()
 
 
+@pytest.mark.thorough
 def test_finding_a_record_leaves_the_state_of_a_run_in_progress_alone(cell, elsewhere, save, tmp_path):
     run_with(*elsewhere, STREAM, save)
     seen = []
@@ -133,6 +136,7 @@ def test_a_finished_record_is_returned_while_another_process_makes_it_again(cell
         assert outcomes[1].found
 
 
+@pytest.mark.thorough
 def test_tensors_of_a_failed_run_do_not_delete_files_of_the_next(cell, results):
     settings, errors = [*cell, STREAM, "calibration.cache=disk", "calibration.batch_size=1"], []
     try:
@@ -148,6 +152,7 @@ def test_tensors_of_a_failed_run_do_not_delete_files_of_the_next(cell, results):
     assert not list(results.glob("runs/*/work"))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("fit", [False, True])
 def test_tasks_stay_as_they_were_when_a_run_was_interrupted(with_tasks, save, tmp_path, fit, caplog):
     """Whether they can be scored depends on the free memory, which differs from start to start."""
@@ -205,6 +210,7 @@ def test_in_a_sweep_an_interrupted_run_continues_though_the_model_is_in_memory(c
     assert run_with(*cell, "method=magnitude", context=RunContext(shared=shared)).record
 
 
+@pytest.mark.thorough
 def test_the_home_folder_may_be_a_tilde(with_tasks, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert "tasks" in run_with(*with_tasks, "save='~/saved'").record["metrics"]
@@ -240,6 +246,7 @@ def test_a_run_that_keeps_no_state_leaves_nothing_when_it_fails(cell, save, tmp_
     assert names(tmp_path) == ["results"]
 
 
+@pytest.mark.thorough
 def test_the_room_that_is_checked_includes_what_waits_on_the_disk(cell, save, monkeypatch):
     sizes, tokens = [], 4 * 32 * 32 * 4  # bytes of four sequences of 32 tokens and 32 features
     monkeypatch.setattr(execute, "check_room", lambda folder, size: sizes.append(size))

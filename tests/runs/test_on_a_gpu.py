@@ -10,6 +10,7 @@ from dass_exp.errors import UserError
 SCORES = ("perplexity", "window_nll", "divergence", "window_kl", "generation", "tasks")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "settings",
     [
@@ -35,6 +36,7 @@ def test_a_run_gives_what_the_cpu_gives(settings, tiny, tmp_path, accelerator):
     assert records["cpu"]["key"] != records["cuda"]["key"]
 
 
+@pytest.mark.thorough
 def test_a_second_card_is_a_device(tiny, tmp_path, accelerator):
     record = run_with(*tiny_overrides(tiny, tmp_path), "model.device=cuda:1").record
     assert record["metrics"]["perplexity"]

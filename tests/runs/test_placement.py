@@ -76,6 +76,7 @@ def test_a_streamed_run_leaves_the_record_and_the_weights_of_a_resident_one(cell
 STAGES = [f"{group}={path.stem}" for group in STAGE_GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if not stage.endswith(("=none", "=uniform"))])
 def test_a_streamed_run_with_a_stage_leaves_the_weights_of_a_resident_one(cell, tmp_path, stage):
     if stage.startswith("allocation"):
@@ -128,6 +129,7 @@ def test_zero_shot_is_left_out_with_a_word(cell, caplog):
     assert record["key"] == run_with(*cell, *TASKS, STREAM, "eval.zeroshot=null").record["key"]
 
 
+@pytest.mark.thorough
 def test_a_record_with_tasks_is_not_replaced_by_one_without(cell):
     scored = run_with(*cell, *TASKS, RESIDENT)
     again = run_with(*cell, *TASKS, STREAM, "save_masks=true")  # its masks are missing, so it is not finished
@@ -140,6 +142,7 @@ def test_tasks_alone_cannot_be_left_out(cell):
         run_with(*cell[:4], "eval=zeroshot_mini", "eval.zeroshot.limit=2", STREAM, "method=dense")
 
 
+@pytest.mark.thorough
 def test_zero_shot_runs_on_the_saved_model_where_it_fits(cell, results, tmp_path, caplog):
     streamed = run_with(*cell, *TASKS, STREAM, f"save={tmp_path}/saved")
     assert "left out" not in caplog.text
@@ -226,6 +229,7 @@ def test_what_a_run_left_that_was_killed_before_its_first_block_is_not_taken_ove
     assert not list((tmp_path / "saved").glob("*-of-00099.safetensors"))
 
 
+@pytest.mark.thorough
 def test_two_runs_do_not_save_into_one_folder(cell, tmp_path):
     with checkpoint.locked(tmp_path / "saved"):
         for placement in 2 * (STREAM, RESIDENT):  # one that is turned away does not let the next one in
@@ -280,6 +284,7 @@ def mixture(request, tmp_path, tiny_model, tiny):
     return tmp_path / "model"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["dass", "sparsegpt"])
 def test_a_streamed_mixture_is_saved_as_a_resident_one(cell, mixture, tmp_path, method):
     _, streamed = both_ways(tmp_path, *cell, f"model.path={mixture}", f"method={method}")
@@ -364,6 +369,7 @@ def test_auto_streams_where_memory_is_short_and_says_the_sizes(cell, caplog):
     assert all(contains(message, words) for message in caplog.messages)
 
 
+@pytest.mark.thorough
 def test_sizes_are_those_of_the_model(cell):
     run = resolved(*cell, "method=sparsegpt")
     needs, model = run.needs, load_model(run.spec)
@@ -420,6 +426,7 @@ def test_attention_by_plain_products_keeps_scores():
     assert sizes["eager"] - sizes["sdpa"] == 2 * 4 * 100 * 100 * (4 + 3 * 2)
 
 
+@pytest.mark.thorough
 def test_a_plan_says_where_the_model_goes_and_that_a_saved_one_is_missing(cell, tmp_path):
     assert "it is loaded whole" in plan(settings_of(*cell)).needs
     assert "it is read block by block" in plan(settings_of(*cell, STREAM)).needs

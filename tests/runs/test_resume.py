@@ -169,6 +169,7 @@ def test_killed_before_any_file_operation_it_ends_in_the_same_weights(settings, 
         assert names(folder) == {"results", "saved"}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("more", [[], ["rerun=true"]])
 @pytest.mark.parametrize(
     ("last", "times"),
@@ -190,6 +191,7 @@ def test_killed_near_the_end_it_ends_the_same(settings, whole, tmp_path, last, t
     assert not (tmp_path / ".saved.partial").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("method", "block"), [("dass", 0), ("dass", 5), ("sparsegpt", 2), ("magnitude", 2)])
 @pytest.mark.parametrize("placement", [STREAM, RESIDENT])
 def test_it_continues_after_the_last_finished_block(settings, whole, tmp_path, method, block, placement, caplog):
@@ -204,6 +206,7 @@ def test_it_continues_after_the_last_finished_block(settings, whole, tmp_path, m
     assert names(tmp_path) == {"results", "saved"}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["dass", "dense"])
 def test_finished_blocks_are_not_read_again(settings, tmp_path, method, monkeypatch):
     killed_after_block(2, *settings(method))
@@ -215,6 +218,7 @@ def test_finished_blocks_are_not_read_again(settings, tmp_path, method, monkeypa
     assert record["metrics"] == run_with(*settings(method, folder=tmp_path / "whole")).record["metrics"]
 
 
+@pytest.mark.thorough
 def test_killed_while_it_is_scored_it_prunes_no_block_again(settings, tmp_path):
     class KillWhileScored(SilentReporter):
         def phase(self, name, steps=None):
@@ -231,6 +235,7 @@ def test_killed_while_it_is_scored_it_prunes_no_block_again(settings, tmp_path):
     assert not list(tmp_path.glob("results/runs/*/work"))
 
 
+@pytest.mark.thorough
 def test_time_spent_before_a_kill_counts(settings):
     def slow(report):
         time.sleep(report.index == 0)
@@ -242,6 +247,7 @@ def test_time_spent_before_a_kill_counts(settings):
     assert run_with(*settings()).record["cost"]["prune_s"] >= 1.0
 
 
+@pytest.mark.thorough
 def test_another_placement_is_named_and_auto_continues_as_it_began(settings, tmp_path, caplog):
     killed_after_block(1, *settings())
     with pytest.raises(UserError, match=r"model\.placement=stream \(now resident\)"):
@@ -263,6 +269,7 @@ def test_state_is_kept_where_it_is_requested_and_by_default_in_streamed_runs(set
     assert seen == [kept] * BLOCKS
 
 
+@pytest.mark.thorough
 def test_each_block_draws_the_same_random_numbers_after_a_kill(settings):
     def drawing(numbers, last=None):
         def stop(report):
@@ -312,6 +319,7 @@ def test_a_damaged_state_or_a_missing_block_is_named(settings, tmp_path):
         run_with(*settings())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("placement", [STREAM, RESIDENT])
 @pytest.mark.parametrize(
     "stages",

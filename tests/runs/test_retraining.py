@@ -41,6 +41,7 @@ def of(record):
     return record["metrics"]["retrain"]
 
 
+@pytest.mark.thorough
 def test_the_record_holds_the_course_and_what_became_of_the_masks(retrained, untrained):
     record = run_with(*retrained, "retrain.curve=[2,4]").record
     course, final = of(record), record["metrics"]["perplexity"]["wikipedia_mini"]
@@ -56,6 +57,7 @@ def test_the_record_holds_the_course_and_what_became_of_the_masks(retrained, unt
     assert record["config"]["retrain"]["name"] == "lora" and record["config"]["seed"] == 0
 
 
+@pytest.mark.thorough
 def test_the_share_of_the_gap_that_was_closed(retrained, untrained):
     course = of(run_with(*retrained, "retrain=full", "retrain.lr=1e-3").record)
     dense = run_with(*untrained).dense["metrics"]["window_nll"]["wikipedia_mini"]
@@ -67,6 +69,7 @@ def test_the_share_of_the_gap_that_was_closed(retrained, untrained):
     assert course["gap_closed"]["wikipedia_mini"] == pytest.approx(float(expected), rel=1e-4)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", METHODS)
 def test_without_a_step_the_same_method_chooses_the_same_masks(retrained, method):
     stages = ["permute=neurons", "repair=least_squares"]
@@ -104,6 +107,7 @@ def test_the_saved_model_is_the_retrained_one(retrained, untrained, tmp_path):
     assert manifest["config"]["retrain"]["name"] == "norms"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["full", "lora", "norms"])
 def test_a_killed_run_continues_to_the_same_record(retrained, tmp_path, monkeypatch, caplog, kind):
     monkeypatch.setattr(train, "SAVED_EVERY", 0.0)
@@ -137,6 +141,7 @@ def test_a_killed_run_continues_to_the_same_record(retrained, tmp_path, monkeypa
     assert not list(tmp_path.rglob("checkpoint-*"))
 
 
+@pytest.mark.thorough
 def test_zeros_are_counted_again_after_training(retrained, tiny, tmp_path):
     model, tokenizer = dass_exp.load(str(tiny))
     with torch.no_grad():
@@ -154,6 +159,7 @@ def without_seconds(course):
     return {name: value for name, value in course.items() if name != "seconds"}
 
 
+@pytest.mark.thorough
 def test_cells_of_a_sweep_share_a_model_that_is_dense_again(retrained, untrained):
     cells = [[*retrained, f"retrain={kind}"] for kind in ("full", "norms", "lora")]
     cells.append(untrained)
@@ -163,6 +169,7 @@ def test_cells_of_a_sweep_share_a_model_that_is_dense_again(retrained, untrained
     assert shared == [run_with(*each).record["metrics"]["window_nll"] for each in cells[::-1]][::-1]
 
 
+@pytest.mark.thorough
 def test_other_settings_are_other_keys_and_none_is_the_key_without(retrained, untrained):
     changes = ["", "retrain.steps=7", "retrain.lr=0.5", "retrain.loss=kl", "seed=1"]
     changes += [
@@ -199,6 +206,7 @@ def test_what_cannot_be_trained_is_refused(retrained, change, words):
     assert contains(str(refusal.value), words), refusal.value
 
 
+@pytest.mark.thorough
 def test_a_plan_counts_the_memory_of_training(retrained, untrained):
     cells = untrained, [*retrained, "retrain=norms"], [*retrained, "retrain=full"]
     needs = [plan(settings_of(*each)).needs for each in cells]

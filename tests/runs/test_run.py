@@ -122,6 +122,7 @@ def test_the_dense_model_runs_once_on_the_windows_of_all_runs_of_a_process(cell)
     assert phases.count(DENSE_PASS) == [1]
 
 
+@pytest.mark.thorough
 def test_the_dense_hidden_states_are_kept_on_the_disk(cell, results):
     expected = run_with(*cell, f"results_dir={results}/other").record["metrics"]
     phases, records = Phases(), []

@@ -139,6 +139,7 @@ def report(results, tmp_path):
         assert ended.code in (1, 2)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("file", ["record", "0/cell.json", "1/cell.json"])
 @pytest.mark.parametrize("replacement", [KeyError, None, "text", 7, [], {}], ids=str)
 def test_no_damaged_file_stops_a_report(swept, results, tmp_path, replacement, file, monkeypatch):

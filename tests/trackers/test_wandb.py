@@ -86,6 +86,7 @@ def awaited(folder: Path, kind: str) -> Any:
     return record
 
 
+@pytest.mark.thorough
 def test_the_offline_run_holds_the_resolved_config(offline):
     record, folder = offline
     run_record = run_record_of(folder)
@@ -257,6 +258,7 @@ def test_a_summary_that_fails_costs_one_warning(tmp_path, init, caplog):
     ]
 
 
+@pytest.mark.thorough
 def test_the_runs_of_a_sweep_of_ones_own_are_a_group_and_its_table_is_known(tiny, tmp_path, capsys):
     (tmp_path / "own" / "sweeps").mkdir(parents=True)
     layout = "{title: My seeds, rows: method, columns: seed, metric: perplexity}"
