@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,6 +16,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dass_exp.report.console import method_label, pattern_label, scope_label
+from dass_exp.report.frame import as_row
 from dass_exp.report.load import Record, model_name
 from dass_exp.report.published import NOTHING_PUBLISHED, Published
 from dass_exp.report.styles import display
@@ -41,17 +43,19 @@ class Section:
 def write_page(sections: list[Section], problems: list[str], target: Path, results: Path | None = None) -> Path:
     """Write the report of several tables, and the messages about files that could not be read as records.
 
-    Records are linked by relative paths into ``results``, by default the folder of ``target``.
+    Records that are in ``results``, by default the folder of ``target``, are linked by relative paths.
     """
     records = list({record["key"]: record for section in sections for record in section.table.records}.values())
     environments = {_canonical(record): record["environment"] for record in records}
-    runs = Path(os.path.relpath((results or target.parent) / "runs", target.parent)).as_posix()
+    dates = sorted({str(record["created"])[:10] for record in records if record.get("created")})
     content = _template().render(
         sections=sections,
         nothing_published=NOTHING_PUBLISHED,
         environments=environments,
         environment_rows=_environment_rows(records, environments),
-        record_rows=_record_rows(records, list(environments), quote(runs)),
+        record_rows=_record_rows(records, list(environments), (results or target.parent) / "runs", target.parent),
+        version=version("dass_exp"),
+        dates=" to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "",
         problems=problems,
     )
     return write_text(target, content)
@@ -89,10 +93,15 @@ def _environment_rows(
         yield field, [environment.get(field) for environment in environments.values()]
 
 
-def _record_rows(records: list[Record], environments: list[str], runs: str) -> Iterator[tuple[str, str, list[Any]]]:
-    """Key, link and description of each record."""
+def _record_rows(
+    records: list[Record], environments: list[str], runs: Path, page: Path
+) -> Iterator[tuple[str, str | None, list[Any], list[float | None]]]:
+    """Key, link (None if its file is not there), description and scores of each record."""
     for record in records:
-        config, number = record["config"], environments.index(_canonical(record)) + 1
+        config, number, row = record["config"], environments.index(_canonical(record)) + 1, as_row(record)
         labels = [model_name(record), method_label(config), pattern_label(config), scope_label(config)]
-        link = f"{runs}/{quote(record['key'], safe='')}/result.json"
-        yield record["key"], link, [*labels, config.get("seed"), number, record.get("created")]
+        path = runs / record["key"] / "result.json"
+        link = quote(Path(os.path.relpath(path, page)).as_posix()) if path.is_file() else None
+        accuracy = row.get("mean_acc")
+        scores = [row.get("perplexity"), row.get("kl"), None if accuracy is None else 100 * accuracy]
+        yield record["key"], link, [*labels, config.get("seed"), number, record.get("created")], scores

@@ -9,10 +9,11 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from factory import record_of
+from factory import record_of, write_record
 
 from dass_exp.report.figures import draw
 from dass_exp.report.load import SweepCell
@@ -47,7 +48,14 @@ def table() -> ResultTable:
 def report(table, tmp_path) -> Path:
     published = [Published(f"llama wanda {HOSTILE}", 7.25, 7.5, "a paper", "outside 2%")]
     section = Section(table, f"A caption {HOSTILE}", draw(table, tmp_path / "figures"), published)
+    store(table, tmp_path)
     return write_page([section], [f"runs/x: {HOSTILE}"], tmp_path / "report.html")
+
+
+def store(table: ResultTable, results: Path) -> None:
+    """Write the records of the table into a results folder."""
+    for record in {record["key"]: record for record in table.records}.values():
+        write_record(record, results)
 
 
 class Tags(HTMLParser):
@@ -88,9 +96,31 @@ def test_values_marks_failures_environments_records_and_problems(report):
 
 
 def test_a_page_elsewhere_links_to_the_records(table, tmp_path):
+    store(table, tmp_path / "results")
     tags = Tags(write_page([Section(table, "")], [], tmp_path / "shown" / "here" / "report.html", tmp_path / "results"))
     assert "../../results/runs/aa11/result.json" in tags.values("href", of="a")
     assert "No published number on file" in " ".join(tags.texts)
+
+
+def test_a_record_that_is_not_there_has_no_link(table, tmp_path):
+    write_record(table.records[0], tmp_path)
+    tags = Tags(write_page([Section(table, "")], [], tmp_path / "report.html"))
+    assert [link for link in tags.values("href", of="a") if link[0] != "#"] == ["runs/aa11/result.json"]
+    assert {"aa11", "bb22"} <= set(tags.texts)
+
+
+def test_the_page_says_which_version_wrote_it_and_of_when_its_records_are(table, tmp_path):
+    for record, day in zip(table.records, ("02-03", "01-05", "01-05"), strict=True):
+        record["created"] = f"2026-{day}T00:00:00+00:00"
+    shown = Tags(write_page([Section(table, "")], [], tmp_path / "report.html")).texts
+    assert f"dass_exp {version('dass_exp')}, records of 2026-01-05 to 2026-02-03" in shown
+
+
+def test_records_are_shown_with_their_scores(report):
+    source = report.read_text(encoding="utf-8")
+    (row,) = (line for line in source.splitlines() if line.startswith('<tr><th scope="row"><a href="runs/bb22/'))
+    scores = [float(value) for value in re.findall(r'data-value="([\d.]+)"', row)]
+    assert scores[0] == pytest.approx(float(record_of("wanda")["metrics"]["perplexity"]["wikipedia_mini"]))
 
 
 def test_a_hostile_name_stays_text(report):
@@ -183,6 +213,14 @@ def test_the_page_sorts_in_a_browser(report):
     assert 'aria-sort="descending"' in down
     named = order(dom_after(report, click(0)))
     assert named.index("DaSS alpha=0.25") < named.index("DaSS alpha=0.5") < named.index("dense") < named.index("Wanda")
+
+
+@needs_chromium
+def test_records_are_filtered_by_words_in_a_browser(report):
+    typed = "const field = document.querySelector('input[type=search]'); field.value = ' WANDA  2:4 ';"
+    shown = dom_after(report, typed + "field.dispatchEvent(new Event('input'));")
+    rows = re.findall(r"<tr(.*?)><th scope=\"row\"><a href=\"runs/(\w+)/", shown)
+    assert rows == [(' hidden=""', "aa11"), ("", "bb22")]
 
 
 @needs_chromium
