@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from dass_exp.config.components import build, choice
+from dass_exp.config.settings import OPTIONAL_GROUPS
 from dass_exp.errors import UserError, one_of, os_error_line
 from dass_exp.paths import project_root
 from dass_exp.report import published, streams
@@ -134,7 +135,8 @@ def _report_grid(results: Path, options: argparse.Namespace) -> bool:
         raise UserError(f"no record in {results} matches {' '.join(options.where) or 'anything'}")
     rows, columns = (options.rows or "method").split(","), options.columns or "pattern"
     title = options.title or f"{metric_of(metric).title} by {' and '.join(rows)} and {columns}"
-    layout = {"title": title, "rows": rows, "columns": columns, "metric": metric, "figure": {"kind": "bars"}}
+    shown = [row for row in rows if "method" not in rows or row not in OPTIONAL_GROUPS]  # its label names its stages
+    layout = {"title": title, "rows": shown, "columns": columns, "metric": metric, "figure": {"kind": "bars"}}
     together = [*records, *(record for record in _dense_of(records, loaded) if record not in records)]
     try:
         table = build_table(_GRID, layout, together, [], results, options.mix)

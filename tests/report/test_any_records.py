@@ -102,6 +102,17 @@ def test_any_records_make_a_table(results, capsys):
     assert "Made by `dass-report --rows method --columns seed --metric perplexity --where method=wanda`." in table
 
 
+def test_a_method_names_its_stages_once(tmp_path, capsys):
+    repaired = record_of("wanda", [50.0], key="b1" * 8)
+    repaired["config"]["repair"] = {"name": "least_squares", "steps": 5}
+    for record in (record_of("dense", [20.0], key="d" * 16), record_of("wanda", [110.0], key="a1" * 8), repaired):
+        write_record(record, tmp_path)
+    code, _ = report(capsys, "--rows", "method,repair", "--results", str(tmp_path))
+    rows = [line for line in (tmp_path / "tables" / "grid.md").read_text().splitlines() if line.startswith("|")]
+    assert code == 0
+    assert {row.split(" | ")[0] for row in rows[2:]} == {"| dense", "| Wanda", "| Wanda + least squares"}
+
+
 def test_records_that_do_not_belong_together_are_refused_as_in_a_sweep(results, capsys, caplog):
     code, _ = report(capsys, "--rows", "method", "--columns", "seed", "--results", str(results))
     assert code == 1 and "pattern: 2:4, 50%" in caplog.text
