@@ -158,3 +158,8 @@ def assert_same_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     assert model.state_dict().keys() == state.keys()
     for name, value in model.state_dict().items():
         assert torch.equal(value.nan_to_num(), state[name].nan_to_num()), name
+
+
+def length_of(first: bool, second: bool) -> Any:
+    """The mark of a case of a matrix: none of the first in ``make test``, thorough of the second, slow of the others."""
+    return () if first else pytest.mark.thorough if second else pytest.mark.slow

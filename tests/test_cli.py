@@ -59,6 +59,7 @@ def test_a_mistake_of_the_user_ends_with_2_and_one_line(folder, overrides, words
     assert not (folder / "results" / "runs").exists()
 
 
+@pytest.mark.thorough
 def test_several_processes_of_one_command_are_refused(folder):
     done = command(folder=folder, WORLD_SIZE="2", TORCHELASTIC_RUN_ID="none")
     assert (done.returncode, done.stdout) == (2, "")

@@ -134,6 +134,7 @@ hydra:
     assert "scope='wrong'" in done.err
 
 
+@pytest.mark.thorough
 def test_own_tasks_come_from_the_command_line_only(dass_exp, work, tiny):
     (work / "tasks").mkdir()
     arguments = config_file(work, "eval:\n  zeroshot: {include_path: tasks, tasks: [piqa]}\n")
@@ -180,6 +181,7 @@ def test_a_mistake_is_one_line(dass_exp, work, tiny, typed):
     refusal(dass_exp(*shared, *typed.split()), *MISTAKES[typed])
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_setting_that_a_launcher_refuses_is_no_loss_of_cells(dass_exp, tiny):
     shared = tiny_overrides(tiny, Path("results"))

@@ -140,6 +140,7 @@ def cases(draw: st.DrawFn) -> tuple[Pattern, Tensor, int | None]:
     return pattern, torch.tensor(values, dtype=torch.float32).view(rows, columns), dim
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("way", WAYS)
 @given(case=cases())
 def test_masks_agree_with_a_slow_loop(way, case):

@@ -34,6 +34,7 @@ def test_threads_wait_without_spinning_as_in_the_command():
     assert done.stdout.strip() == "PASSIVE"
 
 
+@pytest.mark.thorough
 def test_a_run_from_python_is_the_run_of_the_command(cell):
     record = dass_exp.run(*cell, "method=wanda", "name=mine", "tags=[first]", "notes=a sentence")
     assert (record["name"], record["tags"], record["notes"]) == ("mine", ["first"], "a sentence")
@@ -44,6 +45,7 @@ def test_a_run_from_python_is_the_run_of_the_command(cell):
     assert contains(str(refusal.value), ["method/nothing", "dass"])
 
 
+@pytest.mark.thorough
 def test_evaluating_in_memory_gives_the_numbers_of_a_run(tiny):
     model, tokenizer = dass_exp.load(str(tiny))
     dense = dass_exp.dense_states(model, tokenizer)
@@ -113,6 +115,7 @@ def test_a_class_is_a_method_and_a_number_a_pattern(tiny):
         dass_exp.prune(model, tokens, int)
 
 
+@pytest.mark.thorough
 def test_records_come_back_as_a_frame(cell, results):
     for method in ("wanda", "dass"):
         run_with(*cell, f"method={method}", "eval=ppl_mini", f"tags=[{method},both]")
@@ -128,6 +131,7 @@ def test_records_come_back_as_a_frame(cell, results):
         dass_exp.records(results, "nothing=1")
 
 
+@pytest.mark.thorough
 def test_records_are_compared(cell):
     records = [dass_exp.run(*cell, f"method={method}", "eval=ppl_mini") for method in ("wanda", "magnitude")]
     frame = dass_exp.compare(*records)

@@ -160,6 +160,7 @@ def test_what_a_model_file_says_does_not_hold_for_another_path(tiny):
     assert settings_of("model.name=mine").model.parameters is not None
 
 
+@pytest.mark.thorough
 def test_a_plan_refuses_what_a_run_would_refuse(cell, results):
     with pytest.raises(UserError, match=r"model\.layers\.0"):
         plan(settings_of(*cell, "pattern=nm", "pattern.n=2", "pattern.m=7"))

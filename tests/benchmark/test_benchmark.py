@@ -71,6 +71,7 @@ def test_the_time_of_a_call_is_measured():
     assert 0.02 < measure.time_call(lambda: time.sleep(0.02)) < 2
 
 
+@pytest.mark.thorough
 def test_scoring_is_timed_over_the_tokens_that_it_scores(tiny):
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny).eval()
     scored = scoring.perplexity_ratio(model, torch.randint(0, 512, (4, 16)), 2, 1)
@@ -108,6 +109,7 @@ def test_the_page_says_which_target_is_missed(measured):
     assert "| magnitude | 0.030 of the floor | none |  |" in page
 
 
+@pytest.mark.thorough
 def test_the_command_writes_what_it_measured(measured, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "measure", lambda repeats: measured)
     assert command.main(["--threads", "1", "--output", str(tmp_path)]) == 0

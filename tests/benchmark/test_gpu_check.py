@@ -51,6 +51,7 @@ def test_every_check_runs_on_a_pretended_gpu(accelerator, tmp_path, capsys, monk
     assert table in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_what_differs_is_said_and_fails_the_command(accelerator, tmp_path, monkeypatch):
     model = save_tiny(tmp_path / "tiny")
     monkeypatch.setattr(gpu_check, "kernel_lines", lambda setup: [])
@@ -83,6 +84,7 @@ def test_masks_that_differ_from_the_cpus_are_said(there, status, monkeypatch):
     assert gpu_checks._masks(setup, "dass").status == status
 
 
+@pytest.mark.thorough
 def test_sparse_kernels_of_a_whole_model_are_compared_with_dense_ones(tmp_path, monkeypatch):
     converted = []
     monkeypatch.setattr(gpu_kernels, "_ROUNDS", 1)

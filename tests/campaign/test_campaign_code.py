@@ -205,6 +205,7 @@ BODIES = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("grid", [False, True])
 def test_plugins_that_do_not_work(campaign, hold, grid):
     sources = BAD_PLUGINS | {name: METHOD.format(body) for name, body in BODIES.items()}

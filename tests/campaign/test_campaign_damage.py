@@ -143,6 +143,7 @@ def test_a_cached_model_that_is_damaged(campaign, hold, placement):
     hold("asset cache", cases)
 
 
+@pytest.mark.thorough
 def test_a_cached_text_that_is_damaged(campaign, hold):
     """It is fetched again, which is not possible here: one line, and never another text."""
     argv, cases = campaign.base(), []

@@ -50,6 +50,7 @@ def finite(box, result):
     return [problem for path in paths for problem in numbered(json.loads(path.read_text()))]
 
 
+@pytest.mark.thorough
 @both_placements
 def test_files_of_a_model_that_are_damaged(campaign, hold, placement):
     cases = []
@@ -61,6 +62,7 @@ def test_files_of_a_model_that_are_damaged(campaign, hold, placement):
     hold("models", cases)
 
 
+@pytest.mark.thorough
 @both_placements
 def test_fields_of_a_config_that_are_wrong(campaign, hold, placement):
     cases = []
@@ -97,6 +99,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.thorough
 @both_placements
 def test_configs_that_are_none(campaign, hold, placement):
     cases = []
@@ -155,6 +158,7 @@ WEIGHTS |= {
 }
 
 
+@pytest.mark.thorough
 @both_placements
 def test_weights_that_are_no_weights(campaign, hold, placement):
     cases = [

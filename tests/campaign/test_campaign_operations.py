@@ -125,6 +125,7 @@ def test_a_disk_that_fills_up_at_any_operation_and_is_emptied(campaign, hold):
     hold("full disk", interrupted(campaign, "streamed_saved", "full", fault, stride=3))
 
 
+@pytest.mark.thorough
 def test_a_limit_of_the_size_of_files(campaign, hold):
     argv = campaign.base(*RUNS["streamed_saved"])
     sizes = [1 << bits for bits in range(8, 20)]

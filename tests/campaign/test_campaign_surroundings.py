@@ -32,6 +32,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("finalise", [False, True])
 def test_streams(campaign, hold, finalise):
     """One line or none, and nothing when the interpreter ends; a run that ends with 0 has its outcome."""
@@ -74,6 +75,7 @@ def own_variables() -> list[str]:
     return sorted(found - {"DASS_EXP_LAUNCHER"})  # set at every start
 
 
+@pytest.mark.thorough
 def test_variables(campaign, hold):
     argv, cases = campaign.base(), []
     for name, values in VARIABLES.items():
@@ -88,6 +90,7 @@ def test_variables(campaign, hold):
     hold("variables", cases)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o027, 0o077, 0o177, 0o777])
 def test_the_umask_holds_for_every_file(campaign, hold, mask):
     cases = []
@@ -112,6 +115,7 @@ def test_the_umask_holds_for_every_file(campaign, hold, mask):
     hold("surroundings", cases)
 
 
+@pytest.mark.thorough
 def test_working_directories(campaign, hold):
     argv = campaign.base()
     prepare = {
@@ -144,6 +148,7 @@ LIMITS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("placement", ["resident", "stream"])
 def test_limits_of_the_process(campaign, hold, placement):
     """A run fits, or one line; then the same command without the limit succeeds."""
@@ -169,6 +174,7 @@ HUGE = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("placement", ["resident", "stream"])
 def test_sizes_beyond_all_bounds(campaign, hold, placement):
     """Refused in seconds and without much memory, or the run goes on."""
@@ -217,6 +223,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.thorough
 def test_trackers_that_fail(campaign, hold):
     """Whatever a tracker does: one warning, and the result is there."""
     clean, cases = campaign.base(), []

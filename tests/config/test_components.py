@@ -79,6 +79,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("override", "words"), REFUSED, ids=[override for override, _ in REFUSED])
 def test_a_foreign_target_is_refused_and_never_called(override, words, monkeypatch):
     def called(*args, **kwargs):

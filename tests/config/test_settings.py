@@ -57,7 +57,15 @@ def test_the_names_that_users_rely_on_are_there(group):
     assert {path.stem for path in CONTENT if path.parent.name == group} >= set(RELIED_ON[group].split())
 
 
-@pytest.mark.parametrize("path", CONTENT, ids=choice_of)
+@pytest.mark.parametrize(
+    "path",
+    [
+        # lm-eval reads the files of all its tasks to find those of the paper
+        pytest.param(path, marks=pytest.mark.thorough if choice_of(path) == "eval/paper" else ())
+        for path in CONTENT
+    ],
+    ids=choice_of,
+)
 def test_every_file_composes_and_validates(path):
     group, own = path.parent.name, CONTENT[path]
     chosen = "eval=[ppl_mini,generation_mini]" if path.stem == "generation_mini" else f"{group}={path.stem}"

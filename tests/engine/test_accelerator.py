@@ -104,6 +104,7 @@ def test_weights_are_those_of_the_cpu(family, method, tiny_model, tokens, accele
     assert all(mask.device == torch.device(GPU) for mask in pruning.masks.values())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(4, 8), NM(8, 16), TransposableNM(2, 4)], ids=str)
 @pytest.mark.parametrize("method", [Dass(), SparseGPT(), Magnitude()], ids=str)
 def test_patterns(pattern, method, tiny_model, tokens, accelerator):
@@ -134,6 +135,7 @@ def stage_cases():
         yield pytest.param(chosen, family, id=f"{family}-{'='.join(chosen)}", marks=() if fast else pytest.mark.slow)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("chosen", "family"), stage_cases())
 def test_stages(chosen, family, tiny_model, tokens, accelerator):
     stages, pattern = stages_of(chosen), Unstructured(0.5) if chosen[0] == "allocation" else NM(2, 4)
@@ -169,6 +171,7 @@ def test_activations_that_wait_elsewhere(cache, tiny_model, tokens, accelerator,
     assert_same_weights(cpu, gpu)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_scores(family, tiny_model, tokens, accelerator):
     cpu, gpu = both(tiny_model(family))

@@ -58,6 +58,7 @@ def test_the_engine_prunes_the_same_weights(kind, family, tiny_model, tokens, tm
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("placement", ["resident", "stream"])
 def test_a_run_leaves_the_same_record_and_no_file(cell, results, placement, monkeypatch):
     files, write = [], activation_cache.write_tensors

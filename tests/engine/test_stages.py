@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from engine_support import PRUNING, UNLIKE, assert_same_state, prune_blocks, sites_of
+from engine_support import PRUNING, UNLIKE, assert_same_state, length_of, prune_blocks, sites_of
 from support import CONF, compose, contains
 
 from dass_exp.api import prune
@@ -56,12 +56,15 @@ def test_each_group_has_a_default_that_does_nothing():
 
 
 def contract_cases():
-    """Every stage x method x scope x family; make test leaves out what differs from its cases in one of them only."""
+    """Every stage x method x scope x family; the shorter the tests, the more differ from theirs in one of them only."""
     for chosen, method, scope, family in itertools.product(ACTIVE, METHODS, ["mlp", "all"], sorted(FAMILIES)):
         every_family = scope == "all" and isinstance(method, Dass | Wanda)
-        fast = every_family or family in UNLIKE
-        name = f"{family}-{scope}-{method}-{'='.join(chosen)}"
-        yield pytest.param(chosen, method, scope, family, id=name, marks=() if fast else pytest.mark.slow)
+        first = family in UNLIKE and isinstance(method, Dass) and (scope == "all" or family == "llama")
+        name, marks = (
+            f"{family}-{scope}-{method}-{'='.join(chosen)}",
+            length_of(first, every_family or family in UNLIKE),
+        )
+        yield pytest.param(chosen, method, scope, family, id=name, marks=marks)
 
 
 @pytest.mark.parametrize(("chosen", "method", "scope", "family"), contract_cases())
@@ -183,6 +186,7 @@ def test_an_order_that_changes_nothing_is_refused():
 # --- repair
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("inputs", ["dense", "pruned"])
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "phi3"])
 @pytest.mark.parametrize("method", [Wanda(), SparseGPT()], ids=repr)
@@ -277,6 +281,7 @@ def test_stages_compose(chosen, family, tiny_model, tokens):
     assert errors[0] != errors[1]
 
 
+@pytest.mark.thorough
 @each_family
 @pytest.mark.parametrize("repair", ["least_squares", "block"])
 def test_kept_neurons_change_no_weight(repair, family, tiny_model, tokens, monkeypatch):

@@ -107,6 +107,7 @@ def test_without_requests_there_are_no_scores(tiny_model):
     assert loglikelihoods(tiny_model("llama"), [], 4, 40) == []
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("task", ["piqa", "hellaswag", "winogrande", "boolq", "arc_challenge"])
 def test_the_likelihoods_are_those_of_lm_eval(task, monkeypatch):
     """Both score what lm-eval asks of a task, tokenised by lm-eval."""

@@ -145,6 +145,7 @@ def assert_equal_to_lm_eval(loaded, tasks, manager, monkeypatch, limit, shots=0)
     return ours
 
 
+@pytest.mark.thorough
 def test_a_task_of_each_kind_is_scored_as_by_lm_eval(loaded, manager, monkeypatch):
     kinds = ("winogrande", "copa", "social_iqa")  # contexts, an answer's text, a number
     assert_equal_to_lm_eval(loaded, kinds, manager, monkeypatch, limit=4)

@@ -9,7 +9,17 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from engine_support import METHODS, PRUNING, UNLIKE, assert_same_state, block_of, kept, prune_blocks, sites_of
+from engine_support import (
+    METHODS,
+    PRUNING,
+    UNLIKE,
+    assert_same_state,
+    block_of,
+    kept,
+    length_of,
+    prune_blocks,
+    sites_of,
+)
 from torch import Tensor, nn
 
 from dass_exp import prune
@@ -306,12 +316,12 @@ def test_dense_changes_nothing(tiny_model, tokens):
 
 
 def contract_cases():
-    """Every method x pattern x scope x family; make test leaves out what differs from its cases in one of them only."""
+    """Every method x pattern x scope x family; the shorter the tests, the more differ from theirs in one of them only."""
     for method, pattern, scope, family in itertools.product(PRUNING, PATTERNS, sorted(SCOPES), sorted(FAMILIES)):
         every_family = scope == "all" and pattern in (NM(2, 4), Unstructured(0.5))
-        fast = every_family or family in UNLIKE
-        name = f"{family}-{scope}-{pattern}-{method}"
-        yield pytest.param(method, pattern, scope, family, id=name, marks=() if fast else pytest.mark.slow)
+        first = family == "llama" or (every_family and isinstance(method, Dass) and pattern == NM(2, 4))
+        marks = length_of(first, every_family or family in UNLIKE)
+        yield pytest.param(method, pattern, scope, family, id=f"{family}-{scope}-{pattern}-{method}", marks=marks)
 
 
 @pytest.mark.parametrize(("method", "pattern", "scope", "family"), contract_cases())

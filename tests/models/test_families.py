@@ -162,6 +162,7 @@ def test_a_scope_yields_its_linears_only(scope, count, tiny_model):
     assert set(roles) == ROLES_IN_SCOPE[scope] - PLAIN
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("family", "bos"), [("gemma", "window"), ("gemma2", "window"), ("gemma3_text", "window"), ("llama", "never")]
 )

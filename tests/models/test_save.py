@@ -28,6 +28,7 @@ def scored_again(cell, folder):
     return run_with(*without(cell, "model."), f"model.path={folder}", "method=dense").record
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["dass", "sparsegpt", "dense"])
 def test_a_saved_model_is_what_was_scored(cell, target, method):
     record = run_with(*cell, f"method={method}", f"save={target}").record
@@ -54,6 +55,7 @@ def test_its_config_says_nothing_of_sparsity_and_its_manifest_all(cell, target, 
     assert not list(results.glob("runs/*/masks.safetensors"))  # nobody asked for them beside the record
 
 
+@pytest.mark.thorough
 def test_scoring_it_again_says_what_it_is_and_depends_on_its_weights_alone(cell, target, tmp_path):
     key = run_with(*cell, f"save={target}").record["key"]
     again = scored_again(cell, target)
@@ -64,6 +66,7 @@ def test_scoring_it_again_says_what_it_is_and_depends_on_its_weights_alone(cell,
     assert scored_again(cell, tmp_path / "bare")["key"] == again["key"]
 
 
+@pytest.mark.thorough
 def test_a_saved_model_that_was_damaged_is_not_scored(cell, target):
     run_with(*cell, f"save={target}")
     for name in ("model.safetensors", "config.json", "tokenizer.json", "dass_exp.json"):
@@ -94,6 +97,7 @@ def fail(loop):
     pytest.fail("it was pruned first")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("present", ["file", "folder", "checkpoint"])
 def test_what_is_already_there_is_not_overwritten(cell, target, present):
     if present == "file":
@@ -124,6 +128,7 @@ def test_too_small_a_disk_is_reported_before_anything_is_pruned(cell, target, mo
         run_with(*cell, f"save={target}", context=listening(on_start=fail))
 
 
+@pytest.mark.thorough
 def test_a_relative_folder_is_saved_and_scored_again(cell, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run_with(*cell, "save=out")

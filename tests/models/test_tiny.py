@@ -57,6 +57,7 @@ def test_a_variant_computes_what_it_is_called(variant, act):
     torch.testing.assert_close(mlp(x), hidden @ mlp.down_proj.weight.T)
 
 
+@pytest.mark.thorough
 def test_every_variant_has_its_model_file():
     assert sorted(path.stem for path in (CONF / "model").glob("tiny_*.yaml")) == sorted(
         f"tiny_{name}" for name in VARIANTS
@@ -93,6 +94,7 @@ def test_a_training_that_was_killed_ends_in_the_same_weights(cache, monkeypatch)
     assert not scratch.exists()
 
 
+@pytest.mark.thorough
 def test_a_trained_model_is_not_trained_again(cache, monkeypatch):
     recipe = Recipe("swiglu", 0, **SMALL)
     folder = train.train(recipe)
@@ -103,6 +105,7 @@ def test_a_trained_model_is_not_trained_again(cache, monkeypatch):
     assert train.train(recipe) == folder
 
 
+@pytest.mark.thorough
 def test_a_model_that_is_not_good_enough_is_not_kept(cache):
     recipe, message = (
         Recipe("reglu", 0, **{**SMALL, "perplexity": 2.0}),

@@ -51,6 +51,7 @@ def pruned(method: Pruner, pattern: object, role: Role, inputs: torch.Tensor) ->
     return chosen, weight, method.prune_linear(chosen, Block("block", views), pattern)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("refinement", REFINEMENTS, ids=repr)
 @pytest.mark.parametrize("method", PRUNING, ids=lambda method: method.name)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)

@@ -86,6 +86,7 @@ def test_a_filter_that_admits_nothing_is_said_in_one_line(results, capsys, caplo
     assert code == 2 and words in caplog.messages[-1]
 
 
+@pytest.mark.thorough
 def test_any_records_make_a_table(results, capsys):
     options = ["--rows", "method", "--columns", "seed", "--where", "method=wanda", "--title", "Two seeds"]
     code, _ = report(capsys, *options, "--results", str(results), "--output", str(results / "out"))

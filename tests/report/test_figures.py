@@ -122,6 +122,7 @@ def test_dense_of_each_column_and_cells_without_a_number(tmp_path):
     assert draw(table_of({("wanda", "2:4"): "failed", ("dass", "2:4"): one(math.nan)}), tmp_path) == []
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("number", [2, 3, 4, 5])
 def test_models_have_panels_of_their_own(tmp_path, number):
     models = [f"model{index}" for index in range(number)]
@@ -138,6 +139,7 @@ def test_names_are_drawn_as_they_are(tmp_path):
     assert {"_hidden", "&lt;b&gt;$x^2$&lt;/b&gt;", names[2].replace("wanda", "Wanda")} <= texts
 
 
+@pytest.mark.thorough
 def test_lines_over_samples_by_method_with_dense_as_a_level(tmp_path):
     dense, axes = record_of("dense", [20.0]), ("method", "calibration.num_samples")
     alone, *_ = draw(table_of(figure=SAMPLES, records=[dense, dense, *by_samples()], axes=axes), tmp_path / "alone")
@@ -209,6 +211,7 @@ def test_a_dense_record_has_no_layers_to_draw(tmp_path):
     assert draw_layers(record_of("dense"), tmp_path) == []
 
 
+@pytest.mark.thorough
 def test_values_on_a_log_axis_are_dots_and_others_bars(tmp_path):
     def shapes(cells, folder):
         svg, *_ = draw(table_of(cells), tmp_path / folder)

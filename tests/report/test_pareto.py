@@ -58,6 +58,7 @@ def test_points_are_means_over_seeds_of_what_has_the_same_stages():
     assert len(pareto_points(table, "2:4")) == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("patterns", [("2:4",), ("2:4", "4:8")])
 def test_the_figure_names_methods_and_stages_once_and_no_setting(patterns, tmp_path):
     records = [

@@ -98,6 +98,7 @@ NOISE = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("noise", NOISE)
 @pytest.mark.parametrize("pairs", [2, 3, 4, 8, 16, 64])
 def test_pairs_without_a_difference_are_told_apart_in_at_most_six_percent(pairs, noise):
@@ -115,6 +116,7 @@ def test_seeds_without_a_difference_are_told_apart_in_at_most_six_percent(seeds)
     assert np.mean([seeds_p_value(first, second) <= LEVEL for first, second in draws]) <= 0.06
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("windows", [3, 16])
 def test_tables_in_which_nothing_differs_have_few_marks(windows, tmp_path):
     """Whole tables of five methods: at most 6 % of them have any mark."""

@@ -76,6 +76,7 @@ def colours(path) -> set[str]:
     return set(re.findall(r'(?:fill|stroke)(?:: |=")(#[0-9a-f]{6})', path.read_text(encoding="utf-8")))
 
 
+@pytest.mark.thorough
 def test_a_method_has_its_colour_in_figures_of_every_kind(tmp_path):
     wanda = styles_of(["wanda"])["wanda"].colour.lower()
     bars = table_of({("dass", "2:4"): one(5.0), ("wanda", "2:4"): one(6.0)})

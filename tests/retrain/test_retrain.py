@@ -121,6 +121,7 @@ def test_the_divergence_is_that_of_full_logits(tiny_model, pruned, tokens, famil
     assert any(bool(part.values.grad.any()) for part in student.parts)
 
 
+@pytest.mark.thorough
 def test_training_lowers_the_loss_it_is_about(tiny_model, pruned, tokens, tmp_path):
     hidden = tiny_model("llama").base_model(tokens).last_hidden_state.detach()
     for loss, dense in (("next_token", None), ("kl", hidden)):

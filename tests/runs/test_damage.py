@@ -82,6 +82,7 @@ def test_a_planted_link_is_not_followed(tiny, tmp_path, placement):
         assert (thesis / "notes.1.partial").read_text() == "years of work"
 
 
+@pytest.mark.thorough
 def test_a_linked_work_folder_is_not_followed(cell, results, tmp_path):
     record = run_with(*cell).record
     (tmp_path / "elsewhere").mkdir()
@@ -92,6 +93,7 @@ def test_a_linked_work_folder_is_not_followed(cell, results, tmp_path):
     assert files_under(tmp_path / "elsewhere") == ["notes.1.partial"]
 
 
+@pytest.mark.thorough
 def test_a_record_with_a_flipped_bit_is_kept_aside_and_made_again(cell, caplog):
     first = run_with(*cell)
     content = first.path.read_bytes()
@@ -104,6 +106,7 @@ def test_a_record_with_a_flipped_bit_is_kept_aside_and_made_again(cell, caplog):
     assert run_with(*cell).found
 
 
+@pytest.mark.thorough
 def test_a_record_of_a_later_version_stops_the_run_before_any_work(cell):
     first = run_with(*cell)
     write_json(first.path, {**first.record, "schema": 2})
@@ -112,6 +115,7 @@ def test_a_record_of_a_later_version_stops_the_run_before_any_work(cell):
             run_with(*cell, *more, context=listening(on_start=lambda loop: pytest.fail("too late")))
 
 
+@pytest.mark.thorough
 def test_damaged_masks_are_named_and_made_again(cell, caplog):
     first = run_with(*cell, "save_masks=true")
     path = first.path.with_name("masks.safetensors")
@@ -123,6 +127,7 @@ def test_damaged_masks_are_named_and_made_again(cell, caplog):
     assert path.read_bytes() == content  # byte for byte the same each time
 
 
+@pytest.mark.thorough
 def test_what_killed_or_failed_runs_left_beside_a_record_goes_with_the_next_run(cell, results):
     first = run_with(*cell)
     for folder in results.glob("runs/*"):

@@ -156,6 +156,7 @@ def generating(cell):
     return [*without(cell, "eval=ppl_mini"), GENERATED, *SHORT_GENERATION]
 
 
+@pytest.mark.thorough
 def test_the_pruned_model_is_compared_with_the_dense_one(generating, tmp_path):
     outcome = run_with(*generating, f"save={tmp_path}/saved")
     record, dense = outcome.record, outcome.dense
@@ -191,6 +192,7 @@ def test_the_dense_model_generates_once_in_a_process(generating):
     assert phases.count("generation of the dense", "generation of") == [2, 6]
 
 
+@pytest.mark.thorough
 def test_generation_changes_neither_perplexity_nor_the_key_of_a_run_without_it(generating, cell):
     with_it, without_it = run_with(*generating).record, run_with(*cell).record
     assert with_it["key"] != without_it["key"]
@@ -211,6 +213,7 @@ def test_a_streamed_run_leaves_it_out_in_one_line(generating, cell, caplog):
     assert "block by block" in lines[0]
 
 
+@pytest.mark.thorough
 def test_an_interrupted_streamed_run_goes_on_without_it(generating, caplog):
     streamed = [*generating, "resume=true"]
     killed_after_block(0, *streamed, "model.placement=stream")

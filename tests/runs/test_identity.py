@@ -124,6 +124,7 @@ def test_a_setting_changes_the_key_unless_its_field_says_that_it_has_no_effect(k
     assert {name for name, key in keys.items() if key == base} == WITHOUT_EFFECT
 
 
+@pytest.mark.thorough
 def test_an_allocation_gives_a_key_of_its_own(tiny):
     unstructured = [f"allocation={name}" for name in ("uniform", "owl", "alpha")]
     assert len({key_with(tiny, "pattern=unstructured", one) for one in unstructured}) == 3
@@ -149,6 +150,7 @@ def test_a_key_is_sixteen_hex_digits_and_lasts(tiny, base):
     assert key_with(tiny) == base
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("method", "key"),
     [
@@ -167,6 +169,7 @@ def test_records_of_the_demo_are_found_by_the_keys_that_they_have_always_had(met
     assert key_of(identity) == key
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -205,6 +208,7 @@ def test_a_key_holds_what_its_method_uses_and_nothing_else(tiny, method, uses):
     assert changing == [override for override in overrides if override.startswith(uses)]
 
 
+@pytest.mark.thorough
 def test_each_method_and_each_of_its_settings_has_a_key_of_its_own(tiny):
     runs = [["method=dense"], ["method=magnitude"], ["method=wanda"], ["method=dass"], ["method=sparsegpt"]]
     runs += [["method=sparsegpt", "method.blocksize=64"], ["method=sparsegpt", "method.damping=0.1"]]
@@ -222,6 +226,7 @@ def test_the_rule_for_starved_experts_is_in_the_key_of_a_calibrated_mixture_only
     assert sensitive == {(mixture, "wanda")}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("owner", "name", "raised", "unaffected"),
     [
@@ -247,6 +252,7 @@ def test_the_type_of_device_is_in_the_key(tiny):
     assert on["cuda:0"] == on["cuda:1"] != on["cpu"]
 
 
+@pytest.mark.thorough
 def test_own_tasks_are_in_the_key_by_their_content(tiny, base, tmp_path):
     folders = [tmp_path / name for name in ("one", "two")]
     for folder in folders:
@@ -282,6 +288,7 @@ def test_moving_a_model_or_linking_its_files_keeps_its_key(tiny, base, tmp_path)
     assert key_with(tmp_path / "moved" / "elsewhere") == key_with(tmp_path / "snapshot") == base
 
 
+@pytest.mark.thorough
 def test_changing_a_weight_or_the_tokenizer_is_seen_by_the_same_process(tiny, base, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny, folder)
@@ -351,6 +358,7 @@ def plugin(tmp_path, monkeypatch):
         sys.modules.pop(module, None)
 
 
+@pytest.mark.thorough
 def test_edited_code_of_a_plugin_is_another_run(tiny, plugin):
     keys = [plugin(tiny), plugin(tiny), plugin(tiny, method=PLUGIN + "    version = 1"), plugin(tiny, helper="x = 1")]
     assert keys[0] == keys[1]

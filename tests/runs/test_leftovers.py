@@ -127,6 +127,7 @@ def test_finding_a_record_leaves_the_state_of_a_run_in_progress_alone(cell, else
     assert all({"made", "state.safetensors"} <= set(files) for files in seen)
 
 
+@pytest.mark.thorough
 def test_a_finished_record_is_returned_while_another_process_makes_it_again(cell, results):
     outcomes = [run_with(*cell)]
     with RecordStore(results).lock(outcomes[0].record["key"]):
@@ -175,12 +176,14 @@ def test_tasks_stay_as_they_were_when_a_run_was_interrupted(with_tasks, save, tm
     assert ("tasks" in record["metrics"]) == fit
 
 
+@pytest.mark.thorough
 def test_a_plan_finds_a_run_without_its_tasks(with_tasks):
     record = run_with(*with_tasks).record
     planned = plan(settings_of(*with_tasks))
     assert (planned.done, planned.key) == (True, record["key"])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("file", ["block-00000", "masks-00000"])
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_a_damaged_file_of_an_interrupted_run_is_one_line(cell, results, file, damage):
@@ -200,6 +203,7 @@ def test_a_damaged_file_of_an_interrupted_run_is_one_line(cell, results, file, d
     assert contains(str(caught.value), [str(path), "is missing or damaged", f"remove {work} to begin again"])
 
 
+@pytest.mark.thorough
 def test_in_a_sweep_an_interrupted_run_continues_though_the_model_is_in_memory(cell, caplog):
     killed_after_block(0, *cell, "method=wanda", STREAM)
     shared = ModelCache()
@@ -230,6 +234,7 @@ def test_a_disk_that_fills_up_leaves_no_checkpoint_and_no_record(cell, save, tmp
     assert not (failed.parent / "result.json").exists()
 
 
+@pytest.mark.thorough
 def test_the_state_of_a_run_that_saved_nothing_is_removed_by_one_that_saves(cell, save, results):
     killed_after_block(0, *cell, STREAM)
     assert list(results.glob("runs/*/work/state.safetensors"))

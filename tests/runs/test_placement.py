@@ -64,6 +64,7 @@ def both_ways(folder, *overrides):
     return resident, streamed
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["dass", "sparsegpt", "magnitude", "dense"])
 def test_a_streamed_run_leaves_the_record_and_the_weights_of_a_resident_one(cell, tmp_path, method):
     outcomes = both_ways(tmp_path, *cell, f"method={method}")
@@ -91,6 +92,7 @@ def test_a_streamed_run_with_a_stage_leaves_the_weights_of_a_resident_one(cell, 
     same_scores(again, resident.record)
 
 
+@pytest.mark.thorough
 def test_the_saved_model_loads_and_scores_the_same(cell, tmp_path):
     record = run_with(*cell, STREAM, f"save={tmp_path}/saved").record
     assert len(list((tmp_path / "saved").glob("model-0000?-of-00003.safetensors"))) == 3
@@ -101,6 +103,7 @@ def test_the_saved_model_loads_and_scores_the_same(cell, tmp_path):
     assert run_with(*cell, "method=dense", STREAM, f"model.path={tmp_path}/saved").found
 
 
+@pytest.mark.thorough
 def test_the_model_is_read_once_and_never_loaded_whole(cell, monkeypatch):
     reads, inner, phases = [], Shards.read, Phases()
 
@@ -121,6 +124,7 @@ def test_the_model_is_read_once_and_never_loaded_whole(cell, monkeypatch):
 TASKS = ["eval=mini", "eval.zeroshot.limit=3"]
 
 
+@pytest.mark.thorough
 def test_zero_shot_is_left_out_with_a_word(cell, caplog):
     record = run_with(*cell, *TASKS, STREAM).record
     assert contains(caplog.text.strip(), ["zero-shot tasks are left out", "save=FOLDER keeps it"])
@@ -157,6 +161,7 @@ def test_zero_shot_runs_on_the_saved_model_where_it_fits(cell, results, tmp_path
     assert again.dense["metrics"] == streamed.dense["metrics"]
 
 
+@pytest.mark.thorough
 def test_zero_shot_is_left_out_where_the_saved_model_does_not_fit(cell, tmp_path, caplog):
     folder = save_tiny(tmp_path / "deep", tiny_config(num_hidden_layers=12))  # two blocks take much less than all
     overrides = [*cell, *TASKS, STREAM, f"model.path={folder}", f"save={tmp_path}/saved"]
@@ -170,6 +175,7 @@ def test_zero_shot_is_left_out_where_the_saved_model_does_not_fit(cell, tmp_path
 # --- models and folders that are refused
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("placement", ["stream", "resident", "auto"])
 @pytest.mark.parametrize("harm", ["missing", "damaged", "empty", "index", "shape"])
 def test_a_bad_shard_is_one_line_and_leaves_no_record(cell, tiny, tmp_path, results, harm, placement):
@@ -196,6 +202,7 @@ def test_a_bad_shard_is_one_line_and_leaves_no_record(cell, tiny, tmp_path, resu
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.thorough
 def test_after_a_full_disk_a_run_goes_on_when_there_is_room(cell, tmp_path, results, monkeypatch):
     real, written = checkpoint.write_tensors, []
 
@@ -263,6 +270,7 @@ def test_what_only_transformers_can_read_is_refused(cell, tiny, tmp_path, harm, 
             run_with(*cell, f"model.path={folder}", RESIDENT)
 
 
+@pytest.mark.thorough
 def test_a_tied_head_that_is_stored_too_is_no_other_model(cell, tmp_path):
     folder = save_tiny(tmp_path / "model", tiny_config(tie_word_embeddings=True))
     weights = load_file(folder / "model.safetensors")
@@ -359,6 +367,7 @@ def resolved(*overrides, context=None):
     return resolve(settings_of(*overrides), context or RunContext())
 
 
+@pytest.mark.thorough
 def test_auto_streams_where_memory_is_short_and_says_the_sizes(cell, caplog):
     cell = [*cell[:4], "eval=none"]  # the windows would take more than this model
     assert resolved(*cell, context=FixedMemory(resolved(*cell).needs.resident + 10)).streams
@@ -395,6 +404,7 @@ def test_a_mixture_is_there_twice_while_its_experts_are_joined(cell, mixture):
     assert needs.ahead == 2 * needs.block
 
 
+@pytest.mark.thorough
 def test_a_model_in_the_cache_of_a_sweep_counts_as_free_memory_and_is_dropped_where_it_must_go(cell):
     cell, cache = [*cell[:4], "eval=none"], ModelCache()
     context = FixedMemory(1 << 40, shared=cache)
@@ -510,6 +520,7 @@ class NothingDrawn(RunContext):
         pytest.fail("tokens were drawn")
 
 
+@pytest.mark.thorough
 def test_a_run_that_cannot_fit_is_refused_before_its_tokens_are_drawn(cell):
     with pytest.raises(UserError, match=r"^model.placement=auto: this run needs .* tokens 512"):
         resolve(settings_of(*cell, "calibration.num_samples=1000000000"), NothingDrawn())

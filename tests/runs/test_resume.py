@@ -258,6 +258,7 @@ def test_another_placement_is_named_and_auto_continues_as_it_began(settings, tmp
     assert names(tmp_path) == {"results", "saved"}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("overrides", "kept"),
     [([STREAM, "resume=false"], False), ([RESIDENT], False), ([STREAM], True), ([RESIDENT, "resume=true"], True)],
@@ -287,6 +288,7 @@ def test_each_block_draws_the_same_random_numbers_after_a_kill(settings):
     assert len(set(whole)) == BLOCKS
 
 
+@pytest.mark.thorough
 def test_a_changed_setting_is_named(settings, tmp_path):
     killed_after_block(1, *settings())
     with pytest.raises(UserError) as caught:
@@ -296,6 +298,7 @@ def test_a_changed_setting_is_named(settings, tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.thorough
 def test_it_may_continue_with_another_batch_size(settings, tmp_path, whole):
     killed_after_block(1, *settings())
     run_with(*settings(), "calibration.batch_size=3", "eval.batch_size=1")
@@ -304,6 +307,7 @@ def test_it_may_continue_with_another_batch_size(settings, tmp_path, whole):
     assert metrics["perplexity"]["wikipedia_mini"] == pytest.approx(expected["perplexity"]["wikipedia_mini"], rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_damaged_state_or_a_missing_block_is_named(settings, tmp_path):
     killed_after_block(1, *settings())
     partial = tmp_path / ".saved.partial"

@@ -81,6 +81,7 @@ def test_without_a_step_the_same_method_chooses_the_same_masks(retrained, method
     assert [entry["step"] for entry in course["curve"]] == [0]
 
 
+@pytest.mark.thorough
 def test_the_dense_model_is_trained_by_a_pattern_that_removes_nothing(retrained, untrained):
     with pytest.raises(UserError) as refusal:
         run_with(*retrained, "method=dense")
@@ -93,6 +94,7 @@ def test_the_dense_model_is_trained_by_a_pattern_that_removes_nothing(retrained,
     assert record["metrics"]["perplexity"] != dense
 
 
+@pytest.mark.thorough
 def test_the_saved_model_is_the_retrained_one(retrained, untrained, tmp_path):
     record = run_with(*retrained, "retrain=norms", f"save={tmp_path}/saved").record
     model, _ = dass_exp.load(str(tmp_path / "saved"))

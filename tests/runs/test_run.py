@@ -51,6 +51,7 @@ def keys_in(results: Path) -> set[str]:
 # --- what is written
 
 
+@pytest.mark.thorough
 def test_a_record_has_the_documented_fields(cell, results):
     outcome = run_with(*cell)
     record = read_json(outcome.path)
@@ -64,6 +65,7 @@ def test_a_record_has_the_documented_fields(cell, results):
     assert abs((datetime.now(UTC) - created).total_seconds()) < 600
 
 
+@pytest.mark.thorough
 def test_a_record_says_how_it_was_made(cell):
     record = run_with(*cell).record
     config, protocol = record["config"], record["protocol"]
@@ -80,6 +82,7 @@ def test_a_record_says_how_it_was_made(cell):
     assert len(record["calibration"]["tokens_sha256"]) == len(protocol["windows_sha256"]) == 64
 
 
+@pytest.mark.thorough
 def test_the_perplexity_is_that_of_its_windows(cell):
     metrics = run_with(*cell).record["metrics"]
     windows = metrics["window_nll"]["wikipedia_mini"]
@@ -91,6 +94,7 @@ def test_the_perplexity_is_that_of_its_windows(cell):
 DENSE_PASS = "the dense model on the windows"
 
 
+@pytest.mark.thorough
 def test_divergence_is_recorded_beside_the_perplexity(cell):
     outcome = run_with(*cell)
     metrics, dense = outcome.record["metrics"], outcome.dense["metrics"]
@@ -103,6 +107,7 @@ def test_divergence_is_recorded_beside_the_perplexity(cell):
     assert "divergence" not in dense
 
 
+@pytest.mark.thorough
 def test_without_divergence_the_scores_are_the_same_and_the_key_is_another(cell):
     phases = Phases()
     record = run_with(*cell, "eval.divergence=false", context=RunContext(phases)).record
@@ -115,6 +120,7 @@ def test_without_divergence_the_scores_are_the_same_and_the_key_is_another(cell)
     assert run_with(*cell, "method=dense", "eval.divergence=false").found  # it is the dense model in either case
 
 
+@pytest.mark.thorough
 def test_the_dense_model_runs_once_on_the_windows_of_all_runs_of_a_process(cell):
     phases, shared = Phases(), ModelCache()
     for method in ("wanda", "magnitude", "dense"):
@@ -138,6 +144,7 @@ def test_the_dense_hidden_states_are_kept_on_the_disk(cell, results):
     assert again["metrics"] == expected
 
 
+@pytest.mark.thorough
 def test_the_three_denominators_of_sparsity(cell):
     sparsity = run_with(*cell).record["sparsity"]
     assert sparsity["scope"] == 0.5
@@ -152,11 +159,13 @@ def test_the_three_denominators_of_sparsity(cell):
     assert sum(layer["size"] for layer in sparsity["layers"]) == MLP_SIZE
 
 
+@pytest.mark.thorough
 def test_a_packed_model_has_values_of_its_own_dtype(cell):
     sparsity = run_with(*cell, "model.dtype=bfloat16", "pattern=4of8").record["sparsity"]
     assert sparsity["packed_bytes"] == 2 * MODEL_SIZE - 2 * MLP_SIZE // 2 + MLP_SIZE // 8
 
 
+@pytest.mark.thorough
 def test_all_linears_at_4_of_8_are_those_of_the_decoder_and_none_runs_on_a_2_of_4_kernel(cell):
     sparsity = run_with(*cell, "scope=all", "method=wanda", "pattern=4of8").record["sparsity"]
     assert sparsity["scope"] == sparsity["decoder"] == 0.5
@@ -189,6 +198,7 @@ def test_the_cost_is_measured(cell):
     assert "peak_gpu_bytes" in cost
 
 
+@pytest.mark.thorough
 def test_the_solver_of_sparsegpt_is_reported(cell):
     solver = run_with(*cell, "method=sparsegpt").record["solver"]
     assert solver.keys() == {"damping_retries", "underfull_tiles"}
@@ -219,6 +229,7 @@ def test_a_run_may_score_nothing(cell):
     assert outcome.record["sparsity"]["scope"] == 0.5
 
 
+@pytest.mark.thorough
 def test_no_secret_of_the_environment_reaches_the_results(cell, results, monkeypatch):
     for name in ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.setenv(name, "secret123" * 5)
@@ -229,6 +240,7 @@ def test_no_secret_of_the_environment_reaches_the_results(cell, results, monkeyp
     assert [path for path in files if b"secret123" in path.read_bytes()] == []
 
 
+@pytest.mark.thorough
 def test_equal_runs_give_equal_numbers(cell, tmp_path):
     one = run_with(*cell).record
     other = run_with(*cell, f"results_dir={tmp_path}/again", "calibration.batch_size=3", "eval.batch_size=1").record
@@ -237,12 +249,14 @@ def test_equal_runs_give_equal_numbers(cell, tmp_path):
     assert one["metrics"]["perplexity"] == pytest.approx(other["metrics"]["perplexity"], rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_seed_draws_other_tokens(cell):
     one, other = run_with(*cell).record, run_with(*cell, "seed=1").record
     assert one["calibration"]["tokens_sha256"] != other["calibration"]["tokens_sha256"]
     assert one["protocol"]["windows_sha256"] == other["protocol"]["windows_sha256"]
 
 
+@pytest.mark.thorough
 def test_a_repeat_is_a_record_of_its_own(cell):
     assert len({run_with(*cell, "method=magnitude", f"repeat={number}").record["key"] for number in (0, 1, 2)}) == 3
 
@@ -254,6 +268,7 @@ def test_threads_are_set(cell):
 # --- what is found again
 
 
+@pytest.mark.thorough
 def test_a_second_run_finds_the_record(cell):
     phases = Phases()
     first = run_with(*cell, context=RunContext(phases))
@@ -266,6 +281,7 @@ def test_a_second_run_finds_the_record(cell):
     assert (second.record, second.dense) == (first.record, first.dense)
 
 
+@pytest.mark.thorough
 def test_rerun_does_it_again_and_keeps_dense(cell, results):
     phases = Phases()
     first = run_with(*cell)
@@ -278,6 +294,7 @@ def test_rerun_does_it_again_and_keeps_dense(cell, results):
     assert dense.stat().st_mtime_ns == stamp
 
 
+@pytest.mark.thorough
 def test_dense_is_made_once_for_all_methods(cell, results):
     phases = Phases()
     outcomes = [run_with(*cell, f"method={method}", context=RunContext(phases)) for method in ("wanda", "magnitude")]
@@ -288,12 +305,14 @@ def test_dense_is_made_once_for_all_methods(cell, results):
     assert run_with(*cell, "method=dense").found
 
 
+@pytest.mark.thorough
 def test_dense_is_scored_on_weights_that_nothing_has_pruned(cell, tmp_path):
     dense = run_with(*cell, "method=magnitude").dense
     alone = run_with(*cell, "method=dense", f"results_dir={tmp_path}/alone").record
     assert dense["metrics"] == alone["metrics"]
 
 
+@pytest.mark.thorough
 def test_a_missing_dense_record_is_made_again(cell, results):
     first = run_with(*cell)
     shutil.rmtree(results / "runs" / first.dense["key"])
@@ -303,6 +322,7 @@ def test_a_missing_dense_record_is_made_again(cell, results):
     assert second.dense["metrics"] == first.dense["metrics"]
 
 
+@pytest.mark.thorough
 def test_a_broken_record_is_made_again(cell):
     first = run_with(*cell)
     first.path.write_text('{"key": ')
@@ -320,6 +340,7 @@ def test_masks_are_saved_where_they_are_asked_for(cell, tmp_path):
     assert all(torch.equal(mask, weights[f"{name}.weight"] != 0) for name, mask in masks.items())
 
 
+@pytest.mark.thorough
 def test_missing_masks_are_a_reason_to_run_again(cell):
     first = run_with(*cell)
     masks = first.path.with_name("masks.safetensors")
@@ -333,6 +354,7 @@ def test_missing_masks_are_a_reason_to_run_again(cell):
     assert run_with(*cell, "method=dense", "save_masks=true").found  # it has none
 
 
+@pytest.mark.thorough
 def test_two_at_once_make_one_record(cell):
     phases = Phases()
 
@@ -353,6 +375,7 @@ def test_two_at_once_make_one_record(cell):
 # --- what is left after a failure
 
 
+@pytest.mark.thorough
 def test_a_failure_leaves_a_note_and_no_record_until_a_later_success(cell, results):
     fail(*cell)
     (note,) = results.glob("runs/*/failed.json")
@@ -365,6 +388,7 @@ def test_a_failure_leaves_a_note_and_no_record_until_a_later_success(cell, resul
     assert not list(results.glob("runs/*/failed.json"))
 
 
+@pytest.mark.thorough
 def test_a_failed_rerun_keeps_the_record(cell, results):
     record = run_with(*cell).record
     fail(*cell, "rerun=true")
@@ -396,6 +420,7 @@ def refused(*overrides: str) -> str:
 ONE_OF, MLP = ["pattern=nm", "pattern.n=1"], "model.layers.0.mlp."
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -433,6 +458,7 @@ def test_a_gpu_that_is_not_there_is_refused(cell, results, monkeypatch):
     assert contains(message, ["model.device='cuda:5':", "cuda:0, cuda:1", "model.device=auto"]), message
 
 
+@pytest.mark.thorough
 def test_a_gpu_that_is_not_there_may_be_planned_with(cell, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     planned = plan(settings_of(*cell, "model.device=cuda", "plan=true"))
@@ -441,6 +467,7 @@ def test_a_gpu_that_is_not_there_may_be_planned_with(cell, monkeypatch):
     assert contains(refused(*cell, "model.device=cuda"), ["model.device='cuda':", "no accelerator"])
 
 
+@pytest.mark.thorough
 def test_a_device_without_float64_is_neither_chosen_nor_accepted(cell, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
@@ -508,6 +535,7 @@ def test_roles_that_are_no_paths_by_role_are_refused(cell, roles):
         run_with(*cell, f"model.roles={roles}")
 
 
+@pytest.mark.thorough
 def test_a_family_that_is_called_like_llama_runs_with_a_warning(cell, tmp_path, caplog):
     config = transformers.OlmoConfig(**{**tiny_config().to_dict(), "model_type": "olmo"})
     outcome = run_with(*cell, f"model.path={save_tiny(tmp_path / 'olmo', config)}")
@@ -515,6 +543,7 @@ def test_a_family_that_is_called_like_llama_runs_with_a_warning(cell, tmp_path, 
     assert "model family 'olmo' is in no table: it is taken for a LLaMA" in caplog.text
 
 
+@pytest.mark.thorough
 def test_a_model_of_an_unknown_family_runs_with_its_roles_on_the_command_line(cell, tmp_path):
     config = transformers.GPTJConfig(vocab_size=512, n_embd=32, n_layer=2, n_head=4, n_positions=4096, rotary_dim=4)
     cell = [*cell, f"model.path={save_tiny(tmp_path / 'gptj', config)}"]

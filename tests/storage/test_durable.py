@@ -66,6 +66,7 @@ KINDS = {  # how each kind of file is written and read again
 every_kind = pytest.mark.parametrize("name", KINDS)
 
 
+@pytest.mark.thorough
 @every_kind
 def test_no_flipped_bit_is_believed(name, tmp_path):
     path, (write, read) = tmp_path / name, KINDS[name]

@@ -20,6 +20,7 @@ def test_the_first_weight_is_the_lowest_bit_and_rows_begin_a_byte():
     assert torch.equal(packed.unpack(), keep)
 
 
+@pytest.mark.thorough
 @given(st.integers(1, 5), st.integers(1, 33), st.integers(0, 2**30))
 def test_unpacking_inverts_packing(rows, columns, seed):
     keep = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < 0.5
