@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from support import CONF
 from torch import Tensor, nn
@@ -161,5 +162,5 @@ def assert_same_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def length_of(first: bool, second: bool) -> Any:
-    """The mark of a case of a matrix: none of the first in ``make test``, thorough of the second, slow of the others."""
+    """The mark of a case of a matrix: none for ``make test``, thorough for CI, slow for the others."""
     return () if first else pytest.mark.thorough if second else pytest.mark.slow

@@ -56,7 +56,7 @@ def test_each_group_has_a_default_that_does_nothing():
 
 
 def contract_cases():
-    """Every stage x method x scope x family; the shorter the tests, the more differ from theirs in one of them only."""
+    """Every stage x method x scope x family; shorter runs leave out what differs in one of them only."""
     for chosen, method, scope, family in itertools.product(ACTIVE, METHODS, ["mlp", "all"], sorted(FAMILIES)):
         every_family = scope == "all" and isinstance(method, Dass | Wanda)
         first = family in UNLIKE and isinstance(method, Dass) and (scope == "all" or family == "llama")

@@ -316,7 +316,7 @@ def test_dense_changes_nothing(tiny_model, tokens):
 
 
 def contract_cases():
-    """Every method x pattern x scope x family; the shorter the tests, the more differ from theirs in one of them only."""
+    """Every method x pattern x scope x family; shorter runs leave out what differs in one of them only."""
     for method, pattern, scope, family in itertools.product(PRUNING, PATTERNS, sorted(SCOPES), sorted(FAMILIES)):
         every_family = scope == "all" and pattern in (NM(2, 4), Unstructured(0.5))
         first = family == "llama" or (every_family and isinstance(method, Dass) and pattern == NM(2, 4))
