@@ -8,6 +8,7 @@ import pickle
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -81,7 +82,9 @@ def _composed_once(*overrides: str) -> tuple[bytes, dict[str, str]]:
 
 def composed_with_choices(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
     """What Hydra composes, and the file chosen in each group."""
-    paths = [override for override in overrides if re.fullmatch(r"(results_dir|model\.path|save)=/[\w/.-]+", override)]
+    given = Counter(override.partition("=")[0] for override in overrides)
+    late = r"(results_dir|model\.path|save)=/[\w/.-]+"
+    paths = [each for each in overrides if re.fullmatch(late, each) and given[each.partition("=")[0]] == 1]
     content, choices = _composed_once(*(override for override in overrides if override not in paths))
     composed = pickle.loads(content)
     for name, _, path in (override.partition("=") for override in paths):  # every test has its own

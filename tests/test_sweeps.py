@@ -216,6 +216,7 @@ def test_the_report_of_a_sweep(swept):
     assert "broken/result.json" in problem
 
 
+@pytest.mark.thorough
 def test_a_report_may_be_written_elsewhere(swept, tmp_path):
     cli.main(["alpha", "--results", str(swept), "--output", str(tmp_path / "paper")])
     files = {path.name for path in (tmp_path / "paper").rglob("*.*")}
@@ -225,6 +226,7 @@ def test_a_report_may_be_written_elsewhere(swept, tmp_path):
     assert all((tmp_path / "paper" / link).is_file() for link in links)
 
 
+@pytest.mark.thorough
 def test_another_metric_has_a_table_of_its_own(swept, tmp_path):
     cli.main(["alpha", "--metric", "cost", "--results", str(swept), "--output", str(tmp_path)])
     assert {path.name for path in (tmp_path / "tables").iterdir()} == {
@@ -243,6 +245,7 @@ def test_another_metric_has_a_table_of_its_own(swept, tmp_path):
     assert ended.value.code == 2
 
 
+@pytest.mark.thorough
 def test_the_cells_of_a_sweep_end_as_they_last_ended_and_can_be_compared(swept, capsys):
     cells = cells_of(swept, "alpha")
     assert sorted(cell.status for cell in cells) == ["done", "done", "failed"]
@@ -251,6 +254,7 @@ def test_the_cells_of_a_sweep_end_as_they_last_ended_and_can_be_compared(swept, 
     assert "| method.alpha | 0.0 | 1.0 |" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("arguments", [["nonsense"], ["compare", "0"], ["compare", "zz", "zz"]])
 def test_a_question_that_cannot_be_answered_ends_with_2(swept, arguments):
     with pytest.raises(SystemExit) as ended:

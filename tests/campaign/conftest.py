@@ -11,11 +11,12 @@ from harness import WHAT, Campaign, try_all
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a sample, try each test with the first of its parameters only."""
+    """Mark all of it as thorough; of a sample, try each test with the first of its parameters only."""
     seen: set[tuple[str, str]] = set()
     for item in list(items):
         if item.path.parent != Path(__file__).parent:
             continue
+        item.add_marker(pytest.mark.thorough)
         test = (item.path.stem, getattr(item, "originalname", item.name))
         if WHAT == "sample" and test in seen:
             items.remove(item)

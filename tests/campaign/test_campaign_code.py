@@ -76,7 +76,6 @@ def written(content, place):
     return prepare
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("way", ["command line", "sweep", "config folder", "config path"])
 def test_code_of_nobody_in_any_node(campaign, hold, way):
     cases = []
@@ -205,7 +204,6 @@ BODIES = {
 }
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("grid", [False, True])
 def test_plugins_that_do_not_work(campaign, hold, grid):
     sources = BAD_PLUGINS | {name: METHOD.format(body) for name, body in BODIES.items()}

@@ -34,7 +34,6 @@ def damaged(campaign, name, argv, state, file, **promise):
         yield Case(f"{name}-{damage}", argv, prepare, **{"codes": [0, 1, 2], **promise, "job": job})
 
 
-@pytest.mark.thorough
 @each_run
 def test_the_state_of_an_interrupted_run(campaign, hold, run):
     argv, fault = after_first_block(campaign, run)
@@ -49,7 +48,6 @@ def test_the_state_of_an_interrupted_run(campaign, hold, run):
     hold("damaged state", cases)
 
 
-@pytest.mark.thorough
 def test_activations_that_wait_on_the_disk(campaign, hold):
     """Damage while the run goes on."""
     argv = campaign.base(*STREAM, "calibration.cache=disk", "calibration.batch_size=1", "save_masks=true")
@@ -60,7 +58,6 @@ def test_activations_that_wait_on_the_disk(campaign, hold):
     hold("damaged state", cases)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("run", ["resident", "streamed_saved"])
 def test_files_of_a_finished_run(campaign, hold, run):
     """The same command finds the record, makes it again, or names the damaged file."""
@@ -72,7 +69,6 @@ def test_files_of_a_finished_run(campaign, hold, run):
     hold("damaged results", cases)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("placement", ["resident", "stream"])
 def test_a_saved_model_that_is_damaged_is_not_pruned_again(campaign, hold, placement):
     saved = campaign.base(*RUNS["streamed_saved"])
@@ -117,7 +113,6 @@ def converted(box):
     return folder
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("placement", ["resident", "stream"])
 def test_a_cached_model_that_is_damaged(campaign, hold, placement):
     argv = [text for text in campaign.base() if not text.startswith(("model.path", "model.name"))]
@@ -143,7 +138,6 @@ def test_a_cached_model_that_is_damaged(campaign, hold, placement):
     hold("asset cache", cases)
 
 
-@pytest.mark.thorough
 def test_a_cached_text_that_is_damaged(campaign, hold):
     """It is fetched again, which is not possible here: one line, and never another text."""
     argv, cases = campaign.base(), []
@@ -170,7 +164,6 @@ LINKS += [".saved.lock", "results/hydra", "results/runs/KEY/failed.json", "resul
 LINKS += [".saved.partial/state.safetensors", "results/runs/KEY/work/state.safetensors", "results/runs/DENSE"]
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("target", ["elsewhere", "elsewhere/thesis.partial", "nowhere"])
 @each_run
 def test_links_in_the_place_of_what_a_run_writes(campaign, hold, run, target):

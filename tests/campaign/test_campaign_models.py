@@ -50,7 +50,6 @@ def finite(box, result):
     return [problem for path in paths for problem in numbered(json.loads(path.read_text()))]
 
 
-@pytest.mark.thorough
 @both_placements
 def test_files_of_a_model_that_are_damaged(campaign, hold, placement):
     cases = []
@@ -62,7 +61,6 @@ def test_files_of_a_model_that_are_damaged(campaign, hold, placement):
     hold("models", cases)
 
 
-@pytest.mark.thorough
 @both_placements
 def test_fields_of_a_config_that_are_wrong(campaign, hold, placement):
     cases = []
@@ -99,7 +97,6 @@ CONFIGS = {
 }
 
 
-@pytest.mark.thorough
 @both_placements
 def test_configs_that_are_none(campaign, hold, placement):
     cases = []
@@ -158,7 +155,6 @@ WEIGHTS |= {
 }
 
 
-@pytest.mark.thorough
 @both_placements
 def test_weights_that_are_no_weights(campaign, hold, placement):
     cases = [
@@ -213,7 +209,6 @@ def test_shards_and_tokenizers_that_lead_elsewhere(campaign, hold, placement):
     hold("models", cases)
 
 
-@pytest.mark.thorough
 def test_any_changed_byte_of_a_model_is_another_run(campaign, hold):
     """The same command on a model of which one file has changed: another record, or a refusal."""
     argv = run_of(campaign, "resident")

@@ -37,13 +37,11 @@ def interrupted(campaign, run, kind, fault, stride=1, also=(), **settings):
             yield Case(name, argv, before=first, codes=[0], same_as=argv, **settings)
 
 
-@pytest.mark.thorough
 @each_run
 def test_a_kill_before_any_operation_loses_nothing(campaign, hold, run):
     hold("kills", interrupted(campaign, run, "kill", {"kind": "kill"}))
 
 
-@pytest.mark.thorough
 @each_run
 def test_a_kill_while_a_tensor_file_is_written_loses_nothing(campaign, hold, run):
     argv = campaign.base(*RUNS[run])
@@ -52,7 +50,6 @@ def test_a_kill_while_a_tensor_file_is_written_loses_nothing(campaign, hold, run
     hold("kills", [Case(f"{run}-torn-{at}", argv, before=first, codes=[0], same_as=argv) for at, first in faults])
 
 
-@pytest.mark.thorough
 def test_two_kills_lose_nothing(campaign, hold):
     argv = campaign.base(*RUNS["streamed_saved"])
     count = len(campaign.operations(argv))
@@ -67,7 +64,6 @@ def test_two_kills_lose_nothing(campaign, hold):
     )
 
 
-@pytest.mark.thorough
 def test_a_kill_of_a_run_that_repeats_a_finished_one_loses_nothing(campaign, hold):
     argv = campaign.base(*RUNS["streamed_saved"])
     again = [*argv, "rerun=true"]
@@ -82,14 +78,12 @@ def test_a_kill_of_a_run_that_repeats_a_finished_one_loses_nothing(campaign, hol
     hold("kills", [Case(f"again-{at}", argv, before=first, codes=[0], same_as=argv) for at, first in faults])
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("name", SIGNALS)
 def test_a_signal_before_any_operation_loses_nothing(campaign, hold, name):
     fault = {"kind": "signal", "number": int(SIGNALS[name])}
     hold("signals", interrupted(campaign, "streamed_saved", name, fault, stride=5))
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("name", ERRORS)
 @pytest.mark.parametrize("run", ["resident", "streamed_saved"])
 def test_an_operation_that_fails_costs_a_line_and_the_same_command_succeeds(campaign, hold, run, name):
@@ -97,7 +91,6 @@ def test_an_operation_that_fails_costs_a_line_and_the_same_command_succeeds(camp
     hold("failing operations", interrupted(campaign, run, name, fault, stride=5))
 
 
-@pytest.mark.thorough
 def test_what_a_failing_operation_says(campaign, hold):
     """The failing run itself: one line, and the reason is the operation's."""
     argv = campaign.base(*RUNS["resident"])
@@ -119,13 +112,11 @@ def test_what_a_failing_operation_says(campaign, hold):
     )
 
 
-@pytest.mark.thorough
 def test_a_disk_that_fills_up_at_any_operation_and_is_emptied(campaign, hold):
     fault = {"kind": "fail", "number": errno.ENOSPC, "sticky": True}
     hold("full disk", interrupted(campaign, "streamed_saved", "full", fault, stride=3))
 
 
-@pytest.mark.thorough
 def test_a_limit_of_the_size_of_files(campaign, hold):
     argv = campaign.base(*RUNS["streamed_saved"])
     sizes = [1 << bits for bits in range(8, 20)]
@@ -133,7 +124,6 @@ def test_a_limit_of_the_size_of_files(campaign, hold):
     hold("full disk", [Case(f"limit-{size}", argv, before=first, codes=[0], same_as=argv) for size, first in limited])
 
 
-@pytest.mark.thorough
 def test_in_a_grid_on_a_full_disk_every_cell_is_tried(campaign, hold):
     argv = ["-m", "method=magnitude,wanda", *campaign.base()]
     count = len(campaign.operations(argv))
@@ -147,13 +137,11 @@ def test_in_a_grid_on_a_full_disk_every_cell_is_tried(campaign, hold):
     )
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("folder", ["work/results/runs", "work/results", "work/.saved.partial", "tmp"])
 def test_a_folder_that_is_removed_on_the_way(campaign, hold, folder):
     hold("removed folders", _disturbed(campaign, folder, {"kind": "remove"}))
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("folder", ["work/results/runs", "work/results", "work"])
 def test_a_folder_that_becomes_read_only_on_the_way(campaign, hold, folder):
     hold("read-only folders", _disturbed(campaign, folder, {"kind": "readonly"}, unprivileged=True))
@@ -179,7 +167,6 @@ def test_a_folder_that_is_read_only_from_the_start(campaign, hold, folder):
     hold("read-only folders", [Case(folder, argv, protect, job, codes=[0, 1, 2], words=["Permission denied"])])
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("run", ["resident", "streamed_saved"])
 def test_results_that_are_deleted_are_made_again(campaign, hold, run):
     argv = campaign.base(*RUNS[run])

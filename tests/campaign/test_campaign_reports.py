@@ -48,7 +48,6 @@ def grid(campaign):
     return state, path, records[path]
 
 
-@pytest.mark.thorough
 def test_a_report_of_whole_records(campaign, hold, grid):
     state, path, _ = grid
     key = path.parts[2]
@@ -75,7 +74,6 @@ def test_a_report_of_whole_records(campaign, hold, grid):
     hold("reports", [Case(name, more, state, REPORT, codes=codes, lines=60) for name, (more, codes) in calls.items()])
 
 
-@pytest.mark.thorough
 def test_files_of_a_grid_that_are_damaged(campaign, hold, grid):
     """The report names the file and goes on; it does not hang, and changes no record."""
     state, path, _ = grid
@@ -98,7 +96,6 @@ def test_files_of_a_grid_that_are_damaged(campaign, hold, grid):
     hold("reports", cases)
 
 
-@pytest.mark.thorough
 def test_values_of_a_record_that_are_wrong(campaign, hold, grid):
     """A report and a later run: neither fails on it, and a number that cannot be is shown nowhere."""
     state, path, record = grid
@@ -118,7 +115,6 @@ def test_values_of_a_record_that_are_wrong(campaign, hold, grid):
     hold("records", cases)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("value", [0.5, -5, 0, float("nan"), float("inf"), float("-inf"), "12", True])
 def test_a_perplexity_that_cannot_be_is_in_no_table(campaign, hold, grid, value):
     state, path, record = grid
@@ -134,7 +130,6 @@ def test_a_perplexity_that_cannot_be_is_in_no_table(campaign, hold, grid, value)
     hold("records", [Case(f"{value!r}", [], prepare, REPORT, codes=[0, 1, 2], lines=60, after=named, changes=True)])
 
 
-@pytest.mark.thorough
 def test_records_that_are_none_are_kept(campaign, hold, grid):
     """A run does not replace what is no record of its own: it keeps it under another name, or refuses."""
     state, path, record = grid
@@ -184,7 +179,6 @@ OUTPUTS = [
 ]
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("target", ["elsewhere/thesis.partial", "elsewhere", "nowhere"])
 def test_links_in_the_place_of_what_a_report_writes(campaign, hold, grid, target):
     state, _, _ = grid
@@ -208,7 +202,6 @@ def test_links_in_the_place_of_what_a_report_writes(campaign, hold, grid, target
     hold("links", cases)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("count", [2, 3])
 def test_reports_at_the_same_time(campaign, hold, grid, count):
     state, _, _ = grid
@@ -224,7 +217,6 @@ def test_reports_at_the_same_time(campaign, hold, grid, count):
     )
 
 
-@pytest.mark.thorough
 def test_a_disk_that_fills_up_under_a_report(campaign, hold, grid):
     state, _, _ = grid
     operations = campaign.operations([], state, **REPORT)

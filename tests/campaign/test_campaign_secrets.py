@@ -70,7 +70,6 @@ NAMES += [
 ]
 
 
-@pytest.mark.thorough
 def test_names_are_text(campaign, hold):
     """A name is printed as it is, and does not disturb a later run that shares its dense record."""
     cases = []
@@ -113,7 +112,6 @@ FOLDERS = [
 ]
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("setting", ["model.path", "results_dir", "save", "cwd"])
 def test_folders_with_names_that_mean_something_elsewhere(campaign, hold, setting):
     cases = []

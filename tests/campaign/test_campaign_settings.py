@@ -160,7 +160,6 @@ GRIDS = {
 }
 
 
-@pytest.mark.thorough
 def test_interpolations_that_end_nowhere(campaign, hold):
     hold("grammar", [Case(name, campaign.base(*loop), codes=[2], changes=True) for name, loop in LOOPS.items()])
 

@@ -32,7 +32,6 @@ COMMANDS = {
 }
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("finalise", [False, True])
 def test_streams(campaign, hold, finalise):
     """One line or none, and nothing when the interpreter ends; a run that ends with 0 has its outcome."""
@@ -75,7 +74,6 @@ def own_variables() -> list[str]:
     return sorted(found - {"DASS_EXP_LAUNCHER"})  # set at every start
 
 
-@pytest.mark.thorough
 def test_variables(campaign, hold):
     argv, cases = campaign.base(), []
     for name, values in VARIABLES.items():
@@ -90,7 +88,6 @@ def test_variables(campaign, hold):
     hold("variables", cases)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o027, 0o077, 0o177, 0o777])
 def test_the_umask_holds_for_every_file(campaign, hold, mask):
     cases = []
@@ -115,7 +112,6 @@ def test_the_umask_holds_for_every_file(campaign, hold, mask):
     hold("surroundings", cases)
 
 
-@pytest.mark.thorough
 def test_working_directories(campaign, hold):
     argv = campaign.base()
     prepare = {
@@ -148,7 +144,6 @@ LIMITS = {
 }
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("placement", ["resident", "stream"])
 def test_limits_of_the_process(campaign, hold, placement):
     """A run fits, or one line; then the same command without the limit succeeds."""
@@ -174,7 +169,6 @@ HUGE = {
 }
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("placement", ["resident", "stream"])
 def test_sizes_beyond_all_bounds(campaign, hold, placement):
     """Refused in seconds and without much memory, or the run goes on."""
@@ -223,7 +217,6 @@ FAILURES = {
 }
 
 
-@pytest.mark.thorough
 def test_trackers_that_fail(campaign, hold):
     """Whatever a tracker does: one warning, and the result is there."""
     clean, cases = campaign.base(), []
@@ -246,7 +239,6 @@ def test_trackers_that_fail(campaign, hold):
     hold("trackers", cases)
 
 
-@pytest.mark.thorough
 def test_the_true_tracker_in_odd_surroundings(campaign, hold):
     argv, clean = campaign.base("tracker=wandb"), campaign.base()
     folder = {
@@ -264,7 +256,6 @@ def test_the_true_tracker_in_odd_surroundings(campaign, hold):
     hold("trackers", cases)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("run", [["save_masks=true"], ["model.placement=stream", "save=saved"], ["-m", "repeat=0,1"]])
 @pytest.mark.parametrize("count", [2, 4])
 def test_many_processes_on_one_key(campaign, hold, run, count):

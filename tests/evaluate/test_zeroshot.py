@@ -228,6 +228,7 @@ def test_a_list_of_tasks_that_cannot_be(tasks):
         check_tasks(tasks, "offline")
 
 
+@pytest.mark.thorough
 def test_a_task_that_is_only_on_the_hub_needs_it():
     check_tasks(["piqa", "lambada_openai"], "hub")
     with pytest.raises(UserError, match="lambada_openai"):

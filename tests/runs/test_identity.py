@@ -131,6 +131,7 @@ def test_an_allocation_gives_a_key_of_its_own(tiny):
     assert key_with(tiny, "pattern=unstructured", "allocation=uniform") == key_with(tiny, "pattern=unstructured")
 
 
+@pytest.mark.thorough
 def test_each_setting_with_an_effect_gives_a_key_of_its_own(keys):
     effective = [key for name, key in keys.items() if name not in WITHOUT_EFFECT]
     assert len(set(effective)) == len(effective) > 20

@@ -207,6 +207,7 @@ def report(capsys, *arguments):
     return code, capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_the_command_sends_what_its_filters_admit(cell, results, capsys, caplog):
     record = run_with(*cell, "method=wanda").record
     arguments = ["sync", "--tracker", "mlflow", "--results", str(results)]
@@ -269,6 +270,7 @@ def test_an_mlflow_run_holds_the_record(cell, results):
     assert record["key"] in {json.loads(path.read_text())["key"] for path in kept} and len(kept) == 2
 
 
+@pytest.mark.thorough
 def test_a_failed_mlflow_run_says_so(cell, results):
     overrides = [*without(unscored(cell), "tracker"), "tracker=mlflow", "method=wanda"]
     context = listening(on_block_end=Mock(side_effect=NumericalError("not finite")))
@@ -278,6 +280,7 @@ def test_a_failed_mlflow_run_says_so(cell, results):
     assert failed.info.status == "FAILED" and failed.data.tags["error"] == "NumericalError: not finite"
 
 
+@pytest.mark.thorough
 def test_a_trackio_run_holds_the_record(tiny, tmp_path):
     overrides = without(tiny_overrides(tiny, tmp_path / "results"), "tracker")
     done = command(*overrides, "tracker=trackio", "name=first try", folder=tmp_path, TRACKIO_DIR=str(tmp_path / "kept"))

@@ -216,6 +216,7 @@ def logged_artifacts(folder: Path) -> list[Any]:
     return [artifact for artifact in logged if artifact.type == "record"]
 
 
+@pytest.mark.thorough
 def test_an_agent_gets_the_run_that_it_waits_for_and_no_other(tiny, tmp_path):
     overrides = without(tiny_overrides(tiny, tmp_path / "results"), "tracker")
     for _ in range(2):  # a run that is found is sent too: the agent waits for its numbers
@@ -227,6 +228,7 @@ def test_an_agent_gets_the_run_that_it_waits_for_and_no_other(tiny, tmp_path):
     assert len(offline_runs(tmp_path / "results")) == 3  # the dense record is sent by it
 
 
+@pytest.mark.thorough
 def test_a_summary_run_holds_the_tables_and_the_picture(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_PROJECT", "of_a_team")
