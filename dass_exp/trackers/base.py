@@ -1,13 +1,13 @@
 """What every tracker is: told of a run's beginning, its progress and its end."""
 
 import os
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dass_exp.config.settings import OPTIONAL_GROUPS
+from dass_exp.errors import UserError
 from dass_exp.storage.mask_file import MASKS
 
 
@@ -16,7 +16,8 @@ class Tracker(ABC):
 
     For each run that is executed, :meth:`begin` is called, :meth:`progress` after every block, and then either
     :meth:`send`, after the record was written, or :meth:`fail`. ``dass-report sync`` calls :meth:`send` alone.
-    Whatever they raise is one warning, after which the tracker is told nothing more of the run.
+    Whatever they raise is one warning, after which the tracker is told nothing more of the run. What they are told
+    holds no secret.
     """
 
     @property
@@ -59,6 +60,19 @@ class Tracker(ABC):
         del error
 
 
+def check_settings(**settings: object) -> None:
+    """Check that each setting but ``artifacts`` is a name, and that this is true or false.
+
+    Raises:
+        UserError: names the setting.
+    """
+    for name, value in settings.items():
+        if name == "artifacts" and not isinstance(value, bool):
+            raise UserError(f"tracker.{name}={value!r}: expected true or false")
+        if name != "artifacts" and (not isinstance(value, str) or not value):
+            raise UserError(f"tracker.{name}={value!r}: expected a name")
+
+
 def run_name(record: Mapping[str, Any]) -> str:
     """Return what the user calls a run, or a name that tells runs of a sweep apart.
 
@@ -83,11 +97,11 @@ def tags_of(record: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(filter(None, (*record.get("tags", ()), config["method"]["name"], pattern))))
 
 
-def flat_config(record: Mapping[str, Any]) -> dict[str, Any]:
+def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a run by dotted name, without those that it does not use."""
     import pandas as pd
 
-    (flat,) = pd.json_normalize(record["config"]).to_dict("records")
+    (flat,) = pd.json_normalize(dict(config)).to_dict("records")
     return {str(name): value for name, value in flat.items() if value is not None}
 
 
@@ -100,8 +114,3 @@ def files_of(record: Mapping[str, Any], results: str) -> list[Path]:
 def sweep_of_run() -> str | None:
     """Return the name that the runs of this sweep have in common; None of a single run."""
     return os.environ.get("WANDB_RUN_GROUP")
-
-
-def plain_name(name: str) -> str:
-    """Return the name of a number with the characters that every service admits."""
-    return re.sub(r"[^\w\-. /:]", "_", name)

@@ -2,16 +2,16 @@
 
 import logging
 import os
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dass_exp.config.redact import redact
 from dass_exp.errors import UserError
 from dass_exp.storage.record_numbers import flat_metrics
-from dass_exp.trackers.base import Tracker, files_of, flat_config, plain_name, run_name, sweep_of_run, tags_of
+from dass_exp.trackers.base import Tracker, check_settings, files_of, flat_config, run_name, sweep_of_run, tags_of
 
 _BATCH = 100  # parameters of one call; MLflow admits no more
 _LENGTH = 6000  # characters of a parameter; MLflow admits no more
@@ -35,10 +35,7 @@ class MlflowTracker(Tracker):
     _client: Any = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.experiment, str) or not self.experiment:
-            raise UserError(f"tracker.experiment={self.experiment!r}: expected a name")
-        if not isinstance(self.artifacts, bool):
-            raise UserError(f"tracker.artifacts={self.artifacts!r}: expected true or false")
+        check_settings(experiment=self.experiment, artifacts=self.artifacts)
 
     @property
     def place(self) -> str:
@@ -54,7 +51,7 @@ class MlflowTracker(Tracker):
         if run.get("notes"):
             tags["mlflow.note.content"] = run["notes"]
         self._run = client.create_run(identity, run_name=run_name(run), tags=tags).info.run_id
-        self._log_config(redact(run["config"]))
+        self._log_config(run["config"])
 
     def progress(self, numbers: Mapping[str, float]) -> None:
         step = int(numbers.get("blocks", 0))
@@ -93,8 +90,8 @@ class MlflowTracker(Tracker):
     def _log_config(self, config: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
-        flat = flat_config({"config": config})
-        params = [Param(plain_name(name), str(value)[:_LENGTH]) for name, value in flat.items()]
+        flat = flat_config(config)
+        params = [Param(_plain(name), str(value)[:_LENGTH]) for name, value in flat.items()]
         for start in range(0, len(params), _BATCH):
             self._client.log_batch(self._run, params=params[start : start + _BATCH])
 
@@ -102,8 +99,13 @@ class MlflowTracker(Tracker):
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        metrics = [Metric(plain_name(name), float(value), now, step) for name, value in numbers.items()]
+        metrics = [Metric(_plain(name), float(value), now, step) for name, value in numbers.items()]
         self._client.log_batch(self._run, metrics=metrics)
+
+
+def _plain(name: str) -> str:
+    """Return the name of a parameter or number with the characters that MLflow admits."""
+    return re.sub(r"[^\w\-. /:]", "_", name)
 
 
 def _artifacts_in(results: str) -> str | None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dass_exp.config.redact import redact_text
+from dass_exp.config.redact import redact, redact_text
 from dass_exp.errors import DamagedFileError, ForeignCodeError, NumericalError, UserError, naming, one_line
 from dass_exp.storage.durable import read_json, write_json
 from dass_exp.trackers.base import Tracker
@@ -31,7 +31,7 @@ class Tracking:
     @contextmanager
     def working(self, run: Mapping[str, Any]) -> Iterator[None]:
         """Say that the work on a run begins, and that it failed if the body raises."""
-        self._tell(self._tracker.begin, run, self._results)
+        self._tell(self._tracker.begin, redact(run), self._results)
         try:
             yield
         except BaseException as error:
@@ -77,7 +77,7 @@ def send_missing(tracker: Tracker, records: Iterable[dict[str, Any]], results: s
 
 
 def _send(tracker: Tracker, record: dict[str, Any], results: str) -> None:
-    tracker.send(record, results)
+    tracker.send({**redact(record), "identity": record["identity"]}, results)  # as it is written
     if not isinstance(tracker, NullTracker):
         with suppress(OSError):  # the note saves a second sending, no more
             write_json(_note(record, results), {**_sent(record, results), tracker.place: record["created"]})

@@ -6,10 +6,9 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
-from dass_exp.config.redact import redact
 from dass_exp.errors import UserError
 from dass_exp.storage.record_numbers import flat_metrics
-from dass_exp.trackers.base import Tracker, flat_config, run_name, sweep_of_run
+from dass_exp.trackers.base import Tracker, check_settings, flat_config, run_name, sweep_of_run
 
 
 @dataclass
@@ -27,8 +26,7 @@ class TrackioTracker(Tracker):
     _run: Any = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.project, str) or not self.project:
-            raise UserError(f"tracker.project={self.project!r}: expected a name")
+        check_settings(project=self.project)
 
     @property
     def place(self) -> str:
@@ -40,7 +38,7 @@ class TrackioTracker(Tracker):
             import trackio
         except ImportError as error:
             raise UserError("tracker=trackio: Trackio is missing; pip install 'dass_exp[trackio]'") from error
-        settings = redact({"key": run["key"], **flat_config(run)})
+        settings = {"key": run["key"], **flat_config(run["config"])}
         with redirect_stdout(io.StringIO()):  # it greets there
             self._run = trackio.init(
                 self.project, name=run_name(run), group=sweep_of_run(), config=settings, embed=False

@@ -6,10 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dass_exp.config.redact import redact
-from dass_exp.errors import UserError
 from dass_exp.storage.record_numbers import flat_metrics
-from dass_exp.trackers.base import Tracker, files_of, run_name, tags_of
+from dass_exp.trackers.base import Tracker, check_settings, files_of, run_name, tags_of
 from dass_exp.trackers.tracking import warn_of_failure
 
 _LATER = ("protocol", "environment")  # what a record adds to, or says in the place of, the settings at the beginning
@@ -33,10 +31,7 @@ class WandbTracker(Tracker):
     _run: Any = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.project, str) or not self.project:
-            raise UserError(f"tracker.project={self.project!r}: expected a name")
-        if not isinstance(self.artifacts, bool):
-            raise UserError(f"tracker.artifacts={self.artifacts!r}: expected true or false")
+        check_settings(project=self.project, artifacts=self.artifacts)
 
     @property
     def place(self) -> str:
@@ -54,7 +49,7 @@ class WandbTracker(Tracker):
             job_type="prune" if run["config"]["pattern"] else "dense",
             tags=tags_of(run),
             notes=run.get("notes"),
-            config=redact({**run["config"], "key": run["key"]}),
+            config={**run["config"], "key": run["key"]},
         )
 
     def progress(self, numbers: Mapping[str, float]) -> None:
@@ -72,7 +67,7 @@ class WandbTracker(Tracker):
     def _log(self, run: Any, record: dict[str, Any], results: str) -> None:
         import wandb
 
-        run.config.update(redact({name: record[name] for name in _LATER}), allow_val_change=True)
+        run.config.update({name: record[name] for name in _LATER}, allow_val_change=True)
         metrics = flat_metrics(record)
         run.log(metrics)
         rows = [[name, value] for name, value in metrics.items()]

@@ -134,7 +134,7 @@ def test_an_existing_record_is_not_tracked_again(cell):
 
 
 def test_the_null_tracker_writes_nothing(tmp_path):
-    Tracking(NullTracker(), str(tmp_path / "results")).send({})
+    Tracking(NullTracker(), str(tmp_path / "results")).send({"identity": {}})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -253,7 +253,23 @@ def no_server(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-def test_an_mlflow_run_holds_the_record(cell, results):
+def test_trackers_are_told_no_secret(cell, monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "secret123")
+    told = []
+
+    class Hearing(Listener):
+        def begin(self, run, results):
+            told.append(json.dumps(run))
+
+        def send(self, record, results):
+            told.append(json.dumps(record))
+
+    tracked(Hearing(), *unscored(cell), "method=wanda", "name=of secret123", "notes=secret123")
+    assert len(told) == 2 and not [text for text in told if "secret123" in text]
+
+
+def test_an_mlflow_run_holds_the_record(cell, results, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_GROUP", "my sweep")
     named = ["name=first try", "tags=[mine]", "notes=as in the paper"]
     record = run_with(*without(cell, "tracker"), "tracker=mlflow", "tracker.artifacts=true", *named).record
     dense, pruned = sorted(mlflow_runs(results), key=lambda found: found.data.params["method.name"] == "dass")
@@ -263,8 +279,17 @@ def test_an_mlflow_run_holds_the_record(cell, results):
     assert expected.items() <= pruned.data.params.items()
     numbers = flat_metrics(record)
     assert {name: pruned.data.metrics[name] for name in numbers} == pytest.approx(numbers)
-    assert pruned.data.metrics["progress/blocks"] == 2
-    tags = {"tag.mine": "true", "tag.dass": "true", "key": record["key"], "mlflow.note.content": "as in the paper"}
+    history = MlflowClient(f"sqlite:///{results.resolve() / 'mlflow.db'}").get_metric_history(
+        pruned.info.run_id, "progress/blocks"
+    )
+    assert [(entry.step, entry.value) for entry in history] == [(1, 1), (2, 2)]
+    tags = {
+        "sweep": "my sweep",
+        "tag.mine": "true",
+        "tag.dass": "true",
+        "key": record["key"],
+        "mlflow.note.content": "as in the paper",
+    }
     assert tags.items() <= pruned.data.tags.items()
     kept = list((results / "mlflow").rglob("result.json"))
     assert record["key"] in {json.loads(path.read_text())["key"] for path in kept} and len(kept) == 2
