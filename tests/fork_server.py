@@ -99,13 +99,11 @@ def _shared_server() -> Server:
     return server
 
 
-def forked_command(
-    *arguments: str, folder: Path, short_texts: bool = True, **changes: str
-) -> subprocess.CompletedProcess[str]:
+def forked_command(*arguments: str, folder: Path, **changes: str) -> subprocess.CompletedProcess[str]:
     """Run the command as :func:`support.command` does, in a fork of a process that has imported the libraries.
 
-    They have read their own environment variables by then: for tests that change nothing of that. ``short_texts`` does
-    what the fixture of this name does; processes that the command starts have whole texts.
+    They have read their own environment variables by then: for tests that change nothing of that. Texts are short,
+    as by the fixture short_texts, but in processes that the command starts.
     """
     server = _shared_server()
     env = environment(**changes)
@@ -113,6 +111,5 @@ def forked_command(
     box = tempfile.mkdtemp(dir=server.folder)
     env.setdefault("DASS_EXP_CACHE", str(Path.home() / ".cache" / "dass_exp"))
     job = {"module": "dass_exp", "argv": list(arguments), "cwd": str(folder), "env": env, "box": box, "path": path}
-    job |= {"prelude": _SHORT_TEXTS} if short_texts else {}
-    (result,) = server.run({**job, "seconds": 300})
+    (result,) = server.run({**job, "prelude": _SHORT_TEXTS, "seconds": 300})
     return subprocess.CompletedProcess(list(arguments), result.code, result.stdout, result.stderr)
