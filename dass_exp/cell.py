@@ -5,7 +5,8 @@ import functools
 import logging
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,6 @@ def run_cell(composed: DictConfig, admitted: frozenset[str]) -> None:
             advice = "start it without torchrun, or call dass_exp.prune from a script of your own (docs/scale.md)"
             raise UserError(f"torchrun with {os.environ['WORLD_SIZE']} processes: dass-exp runs in one; {advice}")
         if not cell.alone:
-            sweep = next((text.partition("=")[2] for text in cell.overrides if text.startswith("sweeps=")), "grid")
-            os.environ.setdefault("WANDB_RUN_GROUP", f"{sweep}-{Path(job.sweep.dir).name}")
             workers.acquire_slot(job.launcher, Path(job.sweep.dir))
         elif launchers := [text for text in job.overrides.hydra if text.startswith("hydra/launcher=")]:
             raise UserError(
@@ -61,7 +60,8 @@ def run_cell(composed: DictConfig, admitted: frozenset[str]) -> None:
         if config.plan:
             cell.report_planned(plan(config, context))
             return
-        outcome = run(config, context)
+        with nullcontext() if cell.alone else _named_sweep(cell.overrides, job.sweep.dir):
+            outcome = run(config, context)
     except (KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:  # a plugin may exit, and parts written in Rust panic
@@ -71,6 +71,20 @@ def run_cell(composed: DictConfig, admitted: frozenset[str]) -> None:
         cell.report_failed(error, described)
         return
     cell.report_done(outcome, config.model.name)
+
+
+@contextmanager
+def _named_sweep(overrides: list[str], folder: str) -> Iterator[None]:
+    """Let trackers know the sweep of a run, unless the user has named it; a process may run another sweep after it."""
+    if "WANDB_RUN_GROUP" in os.environ:
+        yield
+        return
+    sweep = next((text.partition("=")[2] for text in overrides if text.startswith("sweeps=")), "grid")
+    os.environ["WANDB_RUN_GROUP"] = f"{sweep}-{Path(folder).name}"
+    try:
+        yield
+    finally:
+        os.environ.pop("WANDB_RUN_GROUP", None)
 
 
 @dataclasses.dataclass(frozen=True)

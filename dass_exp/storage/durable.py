@@ -162,8 +162,8 @@ def refuse_links(path: Path, root: Path) -> None:
 
 
 def now() -> str:
-    """Return the current time in UTC, ISO 8601 to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    """Return the current time in UTC, ISO 8601 to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 @contextmanager

@@ -204,6 +204,8 @@ def test_the_files_of_a_record_are_an_artifact_where_asked_for(offline, tmp_path
     results = folder.parents[1]
     assert not logged_artifacts(folder)
     WandbTracker(artifacts=True).send(record, str(results))
+    for path in offline_runs(results):
+        awaited(path, "exit")  # the last that is written
     (artifact,) = [artifact for path in offline_runs(results) for artifact in logged_artifacts(path)]
     assert (artifact.name, artifact.type) == (f"record-{record['key']}", "record")
     assert {entry.path for entry in artifact.manifest.contents} == {"result.json"}
