@@ -54,21 +54,24 @@ class SparseGPT(Pruner):
         dense = linear.weight.T.float().contiguous()
         dense[gram.dead] = 0
         pruned, lost = torch.empty_like(dense), torch.empty_like(dense)
+        prune_tile = _prune_tile if dense.device.type == "cpu" else _prune_tile_in_few_launches
         keep = torch.empty_like(dense, dtype=torch.bool)
         ranges: list[Tensor] = []
         of_slabs = pattern.of_slabs((dense.shape[1], len(dense)), width)
         for start, of_slab in zip(range(0, len(dense), width), of_slabs, strict=True):
             slab = slice(start, min(start + width, len(dense)))
             torch.addmm(dense[slab], factor.feedback[:start, slab].T, lost[:start], out=pruned[slab])
+            scores = torch.empty_like(pruned[slab])
             for first in range(slab.start, slab.stop, tile_width):
                 last = min(first + tile_width, slab.stop)
                 tile = slice(first, last)
-                scores = (pruned[tile] * factor.diagonal[tile, None]).square_()  # w^2 / U_jj^2
-                ranges += torch.aminmax(scores)
-                keep[tile] = of_slab.keep(scores, 0 if isinstance(pattern, NM) else None)
-                _prune_tile(pruned[tile], keep[tile], factor.feedback[tile, tile])
+                of_tile = scores[first - start : last - start]
+                torch.mul(pruned[tile], factor.diagonal[tile, None], out=of_tile).square_()  # w^2 / U_jj^2
+                keep[tile] = of_slab.keep(of_tile, 0 if isinstance(pattern, NM) else None)
+                prune_tile(pruned[tile], keep[tile], factor.feedback[tile, tile])
                 torch.sub(dense[tile], pruned[tile], out=lost[tile])
                 pruned[last : slab.stop].addmm_(factor.feedback[tile, last : slab.stop].T, lost[tile])
+            ranges += torch.aminmax(scores)
         low, high = torch.aminmax(torch.stack(ranges))
         linear.write(pruned.T)
         dim = self.comparison_dim(linear.role, pattern)
@@ -92,3 +95,21 @@ def _prune_tile(weight: Tensor, keep: Tensor, feedback: Tensor) -> None:
                 weight[column + 1 : last].addr_(feedback[column, column + 1 : last], losses[column])
         if last < len(columns):
             weight[last:].addmm_(feedback[first:last, last:].T, lost[first:last])
+
+
+def _prune_tile_in_few_launches(weight: Tensor, keep: Tensor, feedback: Tensor) -> None:
+    """Do the same up to rounding, with one triangular solve a strip: on an accelerator each launch costs the most.
+
+    What is lost in a strip, l = d - k (w + F^T l) with d the weights of the tile before and w those compensated for
+    the strips before, solves (I + diag(k) F^T) l = d - k w for each output, whose kept weights are k.
+    """
+    dense = weight.clone()
+    for first in range(0, len(weight), _STRIP):
+        strip = slice(first, first + _STRIP)
+        system = keep[strip].T[..., None] * feedback[strip, strip].T  # [out, columns, columns]; below the diagonal
+        right = (dense[strip] - weight[strip] * keep[strip]).T[..., None]
+        solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+        lost = solved[..., 0].T
+        torch.mul(dense[strip] - lost, keep[strip], out=weight[strip])
+        if strip.stop < len(weight):
+            weight[strip.stop :].addmm_(feedback[strip, strip.stop :].T, lost)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from dass_exp.engine.activation_cache import ActivationCache
 from dass_exp.engine.prune import EngineOptions, prune_model
 from dass_exp.engine.verify import Verification
 from dass_exp.evaluate.generation import generate
-from dass_exp.masks import NM, TransposableNM, Unstructured
+from dass_exp.masks import NM, Pattern, TransposableNM, Unstructured
 from dass_exp.methods.base import Pruner
 from dass_exp.methods.dass import Dass
 from dass_exp.methods.magnitude import Magnitude
@@ -35,11 +36,16 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: host_of(tensor) for name, tensor in model.state_dict().items()}
 
 
-def assert_same_weights(ours: nn.Module, theirs: nn.Module) -> None:
-    """The two models are equal bit for bit, wherever they lie."""
+def assert_same_weights(ours: nn.Module, theirs: nn.Module, method: Pruner) -> None:
+    """The two models are equal, wherever they lie: bit for bit, but up to rounding by SparseGPT, which solves there."""
     first, second = weights_of(ours), weights_of(theirs)
     assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    for name in first:
+        if method.name == "sparsegpt":
+            assert torch.equal(first[name] == 0, second[name] == 0), name
+            torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=0)
+        else:
+            assert torch.equal(first[name], second[name]), name
 
 
 def both(model: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -94,17 +100,15 @@ def cases():
         yield pytest.param(family, method, id=f"{family}-{method.name}", marks=() if fast else pytest.mark.slow)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(("family", "method"), cases())
 def test_weights_are_those_of_the_cpu(family, method, tiny_model, tokens, accelerator):
     cpu, gpu = both(tiny_model(family))
     for model in (cpu, gpu):
         pruning = prune_blocks(model, tokens, method, scope="all", batch_size=2, return_hidden=True)
-    assert_same_weights(cpu, gpu)
+    assert_same_weights(cpu, gpu, method)
     assert all(mask.device == torch.device(GPU) for mask in pruning.masks.values())
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(4, 8), NM(8, 16), TransposableNM(2, 4)], ids=str)
 @pytest.mark.parametrize("method", [Dass(), SparseGPT(), Magnitude()], ids=str)
 def test_patterns(pattern, method, tiny_model, tokens, accelerator):
@@ -113,10 +117,9 @@ def test_patterns(pattern, method, tiny_model, tokens, accelerator):
     cpu, gpu = both(tiny_model("llama"))
     for model in (cpu, gpu):
         prune_blocks(model, tokens, method, pattern)
-    assert_same_weights(cpu, gpu)
+    assert_same_weights(cpu, gpu, method)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("family", "method"), [*((family, Dass()) for family in UNLIKE), ("llama", SparseGPT())], ids=str
@@ -125,17 +128,16 @@ def test_half_precision(family, method, dtype, tiny_model, tokens, accelerator):
     cpu, gpu = both(tiny_model(family).to(dtype))
     for model in (cpu, gpu):
         prune_blocks(model, tokens, method, scope="all", batch_size=2)
-    assert_same_weights(cpu, gpu)
+    assert_same_weights(cpu, gpu, method)
 
 
 def stage_cases():
-    """Every stage x three families; make test takes llama, and no swaps: a launch is slow where it is pretended."""
+    """Every stage x three families; make test takes llama, and all but swaps elsewhere: their launches are many."""
     for chosen, family in itertools.product(ACTIVE, ["llama", "mixtral", "opt"]):
-        fast = family == "llama" and chosen[1] != "swaps"
+        fast = family == "llama" or chosen[1] != "swaps"
         yield pytest.param(chosen, family, id=f"{family}-{'='.join(chosen)}", marks=() if fast else pytest.mark.slow)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(("chosen", "family"), stage_cases())
 def test_stages(chosen, family, tiny_model, tokens, accelerator):
     stages, pattern = stages_of(chosen), Unstructured(0.5) if chosen[0] == "allocation" else NM(2, 4)
@@ -145,10 +147,9 @@ def test_stages(chosen, family, tiny_model, tokens, accelerator):
     cpu, gpu = both(tiny_model(family))
     for model in (cpu, gpu):
         prune_blocks(model, tokens, method, pattern, scope="all", batch_size=2, stages=stages, min_tokens=1)
-    assert_same_weights(cpu, gpu)
+    assert_same_weights(cpu, gpu, method)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("method", [Dass(), SparseGPT()], ids=str)
 def test_a_model_spread_over_two_devices(method, tiny_model, tokens, accelerator):
     cpu = tiny_model("llama")
@@ -159,8 +160,9 @@ def test_a_model_spread_over_two_devices(method, tiny_model, tokens, accelerator
     for model in (cpu, spread):
         prune_blocks(model, tokens, method, scope="all", batch_size=2)
     assert {str(site.matrix.weight.device) for site in sites_of(spread, "all")} == {"cuda:0", "cuda:1"}
-    assert_same_weights(cpu, spread)
-    assert perplexity(spread, tokens, context=12) == perplexity(cpu, tokens, context=12)
+    assert_same_weights(cpu, spread, method)
+    expected = perplexity(cpu, tokens, context=12)
+    assert perplexity(spread, tokens, context=12) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("cache", ["cpu", "disk"])
@@ -168,10 +170,9 @@ def test_activations_that_wait_elsewhere(cache, tiny_model, tokens, accelerator,
     cpu, gpu = both(tiny_model("llama"))
     for model in (cpu, gpu):
         prune_blocks(model, tokens, Dass(), batch_size=2, cache=ActivationCache(cache, tmp_path))
-    assert_same_weights(cpu, gpu)
+    assert_same_weights(cpu, gpu, Dass())
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_scores(family, tiny_model, tokens, accelerator):
     cpu, gpu = both(tiny_model(family))
@@ -201,7 +202,12 @@ Counts = tuple[Counter[str], Counter[str]]
 
 
 def counts_of_a_block(
-    accelerator: PretendAccelerator, model: nn.Module, method: Pruner, tokens: Tensor, scope: str
+    accelerator: PretendAccelerator,
+    model: nn.Module,
+    method: Pruner,
+    tokens: Tensor,
+    scope: str,
+    pattern: Pattern | None = None,
 ) -> Counts:
     """Launches and waits of one more block: those of a model of three blocks without those of one of two."""
     found = []
@@ -211,13 +217,14 @@ def counts_of_a_block(
         shorter.config.num_hidden_layers = blocks
         shorter.to(GPU)
         accelerator.reset()
-        prune_model(shorter, tokens, method, NM(2, 4), EngineOptions(scope=scope, batch_size=1), [Verification()])
+        prune_model(
+            shorter, tokens, method, pattern or NM(2, 4), EngineOptions(scope=scope, batch_size=1), [Verification()]
+        )
         found.append((Counter(accelerator.launches), Counter(accelerator.waits)))
     (launches, waits), (fewer_launches, fewer_waits) = found
     return launches - fewer_launches, waits - fewer_waits
 
 
-@pytest.mark.thorough
 # not the solvers that ask for convergence or for the size of a mask
 @pytest.mark.parametrize("scope", ["mlp", "all"])
 @pytest.mark.parametrize("method", [one for one in PRUNING if one.name not in ("alps", "thanos", "admm")], ids=str)
@@ -230,26 +237,35 @@ def test_the_host_waits_seldom(method, scope, tiny_model, tokens, accelerator):
     assert 1 <= sum(waits.values()) <= allowed, waits
 
 
-@pytest.mark.thorough
-def test_launches_of_choosing_masks_and_weights(tiny_model, tokens, accelerator):
-    """What docs/performance.md states: per linear for methods that score, per column for SparseGPT."""
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
-    model, solving = tiny_model("llama", **sizes), ("methods/", "masks.py", "hessian.py")
-    for method in (method for method in PRUNING if method.name in ("dass", "wanda", "glu_wanda", "ria", "sparsegpt")):
-        launches, _ = counts_of_a_block(accelerator, model, method, tokens[:1], "mlp")
-        count = sum(number for line, number in launches.items() if line.startswith(solving))
-        columns = 128 + 128 + 256
-        assert count <= (6.5 * columns if method.name == "sparsegpt" else 40 * 3), (method, count)
+def launches_of_a_block(
+    accelerator: PretendAccelerator, method: Pruner, pattern: Pattern, tiny_model: Any, tokens: Tensor
+) -> int:
+    """What choosing the masks and weights of an MLP of 128 + 128 + 256 columns launches."""
+    model = tiny_model("llama", hidden_size=128, intermediate_size=256, num_hidden_layers=3)
+    launches, _ = counts_of_a_block(accelerator, model, method, tokens[:1], "mlp", pattern)
+    solving = ("methods/", "masks.py", "hessian.py")
+    return sum(number for line, number in launches.items() if line.startswith(solving))
 
 
-@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["dass", "wanda", "glu_wanda", "ria"])
+def test_launches_of_a_method_that_scores(name, tiny_model, tokens, accelerator):
+    """What docs/performance.md states, as below."""
+    (method,) = (method for method in PRUNING if method.name == name)
+    assert launches_of_a_block(accelerator, method, NM(2, 4), tiny_model, tokens) <= 40 * 3
+
+
+@pytest.mark.parametrize(("pattern", "a_column"), [(NM(2, 4), 5), (NM(4, 8), 3), (Unstructured(0.5), 0.7)], ids=str)
+def test_launches_of_sparsegpt(pattern, a_column, tiny_model, tokens, accelerator):
+    count = launches_of_a_block(accelerator, SparseGPT(), pattern, tiny_model, tokens)
+    assert 0.5 * a_column * 512 < count <= a_column * 512
+
+
 def test_more_sequences_add_no_wait(tiny_model, tokens, accelerator):
     model = tiny_model("llama", num_hidden_layers=3)
     few, many = (counts_of_a_block(accelerator, model, Wanda(), part, "all")[1] for part in (tokens[:1], tokens))
     assert few == many
 
 
-@pytest.mark.thorough
 def test_a_mixture_of_experts_adds_one_wait_a_batch(tiny_model, tokens, accelerator):
     model = tiny_model("mixtral", num_hidden_layers=3)
     _, waits = counts_of_a_block(accelerator, model, Wanda(), tokens, "all")

@@ -17,7 +17,7 @@ from dass_exp.engine.verify import Layer
 from dass_exp.errors import UserError
 from dass_exp.masks import NM, Pattern, Unstructured
 from dass_exp.methods.magnitude import Magnitude
-from dass_exp.methods.sparsegpt import SparseGPT
+from dass_exp.methods.sparsegpt import SparseGPT, _prune_tile, _prune_tile_in_few_launches
 
 DEAD = [3, 8, 9, 10, 11, 24]  # features 8 to 11 are a whole 2:4 tile
 
@@ -84,6 +84,21 @@ def test_one_column_by_hand():
     after, result, _ = pruned(SparseGPT(damping=0.0), torch.tensor([[1.0, 4.0]]), inputs, NM(1, 2))
     assert result.keep.tolist() == [[False, True]]
     assert after.tolist() == [[0.0, pytest.approx(4.6, abs=1e-5)]]
+
+
+@pytest.mark.parametrize(
+    ("columns", "pattern"), [(4, NM(2, 4)), (128, Unstructured(0.5)), (37, Unstructured(0.7))], ids=str
+)
+def test_a_tile_in_few_launches_is_the_tile_column_by_column(columns, pattern):
+    weight, feedback = torch.randn(columns, 24), 0.1 * torch.randn(columns, columns)
+    keep = pattern.keep(weight.abs(), 0 if isinstance(pattern, NM) else None)
+    expected, solved = weight.double(), weight.clone()
+    _prune_tile(expected, keep, feedback.double())
+    _prune_tile_in_few_launches(solved, keep, feedback)
+    assert torch.all(solved[~keep] == 0)
+    torch.testing.assert_close(solved, expected.float(), atol=1e-5, rtol=0)
+    with pytest.raises(AssertionError):  # the feedback matters
+        torch.testing.assert_close(solved, weight * keep, atol=1e-2, rtol=0)
 
 
 @pytest.mark.parametrize(("pattern", "width"), [(NM(2, 4), None), (Unstructured(0.5), 4)], ids=repr)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from pandas import json_normalize
+from pandas.testing import assert_frame_equal
 from support import run_with, tiny_overrides
 
 from dass_exp.errors import UserError
@@ -29,7 +31,9 @@ def test_a_run_gives_what_the_cpu_gives(settings, tiny, tmp_path, accelerator):
         records[device] = run_with(*overrides).record
     cpu, gpu = (records[device]["metrics"] for device in ("cpu", "cuda"))
     assert cpu.keys() == gpu.keys()
-    assert {name: gpu[name] for name in SCORES if name in gpu} == {name: cpu[name] for name in SCORES if name in cpu}
+    found, expected = (json_normalize([device]).filter(regex="|".join(SCORES)) for device in (gpu, cpu))
+    exact = "method=sparsegpt" not in settings  # which solves by other products there
+    assert_frame_equal(found, expected, check_exact=exact, rtol=1e-5)
     assert records["cuda"]["identity"]["device"] == "cuda"
     assert records["cuda"]["environment"]["gpu"] == "Pretended GPU"
     assert records["cpu"]["environment"]["gpu"] is None
