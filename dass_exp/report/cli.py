@@ -22,6 +22,7 @@ from dass_exp.report.console import console
 from dass_exp.report.figures import draw, draw_layers
 from dass_exp.report.fit import tables_that_fit
 from dass_exp.report.frame import listed, matching, records_frame
+from dass_exp.report.leaderboard import write_leaderboard
 from dass_exp.report.load import LoadedRecords, Record, cells_of, evaluation_of, is_dense, layouts_run, load, recovered
 from dass_exp.report.metric_table import build_metric_table
 from dass_exp.report.metrics import METRICS, metric_of
@@ -30,6 +31,7 @@ from dass_exp.report.table import ResultTable, build_table, with_metric
 from dass_exp.report.write import caption, long_form, wide_form, write_table
 from dass_exp.storage.durable import refuse_links, write_text
 from dass_exp.trackers.base import Tracker
+from dass_exp.trackers.none import NullTracker
 from dass_exp.trackers.tracking import send_missing
 
 log = logging.getLogger("dass_exp.report")
@@ -37,7 +39,7 @@ log = logging.getLogger("dass_exp.report")
 _DESCRIPTION = (
     "Write the tables and figures of sweeps from their records, or of any records with --rows and --columns. "
     "dass-report list: list records; dass-report compare KEY KEY: compare two; "
-    "dass-report sync: send records to a tracker that has not got them yet"
+    "dass-report sync: send records to a tracker that has not got them yet; dass-report leaderboard: rank all records"
 )
 _GRID = "grid"  # the name of a table of any records
 _FIRST = ("key", "method", "pattern", "perplexity", "kl", "mean_acc", "created")  # columns of a list that matter most
@@ -63,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _list(Path(options.results), options)
         elif options.sweeps[:1] == ["sync"]:
             _sync(Path(options.results), options)
+        elif options.sweeps == ["leaderboard"]:
+            log.info("wrote %s", write_leaderboard(Path(options.results), Path(options.output or options.results)))
         elif not _report(options):
             sys.exit(1)
     except (UserError, OSError) as error:
@@ -72,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dass-report", description=_DESCRIPTION)
-    sweeps = "names of sweeps (default: all that were run), or: list, or: compare KEY KEY, or: sync"
+    sweeps = "names of sweeps (default: all that were run), or: list, or: compare KEY KEY, or: sync, or: leaderboard"
     where = "only records with this: FIELD=VALUE or FIELD=A,B; may be given several times"
     output = "where tables/, figures/ and report.html are written (default: the results folder)"
     parser.add_argument("sweeps", nargs="*", metavar="SWEEP", help=sweeps)
@@ -167,6 +171,8 @@ def _sync(results: Path, options: argparse.Namespace) -> None:
     if options.sweeps[1:]:
         raise UserError(f"dass-report sync {' '.join(options.sweeps[1:])}: records are chosen with --where FIELD=VALUE")
     tracker = build(choice("tracker", options.tracker), Tracker, "tracker")
+    if isinstance(tracker, NullTracker):
+        raise UserError(f"--tracker {options.tracker}: it sends nothing; name another of conf/tracker")
     records = matching(load(results).records.values(), options.where)
     sent, there = send_missing(tracker, sorted(records, key=lambda record: record["created"]), str(results))
     log.info("%s: %d records sent, %d were there", tracker.place, sent, there)

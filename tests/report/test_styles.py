@@ -65,6 +65,8 @@ def test_names_without_a_style_get_different_ones_while_there_are_some():
         ),
         ("wanda, context=512", "Wanda, context=512"),
         ("dense", "dense"),
+        ("0% magnitude + full retraining", "not pruned + full retraining"),
+        ("50% magnitude", "50% Magnitude"),
         ("my_wanda wandas method=wanda wanda.x", "my_wanda wandas method=wanda wanda.x"),
     ],
 )

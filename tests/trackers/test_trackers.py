@@ -225,6 +225,7 @@ def test_the_command_sends_what_its_filters_admit(cell, results, capsys, caplog)
     ("arguments", "words"),
     [
         (["sync", "--tracker", "nobody"], "tracker='nobody': expected one of mlflow, none, trackio, wandb"),
+        (["sync", "--tracker", "none"], "--tracker none: it sends nothing; name another of conf/tracker"),
         (["sync", "wanda"], "dass-report sync wanda: records are chosen with --where FIELD=VALUE"),
     ],
 )

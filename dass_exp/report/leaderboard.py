@@ -1,0 +1,117 @@
+"""The leaderboard: whatever was scored under one protocol, ranked. One table per model, pattern, scope and protocol."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from dass_exp.config.settings import OPTIONAL_GROUPS
+from dass_exp.errors import UserError
+from dass_exp.report.console import calibration_label, windows_label
+from dass_exp.report.load import Record, evaluation_of, is_dense, load, model_identity
+from dass_exp.report.metric_table import build_metric_table
+from dass_exp.report.scores import main_text
+from dass_exp.report.styles import display
+from dass_exp.report.table import ResultTable, TableValue, is_finite
+from dass_exp.report.write import format_value, markdown_table
+from dass_exp.storage.durable import write_text
+
+_INTRODUCTION = (
+    "# Leaderboard",
+    "Each table holds what was scored under one protocol, best perplexity first. In parentheses the rank; several "
+    "(1-3) where noise does not separate them: a paired t over windows, or Welch's t over seeds, 5 %, Holm's "
+    "correction within a column. ± is the standard deviation over seeds. Seconds are of the machine that the record "
+    "names; compare them only where machine and load were the same.",
+    "Made by `dass-report leaderboard` from records of committed code. To add a line, run the method, copy the folder "
+    "of its record (`results/runs/<key>`) into `runs/` here, and run the command again.",
+)
+_METRICS = ("perplexity", "kl", "agreement")
+_RANKED = "perplexity"
+
+
+def write_leaderboard(results: Path, output: Path) -> Path:
+    """Write ``leaderboard.md``.
+
+    Args:
+        results: the folder whose ``runs/`` holds the records.
+        output: the folder to write to.
+
+    Returns:
+        the path of the page.
+
+    Raises:
+        UserError: there is nothing to rank.
+    """
+    loaded = load(results)
+    if loaded.problems:
+        raise UserError(f"{results}: {loaded.problems[0]}")
+    scored = [
+        record for record in loaded.records.values() if main_text(record) in record["metrics"].get("perplexity", {})
+    ]
+    records = sorted(filter(_is_of_committed_code, scored), key=lambda record: record["key"])
+    pruned = [record for record in records if not is_dense(record)]
+    if not pruned:
+        raise UserError(f"{results}: no record of a pruned model that was scored on a text and made by committed code")
+    groups: dict[tuple[str, str, str], list[Record]] = {}
+    for record in pruned:
+        head = (model_identity(record), record["config"]["pattern"]["name"], _protocol(record))
+        groups.setdefault(head, []).append(record)
+    sections = [*_INTRODUCTION]
+    for head in sorted(groups):
+        evaluation = evaluation_of(groups[head][0])
+        dense = [record for record in records if is_dense(record) and evaluation_of(record) == evaluation]
+        sections.append(_section(groups[head], dense, results))
+    if left_out := len(scored) - len(records):
+        sections.append(f"{left_out} records of uncommitted code were left out.")
+    return write_text(output / "leaderboard.md", "\n\n".join(sections) + "\n")
+
+
+def _is_of_committed_code(record: Record) -> bool:
+    environment = record["environment"]
+    return bool(environment.get("git_commit")) and environment.get("git_dirty") is False
+
+
+def _protocol(record: Record) -> str:
+    """Return what must be equal within a table: the identity of a record without method, stages and seed."""
+    identity: Mapping[str, Any] = record["identity"]
+    varied = {"method", "seed", *OPTIONAL_GROUPS}
+    compared = {name: value for name, value in identity.items() if name not in varied}
+    return json.dumps([compared, record["protocol"].get("windows_sha256")], sort_keys=True)
+
+
+def _section(records: list[Record], dense: list[Record], results: Path) -> str:
+    """Return the table of one protocol under its heading."""
+    config, protocol = records[0]["config"], records[0]["protocol"]
+    table = build_metric_table("leaderboard", {"rows": "method", "title": ""}, [*dense, *records], [], results)
+    columns = [column for column in table.columns if table.metric_in(column) in _METRICS]
+    by_key = {record["key"]: record for record in (*dense, *records)}
+    rows = [_row(row, columns, table, by_key) for row in sorted(table.rows, key=lambda row: _place(row, table))]
+    note = f" ({protocol['model_note']})" if protocol["model_note"] else ""
+    heading = f"## {config['pattern']['name']}, {config['scope']}, {config['model']['name']}"
+    parts = [f"{model_identity(records[0])}{note}, {protocol['dtype']} on {protocol['device']}"]
+    parts += [f"calibration {label}" for label in _different(map(calibration_label, records))]
+    parts += [windows_label(protocol), f"beginning-of-sequence token: {protocol['bos']}"]
+    return "\n\n".join([heading, "; ".join(parts) + ".", markdown_table(["", *columns, "prune s", "records"], rows)])
+
+
+def _row(row: str, columns: list[str], table: ResultTable, records: Mapping[str, Record]) -> list[str]:
+    values = [table.cells.get((row, column), "") for column in columns]
+    texts = [format_value(value, table.metric_in(column)) for value, column in zip(values, columns, strict=True)]
+    keys = _different(key for value in values if isinstance(value, TableValue) for key in value.keys)
+    pattern = next((config["pattern"]["name"] for key in keys if (config := records[key]["config"])["pattern"]), "")
+    seconds = fmean(records[key]["cost"]["prune_s"] for key in keys)
+    links = ", ".join(f"[{key[:8]}](runs/{key}/result.json)" for key in keys)
+    label = display(row.removeprefix(f"{pattern} "))
+    return [label, *texts, "" if row.endswith("dense") else f"{seconds:.1f}", links]
+
+
+def _place(row: str, table: ResultTable) -> tuple[bool, float]:
+    """Sort by perplexity, dense first; what is no number stands last."""
+    (column,) = (column for column in table.columns if table.metric_in(column) == _RANKED)
+    value = table.cells.get((row, column))
+    return not row.endswith("dense"), value.mean if is_finite(value) else float("inf")
+
+
+def _different(texts: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(filter(None, texts)))
