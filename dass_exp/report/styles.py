@@ -70,6 +70,7 @@ _NAMES = {
     "thanos": "Thanos",
     "dsnot": "DSnoT",
     "owl": "OWL",
+    "alpha": "AlphaPruning",
     "least_squares": "least squares",
 }
 _WORDS = re.compile(rf"(?<![\w=.:-])(?:{'|'.join(_NAMES)})(?![\w=.:-])")
