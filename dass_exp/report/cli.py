@@ -190,13 +190,14 @@ def _tables(
     tables: list[ResultTable] = []
     if not own and not failed:
         return tables
-    if metric:
-        changed, file = with_metric(layout, metric, name), re.sub(r"\W", "_", f"{name}_{metric}")
-        table = build_table(file, changed, records, failed, results, options.mix)
-        tables.append(replace(table, arguments=f"{name} --metric {metric}"))
-    elif "metric" in layout and not options.metrics:
+    further = layout.get("metrics")  # true for the table of all of them, or a list of those with a table of their own
+    if not metric and "metric" in layout and not options.metrics:
         tables.append(build_table(name, layout, records, failed, results, options.mix))
-    if options.metrics or (layout.get("metrics") and not metric):
+    for each in [metric] if metric else further if isinstance(further, list) and not options.metrics else []:
+        changed, file = with_metric(layout, each, name), re.sub(r"\W", "_", f"{name}_{each}")
+        table = build_table(file, changed, records, failed, results, options.mix)
+        tables.append(replace(table, arguments=f"{name} --metric {each}"))
+    if options.metrics or (further is True and not metric):
         tables.append(build_metric_table(name, layout, records, failed, results, options.mix))
     return tables
 

@@ -143,9 +143,17 @@ def method_label(config: Mapping[str, Any], varying: Mapping[str, Sequence[str]]
         if not (part := config.get(group)):
             continue
         names = [name for name in part if name != "name"] if varying is None else varying.get(part["name"], ())
+        if group == "method" and removes_nothing(config):
+            parts.append("not pruned")
+            continue
         title = f"{part['name']} retraining" if group == "retrain" else part["name"]
         parts.append(" ".join([title, *(f"{name}={part[name]}" for name in names if _is_shown(part.get(name)))]))
     return " + ".join(parts)
+
+
+def removes_nothing(config: Mapping[str, Any]) -> bool:
+    """Whether the pattern keeps every weight: the dense model in a table of models that are trained further."""
+    return bool((config.get("pattern") or {}).get("sparsity") == 0)
 
 
 def _is_shown(value: Any) -> bool:

@@ -21,6 +21,7 @@ class Metric:
         digits: behind the point.
         scale: from the record's unit to the table's.
         ratio: whether equal ratios mean equal steps, so that a wide range is drawn on a log axis; not for shares.
+        by_step: whether the curve of a retraining has it too; that of windows always has.
     """
 
     title: str
@@ -32,6 +33,12 @@ class Metric:
     digits: int = 2
     scale: float = 1.0
     ratio: bool = True
+    by_step: bool = False
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether a retrained model has a number of it behind each scored step."""
+        return self.source == "windows" or self.by_step
 
     @property
     def one_number(self) -> bool:
@@ -103,6 +110,7 @@ METRICS = {
         "overlap of masks %",
         "retrain",
         higher=True,
+        by_step=True,
         **_SHARE,
     ),
     "acc": Metric("Accuracy", "accuracy %", "accuracy in %", "accuracy %", "tasks", higher=True, **_SHARE),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dass_exp.config.settings import OPTIONAL_GROUPS
 from dass_exp.report.console import method_label, pattern_label
-from dass_exp.report.metrics import metric_of
+from dass_exp.report.metrics import Metric, metric_of
 from dass_exp.report.styles import Style, display, styles_of
 
 if TYPE_CHECKING:
@@ -46,29 +46,31 @@ def draw_pareto(table: ResultTable, figure: Figure) -> bool:
     figure.set_size_inches(min(13, 3 + 4.2 * len(panels)), 5.2)
     panes = figure.subplots(1, len(panels), squeeze=False).flat
     for pane, (pattern, found) in zip(panes, panels.items(), strict=True):
-        _draw_panel(pane, found, methods, markers)
+        _draw_panel(pane, found, metric_of(table.metric), (methods, markers))
         pane.set_title(pattern, fontsize="medium")
-        pane.set_ylabel(f"{metric_of(table.metric).axis} (log scale)")
     _add_legends(figure, methods, markers)
     return True
 
 
 def _draw_panel(
-    pane: Axes, points: Mapping[str, Point], methods: Mapping[str, Style], markers: Mapping[str, str]
+    pane: Axes, points: Mapping[str, Point], metric: Metric, shown: tuple[Mapping[str, Style], Mapping[str, str]]
 ) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-    best = [points[label] for label in front(points)]
+    methods, markers = shown
+    best = [points[label] for label in front(points, metric.higher)]
     pane.plot([point.seconds for point in best], [point.score for point in best], **_FRONT)
     for point in points.values():
         style: dict[str, Any] = {"color": methods[point.method].colour, "marker": markers[point.stages]}
         pane.scatter(point.seconds, point.score, **style, **_POINT)
-    pane.set(xscale="log", yscale="log", xlabel="seconds to prune (log scale)")
+    pane.set(xscale="log", xlabel="seconds to prune (log scale)", ylabel=metric.axis)
+    if metric.ratio:
+        pane.set(yscale="log", ylabel=f"{metric.axis} (log scale)")
     for axis, values in (
         (pane.xaxis, [point.seconds for point in points.values()]),
         (pane.yaxis, [point.score for point in points.values()]),
     ):
-        wide = max(values) > _WIDE * min(values)
+        wide = axis.get_scale() == "log" and max(values) > _WIDE * min(values)
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(5))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter("{x:g}")
@@ -105,11 +107,16 @@ def pareto_points(table: ResultTable, pattern: str) -> dict[str, Point]:
     return {label: point for label, point in points.items() if math.isfinite(point.score) and point.seconds > 0}
 
 
-def front(points: Mapping[str, Point]) -> list[str]:
-    """Return the labels of the points that no other one beats in both numbers, from the fastest to the slowest."""
-    best, labels = math.inf, []
-    for label, point in sorted(points.items(), key=lambda entry: (entry[1].seconds, entry[1].score)):
-        if point.score < best:
-            best = point.score
+def front(points: Mapping[str, Point], higher: bool = False) -> list[str]:
+    """Return the labels of the points that no other one beats in both numbers, from the fastest to the slowest.
+
+    Args:
+        points: by label.
+        higher: whether a higher score is better.
+    """
+    best, labels, sign = math.inf, [], -1 if higher else 1
+    for label, point in sorted(points.items(), key=lambda entry: (entry[1].seconds, sign * entry[1].score)):
+        if sign * point.score < best:
+            best = sign * point.score
             labels.append(label)
     return labels

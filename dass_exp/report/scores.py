@@ -105,12 +105,15 @@ class Scores:
     def _retrain(self, record: Record) -> Iterator[Score]:
         course = record["metrics"].get("retrain", {})
         parts = course.get(self._name) or {}
-        if self._name == "gap_closed":
-            found = parts.get(self._text or main_text(record))
-        else:
-            found = math.fsum(parts.values()) / len(parts) if parts else None
-        if found is not None:
-            yield Score("", self._metric.scale * found)
+        if self._by_step:
+            for entry in course.get("curve", ()):
+                if shares := entry.get(self._name):
+                    yield Score(step_label(entry["step"]), self._metric.scale * _of_roles(shares))
+        elif self._name == "gap_closed":
+            if (found := parts.get(self._text or main_text(record))) is not None:
+                yield Score("", self._metric.scale * found)
+        elif parts:
+            yield Score("", self._metric.scale * _of_roles(parts))
 
     def _tasks(self, record: Record) -> list[Score]:
         tasks = asked_tasks(record)
@@ -159,6 +162,10 @@ class Scores:
 
     def _dense_of(self, record: Record) -> Record | None:
         return self._dense.get(evaluation_of(record))
+
+
+def _of_roles(shares: Mapping[str, float]) -> float:
+    return math.fsum(shares.values()) / len(shares)
 
 
 def step_label(step: int) -> str:

@@ -74,12 +74,10 @@ _NAMES = {
     "least_squares": "least squares",
 }
 _WORDS = re.compile(rf"(?<![\w=.:-])(?:{'|'.join(_NAMES)})(?![\w=.:-])")
-_UNPRUNED = re.compile(r"(?<![\w.])0% magnitude\b")  # the dense model in a table of models that are trained further
 
 
 def display(label: str) -> str:
     """Return a label with the names of methods and stages as papers write them: ``2:4 dass`` is ``2:4 DaSS``."""
-    label = _UNPRUNED.sub("not pruned", label)
     return _WORDS.sub(lambda match: _NAMES[match.group()], label)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from dass_exp.config.settings import OPTIONAL_GROUPS
 from dass_exp.errors import UserError
-from dass_exp.report.console import method_label
+from dass_exp.report.console import method_label, removes_nothing
 from dass_exp.report.load import Record, SweepCell, is_dense, model_name, setting, varying_settings
 from dass_exp.report.metrics import metric_of
 from dass_exp.report.protocol_check import Protocols
@@ -138,7 +138,7 @@ def with_metric(layout: Mapping[str, Any], metric: str, sweep: str) -> dict[str,
     described = metric_of(metric)
     rows = layout.get("rows", "method")
     rows, columns = (rows if isinstance(rows, list) else [rows]), str(layout.get("columns", _BY_SETTING))
-    if (described.one_number and columns in _BY_TASK) or (columns == STEP and described.source != "windows"):
+    if (described.one_number and columns in _BY_TASK) or (columns == STEP and not described.has_steps):
         first, *others = rows
         rows, columns = (others, first) if others else (rows, _BY_SETTING)
     elif not described.one_number:
@@ -271,6 +271,8 @@ def axis_label(record: Mapping[str, Any], axis: str, varying: Mapping[str, list[
     config = record["config"]
     if axis == "method":
         return method_label(config, varying)
+    if axis == "pattern" and removes_nothing(config):
+        return ""  # it stands beside every pattern, as dense does
     if axis in OPTIONAL_GROUPS:
         return str((config.get(axis) or {"name": "none"})["name"])
     value = setting(config, "pattern.name" if axis == "pattern" else axis)

@@ -29,7 +29,8 @@ class Retraining:
         seq_len: tokens of a window, a beginning-of-sequence token included.
         loss: ``next_token``, or ``kl``, the divergence of the dense model's predictions from the pruned one's.
         curve: steps behind which the model is scored, beside the start and the end.
-        relevance: whether the masks are chosen again at the end, to compare them with those that were kept.
+        relevance: whether the masks are chosen again, behind each step of the curve and at the end, and compared with
+            those that were kept.
     """
 
     text: Text

@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 from torch import Tensor, nn
 
-from dass_exp.engine.callbacks import BlockReport, Callback
+from dass_exp.engine.callbacks import BlockReport, Callback, SeedEachBlock
 from dass_exp.engine.prune import EngineOptions, prune_model
 from dass_exp.masks import Pattern, Unstructured
 from dass_exp.methods.base import Block, LinearView, Pruner, ScorePruner
@@ -69,6 +69,7 @@ def mask_overlap(
     decoder: Decoder,
     how: tuple[Pruner, Pattern, EngineOptions, Tensor | None],
     kept: Callable[[str], Tensor],
+    seed: int,
 ) -> dict[str, float]:
     """Prune the dense weights as far as training has moved them, and compare the masks with those that were kept.
 
@@ -81,6 +82,7 @@ def mask_overlap(
         decoder: of the model.
         how: method, pattern, options and calibration tokens of the run.
         kept: the masks of the run, bool [out, in] by name of the linear.
+        seed: of the run.
 
     Returns:
         the Jaccard index by role.
@@ -90,7 +92,7 @@ def mask_overlap(
         for site in decoder.sites(index, options.scope):
             site.matrix.write(moved[site.name])
     overlap = MaskOverlap(kept)
-    prune_model(model, tokens, method, pattern, options, [overlap])
+    prune_model(model, tokens, method, pattern, options, [SeedEachBlock(seed), overlap])
     return overlap.by_role()
 
 

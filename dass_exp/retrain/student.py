@@ -56,6 +56,7 @@ class Student(nn.Module):
             raise UserError(f"retrain={retraining.name}: this model has no parameter that it trains; choose another")
         generator = torch.Generator().manual_seed(seed)
         own = {name: parameter.data for parameter, name in names.items()}
+        self._masked = {name: own[name] for name in self._masks}
         self._targets = {name: own[name] for name in chosen}
         self.loss: Tensor | float = math.nan  # of the last call
         self.parts = nn.ModuleList(retraining.part(own[name], mask, generator) for name, mask in chosen.items())
@@ -91,10 +92,10 @@ class Student(nn.Module):
         Raises:
             VerificationError: a removed weight is not zero; the message names the tensor.
         """
-        for (name, target), part in zip(self._targets.items(), self.parts, strict=True):
+        for target, part in zip(self._targets.values(), self.parts, strict=True):
             target.copy_(part())
-            mask = self._masks.get(name)
-            if mask is not None and bool((target[~mask] != 0).any()):
+        for name, weight in self._masked.items():  # also where only norms and biases are trained
+            if bool((weight[~self._masks[name]] != 0).any()):
                 raise VerificationError(f"{name.removeprefix('model.')}: retraining moved a weight that was removed")
 
 

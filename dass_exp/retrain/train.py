@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 SAVED_EVERY = 60.0  # seconds
 _WARMUP = 0.1  # of the steps
-# entries of the trainer's log, which its checkpoints keep: the curve so far, and the losses since its last entry
-_CURVE, _LOSSES = "dass_exp_curve", "dass_exp_losses"
+# entries of the trainer's log, which its checkpoints keep: the curve so far, the losses since its last entry, and time
+_CURVE, _LOSSES, _SECONDS = "dass_exp_curve", "dass_exp_losses", "dass_exp_seconds"
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,13 @@ class TrainingHooks:
         score: scores the model; called behind the steps of the curve, with the trained tensors written into it.
         advance: called after each step.
         fingerprint: what a checkpoint must have been written for, as JSON; another one is not continued.
+        earlier_seconds: set by the training: what earlier starts of it took until the checkpoint that it continues.
     """
 
     score: Callable[[], Mapping[str, Any]]
     advance: Callable[[], None] = lambda: None
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    earlier_seconds: float = 0.0
 
 
 def train(
@@ -148,7 +150,7 @@ class _Course(TrainerCallback):
         self._student, self._hooks, self._scored_behind = student, hooks, set(retraining.curve)
         self.entries: list[dict[str, Any]] = []
         self._losses: list[float] = []
-        self._saved = time.monotonic()
+        self._began = self._saved = time.monotonic()
 
     def mean_loss(self) -> float | None:
         """Return the mean loss since the last entry of the curve; None without a step."""
@@ -162,6 +164,7 @@ class _Course(TrainerCallback):
         for entry in state.log_history:
             noted: Any = entry
             self.entries, self._losses = noted[_CURVE], noted[_LOSSES]
+            self._hooks.earlier_seconds = noted.get(_SECONDS, 0.0)
         state.log_history = []
         for _ in range(state.global_step):
             self._hooks.advance()
@@ -178,7 +181,9 @@ class _Course(TrainerCallback):
             self.entries, self._losses = [*self.entries, entry], []
         self._hooks.advance()
         if time.monotonic() - self._saved >= SAVED_EVERY and state.global_step < state.max_steps:
-            noted: Any = {_CURVE: self.entries, _LOSSES: self._losses}
+            self._student.write()  # which verifies the masks
+            seconds = self._hooks.earlier_seconds + time.monotonic() - self._began
+            noted: Any = {_CURVE: self.entries, _LOSSES: self._losses, _SECONDS: seconds}
             state.log_history = [noted]
             control.should_save = True
 

@@ -43,7 +43,8 @@ class MemoryNeeds:
     batch: int  # one batch inside a block, and the logits that are computed at a time
     copy: int = 0  # dense weights in the scope, from which a sweep restores the shared model
     tokens: int = 0  # ids of calibration and windows, twice while they are put together
-    training: int = 0  # what is trained, its gradients and moments, dense weights, activations for gradients, logits
+    training: int = 0  # what is trained, its gradients and moments, weights before, activations for gradients, logits
+    before: int = 0  # kept of the dense model for retraining, while it is pruned too: weights in the scope, its states
     disk: int = 0  # not memory: activations cached on disk, masks, and the resume state, twice while it is replaced
 
     @property
@@ -51,7 +52,7 @@ class MemoryNeeds:
         """With the whole model in memory."""
         windows = self.windows // 2  # of the dense model alone
         pruning = self.activations + self.solver + self.batch
-        return BASE + self.model + self.copy + windows + max(pruning, self.training) + self.tokens
+        return BASE + self.model + self.copy + windows + max(pruning, self.training) + self.before + self.tokens
 
     @property
     def scored(self) -> int:
@@ -118,20 +119,36 @@ def memory_needs(
     repair = workload.stages.repair
     recorded = (repair.follows_inputs or repair.needs_mlp_tokens) + repair.needs_mlp_tokens
     state = 2 * workload.resumable * (calibration_bytes + 2 * window_bytes)
+    activations = (3 + recorded) * in_memory * calibration_bytes + _kept_neurons(sites, calibration, workload)
+    solver = max(_solver_bytes(block, workload) for block in sites) + max(scope)
+    batch = max(_batch_bytes(decoder, workload, *shape) for shape in batches) + 16 * MAX_LOGITS
+    training = _training_bytes(decoder, model, sites, workload)
+    if workload.retrain.relevance and workload.retrain.curve:  # masks are chosen again beside what is trained
+        training += activations + solver + batch
     return MemoryNeeds(
         model=whole * width,
         block=max(blocks) * width,
         ahead=(1 if decoder.family.experts is None else 2) * max(blocks) * width,
         outside=(whole - sum(blocks)) * width,
-        activations=(3 + recorded) * in_memory * calibration_bytes + _kept_neurons(sites, calibration, workload),
+        activations=activations,
         windows=2 * in_memory * window_bytes,
-        solver=max(_solver_bytes(block, workload) for block in sites) + max(scope),
-        batch=max(_batch_bytes(decoder, workload, *shape) for shape in batches) + 16 * MAX_LOGITS,
+        solver=solver,
+        batch=batch,
         copy=workload.shared * sum(scope) * width,
         tokens=16 * sum(count * length for count, length in (calibration, windows)),
         disk=on_disk + sum(scope) // 8 + state + 2 * 12 * _trained_numbers(model, sites, workload.retrain),
-        training=_training_bytes(decoder, model, sites, workload),
+        training=training,
+        before=_kept_for_training(sum(scope), features, workload),
     )
+
+
+def _kept_for_training(scope: int, features: int, workload: Workload) -> int:
+    """Return the bytes that are kept of the dense model: its weights, and its last states if they are the target."""
+    retraining, width = workload.retrain, workload.dtype.itemsize
+    if not retraining.active:
+        return 0
+    tokens = retraining.steps * retraining.batch_size * retraining.seq_len  # of an epoch at most: one set of states
+    return width * (retraining.relevance * scope + (retraining.loss == "kl") * tokens * features)
 
 
 def _trained_numbers(model: Any, sites: list[list[LinearSite]], retraining: Retraining) -> int:
@@ -147,7 +164,7 @@ def _trained_numbers(model: Any, sites: list[list[LinearSite]], retraining: Retr
 def _training_bytes(decoder: Decoder, model: Any, sites: list[list[LinearSite]], workload: Workload) -> int:
     """Estimate retraining.
 
-    Value, gradient and two moments of what is trained, float32; masks, dense and pruned weights to compare masks; the
+    Value, gradient and two moments of what is trained, float32; masks, and pruned weights to compare masks; the
     tensors that are put in place; activations kept for gradients; logits with their gradients.
     """
     retraining, config, width = workload.retrain, decoder.config, workload.dtype.itemsize
@@ -157,7 +174,7 @@ def _training_bytes(decoder: Decoder, model: Any, sites: list[list[LinearSite]],
     tokens = retraining.batch_size * retraining.seq_len
     intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     kept = tokens * len(decoder.blocks) * (12 * config.hidden_size + 5 * intermediate) * width
-    copies = (1 + 2 * width * retraining.relevance + 3 * max(width, 4)) * scope
+    copies = (1 + width * retraining.relevance + 3 * max(width, 4)) * scope
     return int(16 * _trained_numbers(model, sites, retraining) + copies + kept + 5 * 4 * MAX_LOGITS)
 
 

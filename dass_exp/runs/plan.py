@@ -1,8 +1,9 @@
 """Plan a run without running it: whether its record exists, what it needs, and how long it would take."""
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dass_exp.config.settings import RunConfig
 from dass_exp.errors import UserError
@@ -58,7 +59,8 @@ def plan(config: RunConfig, context: RunContext | None = None) -> Plan:
     records = [record for record in run.store.records() if record["identity"]["model"] == run.spec.identity]
     prune_s, basis = _median(records, run, "prune_s") if run.method.prunes else (0.0, "nothing to prune")
     eval_s, _ = _median(records, run, "eval_s")
-    seconds = None if prune_s is None or eval_s is None else prune_s + eval_s
+    retrain_s = _retraining_seconds(records, run)
+    seconds = None if prune_s is None or eval_s is None or retrain_s is None else prune_s + eval_s + retrain_s
     if seconds is None:
         size = sum(parameter.numel() for parameter in context.skeleton(run).parameters())
         basis = f"no like record; {_work(config, size, run)}"
@@ -115,6 +117,24 @@ def _median(records: list[Record], run: ResolvedRun, cost: str) -> tuple[float |
         if similar:
             return statistics.median(record["cost"][cost] for record in similar), f"median of {len(similar)} {basis}"
     return None, "no like record"
+
+
+def _retraining_seconds(records: list[Record], run: ResolvedRun) -> float | None:
+    """Return the median over records of the same training, each scaled to the tokens of this run; None without any."""
+    retraining = run.retrain
+    if not retraining.active or not retraining.steps:
+        return 0.0
+
+    def tokens(settings: Mapping[str, Any]) -> int:
+        return int(settings["steps"] * settings["batch_size"] * settings["seq_len"])
+
+    own = {"name": retraining.name, **retraining.settings()}
+    like = [
+        record["cost"]["retrain_s"] * tokens(own) / tokens(settings)
+        for record in records
+        if (settings := record["config"].get("retrain") or {}).get("name") == retraining.name and tokens(settings)
+    ]
+    return statistics.median(like) if like else None
 
 
 def _most_similar(records: list[Record], run: ResolvedRun, cost: str) -> Iterator[tuple[list[Record], str]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dass_exp.config.settings import ExpertsConfig
 from dass_exp.engine.prune import EngineOptions
 from dass_exp.engine.verify import AXES, Layer
 from dass_exp.evaluate.perplexity import Perplexity, last_hidden_states
@@ -81,18 +82,27 @@ def retrain(
     """
     retraining, decoder, seed = run.retrain, decoder_of(model, run.spec.roles), run.config.seed
     probe = before.data.windows[:_PROBED]
+    everything = ExpertsConfig(min_tokens=0)  # a few windows need not reach every expert
     options = EngineOptions(
-        scope="mlp", batch_size=run.config.calibration.batch_size, roles=run.spec.roles, experts=run.config.experts
+        scope="mlp", batch_size=run.config.calibration.batch_size, roles=run.spec.roles, experts=everything
     )
     curve = [{"step": 0, "loss": None, **_entry(score())}]
-    start = time.perf_counter()
+    start, earlier = time.perf_counter(), 0.0
     pruned_norms = neuron_norms(model, probe, options) if retraining.relevance else {}
     pruned = {site.name: site.matrix.weight.clone() for site in run.sites(decoder)} if retraining.relevance else {}
+
+    def overlap() -> dict[str, Any]:
+        return {"mask_overlap": _overlap(run, context, model, (before.weights, pruned), masks)}
+
+    def scored() -> dict[str, Any]:
+        return _entry(score()) | (overlap() if retraining.relevance else {})
+
     if retraining.steps:
         student = Student(model, decoder, lambda name: masks[name].unpack(), retraining, run.config.scope, seed)
         with context.reporter.phase(f"retraining ({retraining.name})", retraining.steps) as advance:
-            hooks = TrainingHooks(lambda: _entry(score()), advance, _fingerprint(run, before, masks))
+            hooks = TrainingHooks(scored, advance, _fingerprint(run, before, masks))
             curve += train(student, retraining, before.data, run.work_folder / TRAINING, hooks)
+            earlier = hooks.earlier_seconds
         del student
     windows = context.training_windows(run)
     retrained: dict[str, Any] = {"curve": curve, "tokens_sha256": windows.sha256, "windows": len(windows.ids)}
@@ -101,8 +111,10 @@ def retrain(
             retrained["activation_rank_correlation"] = rank_correlations(
                 pruned_norms, neuron_norms(model, probe, options)
             )
-            retrained["mask_overlap"] = _overlap(run, context, model, (before.weights, pruned), masks)
-    retrained["seconds"] = round(time.perf_counter() - start, 3)
+            last = overlap()
+        retrained |= last
+        curve[-1] |= last
+    retrained["seconds"] = round(earlier + time.perf_counter() - start, 3)
     return retrained
 
 
@@ -164,7 +176,7 @@ def _overlap(
     tokens = context.calibration(run)
     how = run.method, run.pattern, options, None if tokens is None else tokens.ids
     try:
-        return mask_overlap(model, moved, decoder, how, lambda name: masks[name].unpack())
+        return mask_overlap(model, moved, decoder, how, lambda name: masks[name].unpack(), run.config.seed)
     finally:
         for site in run.sites(decoder):
             site.matrix.write(trained[site.name])

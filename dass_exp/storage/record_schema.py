@@ -137,6 +137,7 @@ class _Step(TypedDict):
     perplexity: NotRequired[dict[str, Annotated[float, Ge(1), Lt(math.inf)]]]
     kl: NotRequired[dict[str, _Size]]
     agreement: NotRequired[dict[str, _Share]]
+    mask_overlap: NotRequired[dict[str, _Share]]
 
 
 class _Retrain(TypedDict):

@@ -22,7 +22,7 @@ def written(records, folder, **environment) -> str:
 
 def rows_of(page: str, heading: str) -> list[list[str]]:
     """The cells of the table below a heading, without its head."""
-    section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    section = page.split(f"\n## {heading}\n")[1].split("\n## ", maxsplit=1)[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 

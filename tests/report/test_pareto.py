@@ -41,6 +41,12 @@ def test_the_front_is_what_nothing_beats_in_both_numbers():
     assert front({label: Point("dass", "", *pair) for label, pair in numbers.items()}) == ["fast", "better", "best"]
 
 
+def test_higher_may_be_better():
+    numbers = {"fast": (1.0, 90.0), "worse": (2.0, 50.0), "best": (3.0, 95.0)}
+    points = {label: Point("dass", "", *pair) for label, pair in numbers.items()}
+    assert front(points, higher=True) == ["fast", "best"]
+
+
 def test_points_are_means_over_seeds_of_what_has_the_same_stages():
     records = [
         combination("dass", 10.0, 90.0),

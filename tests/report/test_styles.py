@@ -65,7 +65,6 @@ def test_names_without_a_style_get_different_ones_while_there_are_some():
         ),
         ("wanda, context=512", "Wanda, context=512"),
         ("dense", "dense"),
-        ("0% magnitude + full retraining", "not pruned + full retraining"),
         ("50% magnitude", "50% Magnitude"),
         ("dass alpha=0.5 + alpha", "DaSS alpha=0.5 + AlphaPruning"),
         ("my_wanda wandas method=wanda wanda.x", "my_wanda wandas method=wanda wanda.x"),

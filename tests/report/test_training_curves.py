@@ -64,13 +64,25 @@ def test_other_metrics_of_windows_have_the_same_columns(records, tmp_path):
     assert [table.cells["2:4 dass + full retraining", column].mean for column in table.columns] == [0.94, 0.7, 0.58]
 
 
+def test_the_overlap_of_masks_has_the_steps_at_which_they_were_chosen_again(records, tmp_path):
+    for entry in records[1]["metrics"]["retrain"]["curve"][1:]:
+        entry["mask_overlap"] = {"gate": 1.0 - entry["step"] / 1000, "down": 0.9}
+    table = table_of(records[:2], tmp_path, "mask_overlap")
+    assert table.columns == ["step 10", "step 100"]
+    (wanda,) = (row for row in table.rows if "wanda" in row)
+    assert [table.cells[wanda, column].mean for column in table.columns] == pytest.approx([94.5, 90.0])
+    assert draw(table, tmp_path)
+
+
 def test_what_became_of_gap_and_masks_is_one_number_a_record(records, tmp_path):
-    overlap, closed = table_of(records, tmp_path, "mask_overlap"), table_of(records, tmp_path, "gap_closed")
+    by_pattern = {**LAYOUT, "rows": "method", "columns": "pattern", "metric": "mask_overlap"}
+    overlap = build_table("retrain", by_pattern, records, [], tmp_path)
+    closed = table_of(records, tmp_path, "gap_closed")
     assert overlap.columns == closed.columns == ["2:4"]
     assert overlap.cells["wanda + full retraining", "2:4"].mean == pytest.approx(85.0)
     assert closed.cells["wanda + full retraining", "2:4"].mean == pytest.approx(50.0)
     assert closed.cells["dass + full retraining", "2:4"] == "not recorded"
-    assert overlap.figure == {"kind": "bars"}
+    assert closed.figure == {"kind": "bars"}
 
 
 def test_the_figure_has_a_line_for_each_method_and_a_band_where_there_are_seeds(records, tmp_path):

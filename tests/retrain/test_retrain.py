@@ -153,6 +153,16 @@ def test_a_removed_weight_that_moved_is_named(pruned):
         student.write()
 
 
+def test_norms_verify_the_weights_that_they_leave_alone(pruned):
+    model, masks = pruned()
+    student = student_of(model, masks, how("norms"))
+    student.write()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight += 1
+    with pytest.raises(VerificationError, match=r"layers\.1\.mlp\.up_proj\.weight: retraining moved a weight"):
+        student.write()
+
+
 def test_half_precision_trains_float32_values(pruned, tokens, tmp_path):
     model, masks = pruned()
     model = model.to(torch.bfloat16)

@@ -8,13 +8,21 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from family_configs import OWN, SHAPE
 from safetensors.torch import load_file
-from support import CONF, FixedMemory, Killed, Phases, contains, run_with, settings_of
+from support import CONF, HIDDEN, FixedMemory, Killed, Phases, contains, run_with, save_tiny, settings_of, without
+from transformers import AutoConfig
 
 import dass_exp
+from dass_exp.engine.callbacks import Callback, SeedEachBlock
+from dass_exp.engine.prune import EngineOptions, prune_model
 from dass_exp.errors import UserError
+from dass_exp.masks import NM
+from dass_exp.methods.base import ScorePruner
+from dass_exp.models.decoder import decoder_of
 from dass_exp.report.console import sizes_line
 from dass_exp.retrain import train
+from dass_exp.retrain.relevance import mask_overlap
 from dass_exp.runs.context import ModelCache, RunContext
 from dass_exp.runs.plan import plan
 from dass_exp.runs.resolve import resolve
@@ -52,6 +60,8 @@ def test_the_record_holds_the_course_and_what_became_of_the_masks(retrained, unt
     assert course["curve"][0]["kl"]["wikipedia_mini"] == pruned["metrics"]["divergence"]["wikipedia_mini"]["kl"]
     assert set(course["mask_overlap"]) == {"gate", "up", "down"}
     assert all(0.5 < overlap < 1 for overlap in course["mask_overlap"].values())
+    assert ["mask_overlap" in entry for entry in course["curve"]] == [False, True, True, True]
+    assert course["curve"][-1]["mask_overlap"] == course["mask_overlap"] != course["curve"][1]["mask_overlap"]
     assert len(course["activation_rank_correlation"]) == 2
     assert record["cost"]["retrain_s"] > 0 and record["sparsity"]["scope"] == pruned["sparsity"]["scope"]
     assert record["config"]["retrain"]["name"] == "lora" and record["config"]["seed"] == 0
@@ -215,5 +225,50 @@ def test_a_plan_counts_the_memory_of_training(retrained, untrained):
     assert ["training 0.00" in each for each in needs] == [True, False, False]
     run = resolve(settings_of(*retrained), RunContext())
     assert run.needs.training > 0
+    other = resolve(settings_of(*retrained, "retrain.loss=kl"), RunContext()).needs
+    width = run.spec.dtype.itemsize * 6 * 2 * 32  # of 6 steps x 2 windows x 32 tokens
+    assert other.before - run.needs.before == width * HIDDEN
+    assert other.resident - run.needs.resident == other.before - run.needs.before
+    again = resolve(settings_of(*retrained, "retrain.curve=[2]"), RunContext()).needs
+    assert again.training == run.needs.training + again.activations + again.solver + again.batch
     with pytest.raises(UserError, match="training"):
         resolve(settings_of(*retrained, "model.placement=resident"), FixedMemory(run.needs.resident - 1))
+
+
+@pytest.mark.thorough
+def test_a_plan_counts_the_time_of_training(retrained):
+    record = run_with(*retrained).record
+    own = [*retrained, "retrain.lr=0.002"]
+    short, long = (plan(settings_of(*own, f"retrain.steps={steps}")).seconds for steps in (6, 60))
+    assert long - short == pytest.approx(9 * record["cost"]["retrain_s"])
+    assert plan(settings_of(*own, "retrain=norms")).seconds is None
+
+
+@pytest.mark.thorough
+def test_experts_that_the_probe_does_not_reach_stop_nothing(retrained, tmp_path):
+    changes = {"vocab_size": 512, "max_position_embeddings": 4096, "bos_token_id": 0, "eos_token_id": 1}
+    config = AutoConfig.for_model("mixtral", **{**SHAPE, **OWN["mixtral"], **changes, "pad_token_id": 2})
+    folder = save_tiny(tmp_path / "experts", config)
+    own = [*without(retrained, "model.path"), f"model.path={folder}", "experts.starved=raise", "experts.min_tokens=10"]
+    record = run_with(*own, "calibration.num_samples=16", "calibration.seq_len=64").record
+    assert of(record)["mask_overlap"]
+
+
+def test_masks_that_are_drawn_at_random_are_drawn_again(tiny_model, tokens):
+    class Drawn(ScorePruner):
+        def score(self, linear, block):
+            return torch.rand_like(linear.weight)
+
+    model, how = tiny_model("llama"), (Drawn(), NM(2, 4), EngineOptions(scope="mlp"), tokens)
+    decoder = decoder_of(model)
+    dense = {site.name: site.matrix.weight.clone() for index in range(2) for site in decoder.sites(index, "mlp")}
+    kept: dict[str, torch.Tensor] = {}
+
+    class Keeps(Callback):
+        def on_block_end(self, report):
+            kept.update({name: result.keep for name, result in report.results.items()})
+
+    prune_model(model, tokens, *how[:3], [SeedEachBlock(3), Keeps()])
+    for seed, equal in ((3, True), (4, False)):
+        overlap = mask_overlap(model, dense, decoder, how, kept.__getitem__, seed)
+        assert (set(overlap.values()) == {1.0}) is equal
