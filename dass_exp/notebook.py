@@ -9,12 +9,14 @@ from hydra.errors import HydraException
 from torch import Tensor, nn
 
 from dass_exp.api import Pruned
+from dass_exp.config.arguments import with_text_files
 from dass_exp.config.components import admitted_packages, build, choice
 from dass_exp.config.compose import composing, settings_of
 from dass_exp.config.settings import CalibrationConfig, RunConfig
 from dass_exp.data import tokens
 from dass_exp.data.texts import Text
 from dass_exp.errors import UserError
+from dass_exp.evaluate.generation import PROMPT, Generation, generate
 from dass_exp.evaluate.perplexity import last_hidden_states, perplexity
 from dass_exp.evaluate.zeroshot import ZeroShotOptions, zero_shot
 from dass_exp.models.families import family_of
@@ -49,6 +51,7 @@ def run(*overrides: str) -> Record:
 def _settings(overrides: Sequence[str]) -> RunConfig:
     try:
         with composing():
+            overrides = with_text_files(overrides)
             return settings_of(overrides, admitted_packages(overrides))
     except HydraException as error:
         raise UserError(" ".join(str(error).partition("Config search path")[0].split())) from error
@@ -105,13 +108,16 @@ def dense_states(model: nn.Module, tokenizer: Any, evaluation: str = "ppl_mini")
     """Keep what :func:`evaluate` needs of a dense model to say later how far its pruned version is from it.
 
     Returns:
-        last hidden states, [windows, tokens, features] on the CPU, by name of the set of windows.
+        last hidden states, [windows, tokens, features] on the CPU, by name of the set of windows; and under
+        ``generation``, where the evaluation generates, int64 [prompts, tokens].
 
     Raises:
         UserError: the evaluation is unknown, or its text cannot be loaded.
     """
-    windows = _windows(_settings([f"eval={evaluation}"]), model, tokenizer)
-    return {name: last_hidden_states(model, ids) for name, ids in windows.items()}
+    config = _settings([f"eval={evaluation}"])
+    windows = _windows(config, model, tokenizer)
+    states = {name: last_hidden_states(model, ids) for name, ids in windows.items()}
+    return states | _generated(config, model, windows)
 
 
 def evaluate(
@@ -126,18 +132,25 @@ def evaluate(
         dense: :func:`dense_states` of the dense model.
 
     Returns:
-        by flat name: ``perplexity/wikipedia_mini``, ``kl/wikipedia_mini``, ``piqa/acc``, ``mean_acc``.
+        by flat name: ``perplexity/wikipedia_mini``, ``kl/wikipedia_mini``, ``piqa/acc``, ``mean_acc``,
+        ``generation/distinct_4``.
 
     Raises:
         UserError: the evaluation is unknown, or its data cannot be loaded.
         NumericalError: a likelihood is not finite.
     """
     config, scores = _settings([f"eval={evaluation}"]), dict[str, float]()
-    for name, ids in _windows(config, model, tokenizer).items():
+    windows = _windows(config, model, tokenizer)
+    for name, ids in windows.items():
         found = perplexity(model, ids, config.eval.batch_size, (dense or {}).get(name))
         scores[f"perplexity/{name}"] = found.value
         if found.kl is not None and found.agreement is not None:
             scores |= {f"kl/{name}": found.kl, f"agreement/{name}": found.agreement}
+    for name, generated in _generated(config, model, windows).items():
+        check = Generation.of(generated, (dense or {}).get(name, generated))
+        scores[f"{name}/distinct_4"] = check.distinct_4
+        if dense is not None and name in dense:
+            scores[f"{name}/equal"] = check.equal
     if (tasks := config.eval.zeroshot) is not None:
         with_bos = _bos(model, tokenizer) != "never"
         options = ZeroShotOptions(4 * config.eval.batch_size, with_bos, tasks.num_fewshot, tasks.include_path)
@@ -147,6 +160,14 @@ def evaluate(
             scores |= {f"{name}/{number}": task[number] for number in sorted(numbers & task.keys())}
         scores |= {"mean_acc": result.mean_acc, "mean_acc_norm": result.mean_acc_norm}
     return scores
+
+
+def _generated(config: RunConfig, model: nn.Module, windows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what the model generates, under one name; empty where the evaluation does not ask for it."""
+    if (check := config.eval.generation) is None:
+        return {}
+    prompts = next(iter(windows.values()))[: check.prompts, :PROMPT]
+    return {"generation": generate(model, prompts, check.tokens)}
 
 
 def _windows(config: RunConfig, model: nn.Module, tokenizer: Any) -> dict[str, Tensor]:

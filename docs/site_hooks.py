@@ -7,7 +7,14 @@ from typing import Any
 from mkdocs.structure.files import File
 
 _ROOT = Path(__file__).resolve().parent.parent
-_PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "results/README.md", "results/leaderboard/leaderboard.md")
+_PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "CHANGELOG.md",
+    "results/README.md",
+    "results/leaderboard/leaderboard.md",
+)
 _TABLES = ("results/*/tables/*.md", "results/bench/*", "results/reference/*")
 _SHOWN = (*_TABLES, "results/leaderboard/runs/*/result.json", "results/*/figures/*.png", "notebooks/*.ipynb")
 

@@ -48,23 +48,27 @@ def test_a_run_from_python_is_the_run_of_the_command(cell):
 @pytest.mark.thorough
 def test_evaluating_in_memory_gives_the_numbers_of_a_run(tiny):
     model, tokenizer = dass_exp.load(str(tiny))
-    dense = dass_exp.dense_states(model, tokenizer)
+    evaluation = "[ppl_mini,generation_mini]"
+    dense = dass_exp.dense_states(model, tokenizer, evaluation)
     tokens = dass_exp.calibration_tokens(tokenizer, 4, 32)
     pruned = dass_exp.prune(model, tokens, "wanda")
-    scores = dass_exp.evaluate(model, tokenizer, "ppl_mini", dense)
+    scores = dass_exp.evaluate(model, tokenizer, evaluation, dense)
     record = dass_exp.run(
         f"model.path={tiny}",
         "model.name=tiny",
         "method=wanda",
         "calibration.num_samples=4",
         "calibration.seq_len=32",
-        "eval=ppl_mini",
+        f"eval={evaluation}",
         "tracker=none",
         f"results_dir={tiny}-results",
     )
     metrics = record["metrics"]
     assert scores["perplexity/wikipedia_mini"] == pytest.approx(metrics["perplexity"]["wikipedia_mini"], rel=1e-6)
     assert scores["kl/wikipedia_mini"] == pytest.approx(metrics["divergence"]["wikipedia_mini"]["kl"], rel=1e-5)
+    assert {name: scores[f"generation/{name}"] for name in ("equal", "distinct_4")} == {
+        name: metrics["generation"][name] for name in ("equal", "distinct_4")
+    }
     assert repr(pruned) == "<Pruned: 6 linears, 50.0 % zeros>"
 
 

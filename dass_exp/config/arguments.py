@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ log = logging.getLogger(__name__)
 
 TRACEBACKS = "DASS_EXP_TRACEBACKS"  # what the user set as HYDRA_FULL_ERROR, for the workers of a launcher too
 
+_OF_A_FILE = {"calibration.text.path": "calibration=text_file", "eval.perplexity.text.path": "eval=ppl_text_file"}
 _MULTIRUN = ("-m", "--multirun")
 
 
@@ -36,7 +38,7 @@ class ConfigSource:
 
 def prepare(arguments: list[str]) -> list[str]:
     """Return the arguments as Hydra is to read them: present names, ``-m`` for a sweep, no launcher for a plan."""
-    arguments = [_present_name(argument) for argument in arguments]
+    arguments = with_text_files([_present_name(argument) for argument in arguments])
     arguments.sort(key=lambda argument: argument not in _MULTIRUN)  # Hydra reads no override behind an option
     if _names_a_sweep(arguments) and not {*_MULTIRUN} & {*arguments}:
         # the sweep's file says so too, but then Hydra hides mistakes in the overrides
@@ -45,6 +47,13 @@ def prepare(arguments: list[str]) -> list[str]:
         launcher = ("hydra/launcher=", "hydra.launcher.")
         arguments = [text for text in arguments if not text.lstrip("+").startswith(launcher)]
     return arguments
+
+
+def with_text_files(overrides: Sequence[str]) -> list[str]:
+    """Choose the config of a local file where its path is given and no other one is chosen."""
+    chosen = [text.partition("=")[0].lstrip("+") for text in overrides]
+    needed = [name for path, name in _OF_A_FILE.items() if path in chosen and name.partition("=")[0] not in chosen]
+    return [*needed, *overrides]
 
 
 def read(arguments: list[str]) -> ConfigSource:
@@ -82,6 +91,8 @@ def _check_sweeps(overrides: list[str]) -> None:
 def _present_name(override: str) -> str:
     """Translate the former name of an override."""
     name, equals, value = override.partition("=")
+    if name == "eval.tasks.num_fewshot":
+        return f"eval.zeroshot.num_fewshot{equals}{value}"
     if name.lstrip("+") != "sweeps/cells":
         return override
     log.warning("%s is now called variant", name)

@@ -41,6 +41,7 @@ _DESCRIPTION = (
     "dass-report list: list records; dass-report compare KEY KEY: compare two; "
     "dass-report sync: send records to a tracker that has not got them yet; dass-report leaderboard: rank all records"
 )
+_SHORT = {"bpb": "bits_per_byte"}
 _GRID = "grid"  # the name of a table of any records
 _FIRST = ("key", "method", "pattern", "perplexity", "kl", "mean_acc", "created")  # columns of a list that matter most
 _SWITCHES = {
@@ -82,7 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("sweeps", nargs="*", metavar="SWEEP", help=sweeps)
     parser.add_argument("--results", default="results", help="the results folder (default: results)")
     parser.add_argument("--output", metavar="DIR", help=output)
-    parser.add_argument("--metric", metavar="NAME", help=f"show another metric: {', '.join(METRICS)}")
+    parser.add_argument(
+        "--metric",
+        metavar="NAME",
+        type=lambda name: _SHORT.get(name, name),
+        help=f"show another metric: {', '.join(METRICS)}",
+    )
     parser.add_argument("--where", metavar="FIELD=VALUE", action="append", default=[], help=where)
     parser.add_argument("--rows", metavar="SETTING", help="of a table of any records: method, or a setting")
     parser.add_argument("--columns", metavar="SETTING", help="of that table: pattern, task, or a setting")
