@@ -80,7 +80,7 @@ def prune(
             or method and stages by config group, ``{"method": "dass", "repair": "least_squares"}``.
         pattern: ``2:4``, ``4:8``, any ``n:m`` (n kept), ``2:4 transposable``, ``50%``, 0.5, or an instance.
         scope: mlp, attention or all.
-        batch_size: sequences that pass through a block together; it changes no number.
+        batch_size: sequences that pass through a block together; on a CPU it changes no number.
         roles: for a family that the table does not know: ``blocks``, and the path of each role's linear inside a block.
 
     Raises:

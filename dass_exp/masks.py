@@ -26,6 +26,7 @@ _PAIRWISE_LIMIT = 16
 # Up to this size, all masks of a tile that hold along both axes are compared: 90 for 2:4.
 _ENUMERATED = 4
 _TILES_AT_ONCE = 1 << 11  # in cache
+_MANY_TILES = 1 << 18  # on an accelerator, where launches and copies from the host cost more
 _SCORE_RANGE = 1 << 24  # of whole-number scores; a path of a few steps stays within 32 bits
 _NO_STEP = -(1 << 29)
 
@@ -142,10 +143,11 @@ class Budget(Unstructured):
     def keep(self, scores: Tensor, dim: int | None) -> Tensor:
         if dim is None:
             return super().keep(scores, None)
-        zeros = self._zeros(scores.shape[1 - dim], scores.numel(), scores.device)
-        few, mask = int(zeros.min()), torch.empty_like(scores, dtype=torch.bool)
-        for count in (few, few + 1):
-            groups = (zeros == count).nonzero().squeeze(1)
+        across, size = scores.shape[1 - dim], scores.numel()
+        few, more = divmod(int(self.sparsity * size), across)  # so many groups lose one weight more
+        order = self._zeros(across, size, scores.device).argsort(stable=True)  # the host needs to know none of them
+        mask = torch.empty_like(scores, dtype=torch.bool)
+        for count, groups in ((few, order[: across - more]), (few + 1, order[across - more :])):
             if len(groups):
                 part = remove_lowest(scores.index_select(1 - dim, groups), count, dim)
                 mask.index_copy_(1 - dim, groups, part)
@@ -199,11 +201,12 @@ class NM(Pattern):
         axis = 1 if dim is None else dim
         self.check((scores.shape[0], scores.shape[1]), axis)
         groups = scores.unflatten(axis, (-1, self.m)).movedim(axis + 1, 0)  # the members of a group along axis 0
-        if groups.device.type == "cpu":
-            at_once = groups.numel() <= _FEW_SCORES
-        else:
-            at_once = self.m <= _PAIRWISE_LIMIT and groups.numel() * self.m <= _MANY_PAIRS
-        if at_once:
+        if groups.device.type != "cpu" and self.m <= _PAIRWISE_LIMIT:
+            compared = groups.numel() * (3 * self.m + 4)  # bytes
+            size = max(1, _MANY_PAIRS * groups.shape[1] // max(1, compared))
+            parts = [self._compare_at_once(part) for part in groups.split(size, dim=1)]
+            mask = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        elif groups.device.type == "cpu" and groups.numel() <= _FEW_SCORES:
             mask = self._compare_at_once(groups)
         elif self.m <= _PAIRWISE_LIMIT:
             mask = self._compare_pairs(groups)
@@ -276,8 +279,12 @@ class TransposableNM(NM):
         self.check((scores.shape[0], scores.shape[1]), dim)
         tiles = scores.unflatten(1, (-1, self.m)).unflatten(0, (-1, self.m)).transpose(1, 2)  # [rows, columns, m, m]
         flat = tiles.reshape(-1, self.m, self.m)
-        best = _compare_tiles if self.m <= _ENUMERATED else _solve_tiles
-        mask = torch.cat([best(part, self.n) for part in flat.split(_TILES_AT_ONCE)])
+        size = _TILES_AT_ONCE if flat.device.type == "cpu" else _MANY_TILES
+        if self.m <= _ENUMERATED:
+            feasible = _feasible_tiles(self.n, self.m).to(flat.device)
+            mask = torch.cat([_compare_tiles(part, feasible) for part in flat.split(size)])
+        else:
+            mask = torch.cat([_solve_tiles(part, self.n) for part in flat.split(size)])
         return mask.view(tiles.shape).transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
     def check(self, shape: tuple[int, int], dim: int | None) -> None:
@@ -299,9 +306,8 @@ def _feasible_tiles(n: int, m: int) -> Tensor:
     return tiles[(tiles.sum(1) == n).all(1)].flatten(1)
 
 
-def _compare_tiles(scores: Tensor, n: int) -> Tensor:
+def _compare_tiles(scores: Tensor, masks: Tensor) -> Tensor:
     """Return the best mask of each tile, bool [tiles, m, m], by the total score of every feasible one."""
-    masks = _feasible_tiles(n, scores.shape[1]).to(scores.device)
     best = (scores.float().flatten(1) @ masks.T).argmax(1)
     return masks.bool()[best].view(scores.shape)
 

@@ -281,6 +281,7 @@ class Gram(Statistic):
             if bool((info == 0) & torch.isfinite(lower.diagonal()).all()):
                 del hessian, diagonal  # at most three such matrices exist at once
                 return lower.flip(0, 1), retry
+            del lower, info
         raise NumericalError(f"the Hessian stayed singular after its damping was raised {tries} times to {added:.3g}")
 
     def totals(self) -> list[Tensor]:

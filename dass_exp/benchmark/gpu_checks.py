@@ -41,7 +41,7 @@ class Line:
     """One line of the result: what was checked, how it came out, and the numbers."""
 
     name: str
-    status: Literal["ok", "differs", "measured", "not run"]
+    status: Literal["ok", "differs", "failed", "measured", "not run"]
     detail: str
 
 
@@ -83,12 +83,12 @@ class Setup:
         return copy.deepcopy(self.model).to(dtype).to(self.device)
 
 
-def guarded(name: str, check: Check) -> Line:
-    """Run a check; one that cannot be run says why in its line."""
+def guarded(name: str, check: Check, optional: bool = False) -> Line:
+    """Run a check; one that raises says why in its line: it failed, unless it tries an optional kernel."""
     try:
         return check()
     except Exception as error:  # noqa: BLE001 - drivers and kernels raise errors of many kinds
-        return Line(name, "not run", one_line(error, 120))
+        return Line(name, "not run" if optional else "failed", one_line(error, 120))
 
 
 def checks(setup: Setup) -> Iterator[tuple[str, Check]]:

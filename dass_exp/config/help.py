@@ -61,7 +61,7 @@ SETTINGS = {
     "calibration.separator": "text between joined documents",
     "calibration.num_samples": "number of sequences",
     "calibration.seq_len": "tokens of a sequence",
-    "calibration.batch_size": "sequences that pass through a block together; changes no number",
+    "calibration.batch_size": "sequences that pass through a block together; on a CPU it changes no number",
     "calibration.cache": "where activations wait between blocks: device, cpu or disk",
     "experts.min_tokens": "an expert that sees fewer calibration tokens is starved",
     "experts.starved": "uniform: its inputs count alike; raise: stop the run",

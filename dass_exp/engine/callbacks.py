@@ -123,19 +123,24 @@ class ProgressBar(Callback):
 
 
 class Stopwatch:
-    """Seconds by purpose, over all starts of a run; all time that is not measured separately counts as ``prune``."""
+    """Seconds by purpose, over all starts of a run; all time that is not measured separately counts as ``prune``.
 
-    def __init__(self) -> None:
+    Args:
+        device: that works; None for the current one.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
         self._started = time.perf_counter()
         self._seconds: Counter[str] = Counter()
 
     @contextmanager
     def measure(self, purpose: str) -> Iterator[None]:
         """Count the time until the block exits under ``purpose``, what an accelerator still has to do included."""
-        _wait()
+        self._wait()
         start = time.perf_counter()
         yield
-        _wait()
+        self._wait()
         self.add({purpose: time.perf_counter() - start, "prune": start - time.perf_counter()})
 
     def add(self, seconds: dict[str, float]) -> None:
@@ -147,7 +152,8 @@ class Stopwatch:
         prune = self._seconds["prune"] + time.perf_counter() - self._started
         return {"prune": prune, "dense": self._seconds["dense"], "pruned": self._seconds["pruned"]}
 
-
-def _wait() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+    def _wait(self) -> None:
+        if self._device is not None and self._device.type == "cpu":
+            return
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize(self._device)

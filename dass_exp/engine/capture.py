@@ -72,6 +72,17 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def exact_products() -> Iterator[None]:
+    """Multiply float32 matrices in float32: TF32 has 10 bits, too few for Gram matrices and their factors."""
+    own = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(own)
+
+
+@contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Run ``forward`` instead of the module's own; on exit restore that, including one set by a hook library."""
     own = module.__dict__.get("forward")

@@ -19,7 +19,7 @@ from dass_exp.engine.activation_cache import ON_DEVICE, ActivationCache, CachedT
 from dass_exp.engine.attention_replay import AttentionReplay
 from dass_exp.engine.budget import block_patterns
 from dass_exp.engine.callbacks import BlockReport, BlockSeconds, Callback, LoopState
-from dass_exp.engine.capture import Batch, capture, eval_mode
+from dass_exp.engine.capture import Batch, capture, eval_mode, exact_products
 from dass_exp.engine.data_parallel import add_up_numbers, add_up_statistics, processes, share_of
 from dass_exp.engine.observers import observe_inputs
 from dass_exp.engine.reorder import check_unchanged, reorder
@@ -101,7 +101,7 @@ def prune_model(
             "the model's weights are not all in memory (accelerate has offloaded some); load it whole, or prune it "
             "with model.placement=stream"
         )
-    with eval_mode(model):
+    with eval_mode(model), exact_products():
         if options.returns_tuple is None:
             blocks.load(0)  # it is called once to see whether blocks return a tuple
         batches = _calibration_batches(model, decoder, tokens, method, options)

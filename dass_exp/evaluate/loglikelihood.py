@@ -80,5 +80,7 @@ def _score(model: Any, batch: Sequence[Sequence[int]], answers: Sequence[tuple[i
     targets = torch.tensor([token for _, answer in answers for token in answer], device=device)
     losses, hits = losses_and_hits(model, torch.cat(ends), targets)
     lengths = [len(answer) for _, answer in answers]
-    by_answer = zip(losses.split(lengths), hits.split(lengths), strict=True)
-    return [(-float(loss.sum()), bool(hit.all())) for loss, hit in by_answer]
+    sums = torch.stack([loss.sum() for loss in losses.split(lengths)])
+    right = torch.stack([hit.all() for hit in hits.split(lengths)])
+    numbers = torch.stack([sums.double(), right.double()]).tolist()  # one wait for an accelerator a batch
+    return [(-total, bool(equal)) for total, equal in zip(*numbers, strict=True)]

@@ -132,7 +132,7 @@ def _run_blocks(
         matrices = [parameter for parameter in decoder.blocks.parameters() if parameter.ndim > 1]
         zeros = sum(int((matrix == 0).sum()) for matrix in matrices)
         return replace(result, zero_weights=zeros if zeros > _PRUNED_BEFORE * decoder.size else None)
-    stopwatch, verification, earlier = Stopwatch(), Verification(), _earlier_state(run)
+    stopwatch, verification, earlier = Stopwatch(run.spec.device), Verification(), _earlier_state(run)
     done = earlier.blocks if earlier else 0
     options = EngineOptions(
         scope=run.config.scope,

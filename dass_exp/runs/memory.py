@@ -24,6 +24,7 @@ _CGROUP_FILES = (  # version 2 and version 1: usage, lines of memory.stat that c
     ("memory.usage_in_bytes", ("total_inactive_file", "total_active_file"), ("memory.limit_in_bytes",)),
 )
 _UNLIMITED = 1 << 62
+_RANKING = 24  # bytes a weight that ranking it takes on an accelerator: all pairs of a group at once, or a sort
 # limit, what counts towards it, and the share left for tensors: the files that are read count as addresses too
 _LIMITS = (("Max address space", "VmSize", 0.5), ("Max data size", "VmData", 1.0))
 BASE = 700_000_000  # bytes of the interpreter, torch and transformers themselves
@@ -191,6 +192,7 @@ def _solver_bytes(sites: list[LinearSite], workload: Workload) -> int:
         if any(kind is not None and issubclass(kind, Gram) for kind in workload.kinds(site.role))
     }
     sizes = [site.matrix.out_features * site.matrix.in_features for site in sites]
+    per_weight += (workload.device.type != "cpu") * _RANKING
     total = per_weight * max(sizes, default=0) + 4 * sum(size**2 for size in of_gram.values())
     if of_gram:
         total += per_entry * max(inputs.values(), default=0) ** 2

@@ -65,7 +65,10 @@ def test_a_check_that_cannot_run_says_why():
     def broken() -> Line:
         raise RuntimeError("no kernel\nfor this card")
 
-    assert guarded("kernels", broken) == Line("kernels", "not run", "RuntimeError: no kernel for this card")
+    assert guarded("kernels", broken, optional=True) == Line(
+        "kernels", "not run", "RuntimeError: no kernel for this card"
+    )
+    assert guarded("masks", broken) == Line("masks", "failed", "RuntimeError: no kernel for this card")
 
 
 def test_the_share_of_differing_bits():

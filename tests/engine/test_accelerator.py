@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from dass_exp import masks
 from dass_exp.api import perplexity
 from dass_exp.engine.activation_cache import ActivationCache
+from dass_exp.engine.callbacks import Callback
 from dass_exp.engine.prune import EngineOptions, prune_model
 from dass_exp.engine.verify import Verification
 from dass_exp.evaluate.generation import generate
-from dass_exp.masks import NM, Pattern, TransposableNM, Unstructured
+from dass_exp.evaluate.loglikelihood import loglikelihoods
+from dass_exp.masks import NM, Budget, Pattern, TransposableNM, Unstructured
 from dass_exp.methods.base import Pruner
 from dass_exp.methods.dass import Dass
 from dass_exp.methods.magnitude import Magnitude
@@ -258,6 +260,39 @@ def test_launches_of_a_method_that_scores(name, tiny_model, tokens, accelerator)
 def test_launches_of_sparsegpt(pattern, a_column, tiny_model, tokens, accelerator):
     count = launches_of_a_block(accelerator, SparseGPT(), pattern, tiny_model, tokens)
     assert 0.5 * a_column * 512 < count <= a_column * 512
+
+
+@pytest.mark.parametrize(("pattern", "waits"), [(TransposableNM(2, 4), 1), (Budget(0.37), 0), (NM(2, 4), 0)], ids=str)
+def test_waits_of_a_mask(pattern, waits, accelerator):
+    scores = torch.randn(64, 48)
+    there = scores.to(GPU)
+    accelerator.reset()
+    mask = pattern.keep(there, 1)
+    assert sum(accelerator.waits.values()) == waits, accelerator.waits
+    assert torch.equal(host_of(mask), pattern.keep(scores, 1))
+
+
+def test_a_batch_of_answers_is_waited_for_once(tiny_model, tokens, accelerator):
+    requests = [(row[:8].tolist(), row[8:].tolist()) for row in tokens]
+    cpu, gpu = both(tiny_model("llama"))
+    expected = loglikelihoods(cpu, requests, len(requests), 64)
+    accelerator.reset()
+    assert loglikelihoods(gpu, requests, len(requests), 64) == expected
+    waits = sum(number for line, number in accelerator.waits.items() if line.startswith("evaluate/loglikelihood"))
+    assert waits == 2, accelerator.waits  # the tokens to the device, the scores from it
+
+
+def test_float32_products_are_exact_while_a_model_is_pruned(tiny_model, tokens):
+    class Asks(Callback):
+        def on_block_end(self, report):
+            assert torch.get_float32_matmul_precision() == "highest"
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        prune_model(tiny_model("llama"), tokens, Wanda(), NM(2, 4), EngineOptions(), [Asks()])
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_more_sequences_add_no_wait(tiny_model, tokens, accelerator):
