@@ -58,11 +58,16 @@ MODELS = (
 
 
 def planned_memory(
-    model: Any, method: str, calibration: tuple[int, int], windows: tuple[int, int], cache: str = "device"
+    model: Any,
+    method: str,
+    calibration: tuple[int, int],
+    windows: tuple[int, int],
+    cache: str = "device",
+    device: str = "cpu",
 ) -> MemoryNeeds:
     """Plan a run with bfloat16, scope mlp, one sequence at a time; calibration and windows are (sequences, tokens)."""
-    kinds, device = partial(Stages().kinds, method_of(method)), torch.device("cpu")
-    workload = Workload("mlp", kinds, 1, 1, torch.bfloat16, device, cache)
+    kinds = partial(Stages().kinds, method_of(method))
+    workload = Workload("mlp", kinds, 1, 1, torch.bfloat16, torch.device(device), cache)
     return memory_needs(decoder_of(model), model, calibration, windows, workload)
 
 
@@ -127,6 +132,31 @@ def _row(shape: LlamaShape) -> dict[str, str]:
     }
 
 
+def card_table() -> str:
+    """Return as a Markdown table what a graphics card needs, DaSS / SparseGPT: memory as planned, bounds of its work."""
+    rows = [_card_row(shape) for shape in MODELS[:3]]
+    return markdown_table(list(rows[0]), (list(row.values()) for row in rows)) + "\n"
+
+
+def _card_row(shape: LlamaShape) -> dict[str, str]:
+    model, sizes = shape.empty_model(), ((SAMPLES, LENGTH), (WINDOWS, LENGTH))
+    inputs = [site.matrix.in_features for site in decoder_of(model).sites(0, "mlp")]
+    columns, linears = shape.blocks * sum(inputs), shape.blocks * len(inputs)
+    kept, waiting = (
+        {method: planned_memory(model, method, *sizes, cache, "cuda") for method in ("dass", "sparsegpt")}
+        for cache in ("device", "cpu")
+    )
+    return {
+        "model": shape.name,
+        "in memory GB": " / ".join(f"{needs.resident / 1e9:.0f}" for needs in kept.values()),
+        "in memory, `cache=cpu` GB": " / ".join(f"{needs.resident / 1e9:.0f}" for needs in waiting.values()),
+        "streamed GB": " / ".join(f"{needs.streamed / 1e9:.0f}" for needs in kept.values()),
+        "streamed, `cache=cpu` GB": " / ".join(f"{needs.streamed / 1e9:.0f}" for needs in waiting.values()),
+        "launches, thousands": f"{40 * linears / 1e3:.0f} / {5 * columns / 1e3:,.0f}",
+        "waits": f"{3 * shape.blocks} / {5 * shape.blocks}",
+    }
+
+
 def operations_per_second(repeats: int = 5) -> float:
     """Measure this processor in a bfloat16 product of [2048, 4096] by [4096, 11008], median of ``repeats``."""
     left, right = torch.randn(2048, 4096, dtype=torch.bfloat16), torch.randn(4096, 11008, dtype=torch.bfloat16)
@@ -137,7 +167,7 @@ def operations_per_second(repeats: int = 5) -> float:
 def main() -> int:
     """Print the table and the speed of this processor; return the exit code."""
     sys.stdout.write(
-        f"{table()}\nthis processor: {operations_per_second() / 1e12:.2f} TFLOP/s in a large product in bfloat16, "
+        f"{table()}\n{card_table()}\nthis processor: {operations_per_second() / 1e12:.2f} TFLOP/s in a large product in bfloat16, "
         f"{torch.get_num_threads()} threads\n"
     )
     return 0

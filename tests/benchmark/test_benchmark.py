@@ -134,7 +134,8 @@ def test_large_models_are_counted_by_hand(tiny_model):
 
 
 def test_the_docs_show_what_the_code_prints():
-    assert large.table() in (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    assert large.table() in page and large.card_table() in page
 
 
 def test_the_shapes_are_those_of_the_published_models():
