@@ -133,7 +133,7 @@ def _row(shape: LlamaShape) -> dict[str, str]:
 
 
 def card_table() -> str:
-    """Return as a Markdown table what a graphics card needs, DaSS / SparseGPT: memory as planned, bounds of its work."""
+    """Return as a Markdown table what a graphics card needs, DaSS / SparseGPT: planned memory, bounds of its work."""
     rows = [_card_row(shape) for shape in MODELS[:3]]
     return markdown_table(list(rows[0]), (list(row.values()) for row in rows)) + "\n"
 
@@ -167,8 +167,8 @@ def operations_per_second(repeats: int = 5) -> float:
 def main() -> int:
     """Print the table and the speed of this processor; return the exit code."""
     sys.stdout.write(
-        f"{table()}\n{card_table()}\nthis processor: {operations_per_second() / 1e12:.2f} TFLOP/s in a large product in bfloat16, "
-        f"{torch.get_num_threads()} threads\n"
+        f"{table()}\n{card_table()}\nthis processor: {operations_per_second() / 1e12:.2f} TFLOP/s in a large product in "
+        f"bfloat16, {torch.get_num_threads()} threads\n"
     )
     return 0
 
