@@ -166,10 +166,8 @@ def operations_per_second(repeats: int = 5) -> float:
 
 def main() -> int:
     """Print the table and the speed of this processor; return the exit code."""
-    sys.stdout.write(
-        f"{table()}\n{card_table()}\nthis processor: {operations_per_second() / 1e12:.2f} TFLOP/s in a large product in "
-        f"bfloat16, {torch.get_num_threads()} threads\n"
-    )
+    speed = f"{operations_per_second() / 1e12:.2f} TFLOP/s in a large product in bfloat16"
+    sys.stdout.write(f"{table()}\n{card_table()}\nthis processor: {speed}, {torch.get_num_threads()} threads\n")
     return 0
 
 
