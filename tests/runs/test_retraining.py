@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
 from family_configs import OWN, SHAPE
 from safetensors.torch import load_file
-from support import CONF, HIDDEN, FixedMemory, Killed, Phases, contains, run_with, save_tiny, settings_of, without
+from support import (
+    CONF,
+    HIDDEN,
+    FixedMemory,
+    Killed,
+    Phases,
+    contains,
+    environment,
+    run_with,
+    save_tiny,
+    settings_of,
+    without,
+)
 from transformers import AutoConfig
 
 import dass_exp
@@ -151,6 +166,46 @@ def test_a_killed_run_continues_to_the_same_record(retrained, tmp_path, monkeypa
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     assert {path.name for path in tmp_path.iterdir()} - {".first.lock", ".second.lock"} >= {"first", "second"}
     assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+_KILLED = """
+import os, signal, sys
+from dass_exp.data.texts import OfflineText
+from dass_exp.retrain import train
+
+documents, step = OfflineText.documents, train._Course.on_step_end
+OfflineText.documents = lambda text: documents(text)[:20]
+train.SAVED_EVERY = 0.0
+
+def on_step_end(course, args, state, control, **more):
+    step(course, args, state, control, **more)
+    if str(state.global_step) == os.environ.get("KILLED_IN"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train._Course.on_step_end = on_step_end
+from dass_exp.__main__ import main
+main()
+"""
+
+
+@pytest.mark.thorough
+def test_a_process_that_is_killed_in_training_loses_nothing(retrained, tmp_path):
+    def start(results, **changes):
+        call = [sys.executable, "-c", _KILLED, *without(retrained, "results_dir"), f"results_dir={tmp_path}/{results}"]
+        return subprocess.run(call, cwd=tmp_path, env=environment(**changes), capture_output=True, check=False)
+
+    assert start("killed", KILLED_IN="3").returncode == start("killed", KILLED_IN="5").returncode == -signal.SIGKILL
+    done, whole = start("killed"), start("whole")
+    assert done.returncode == whole.returncode == 0, done.stderr
+    assert b"continuing after step 4 of an interrupted training" in done.stderr
+    killed, clean = (
+        json.loads(path.read_text())
+        for name in ("killed", "whole")
+        for path in (tmp_path / name / "runs").glob("*/result.json")
+        if json.loads(path.read_text())["config"]["pattern"]
+    )
+    assert killed["key"] == clean["key"] and killed["metrics"]["window_nll"] == clean["metrics"]["window_nll"]
+    assert without_seconds(of(killed)) == without_seconds(of(clean))
 
 
 @pytest.mark.thorough
