@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from dass_exp.errors import UserError
 
+_SUMMED = 64  # tokens whose sum is float32
 MAX_LOGITS = 1 << 25  # logits computed at a time: 128 MiB in float32, whatever the vocabulary
 
 
@@ -62,7 +63,8 @@ def losses_and_divergence(
     """Return :func:`token_losses`, and how the predictions differ from those of the dense model.
 
     With p the dense model's probabilities and z, y the logits of both models, the Kullback-Leibler divergence of a
-    position is sum(p (z - y)) - logsumexp(z) + logsumexp(y); sums over the vocabulary are float64.
+    position is sum(p (z - y)) - logsumexp(z) + logsumexp(y); sums over the vocabulary are float64, of float32 sums of
+    64 tokens each.
 
     Args:
         model: gives the head, which is that of the dense model too: it is never pruned.
@@ -80,15 +82,24 @@ def losses_and_divergence(
         loss = cross_entropy(logits, part, reduction="none")
         top, likeliest = reference.max(-1, keepdim=True)
         agreements.append(logits.argmax(-1) == likeliest[:, 0])
-        weights = (reference - top).exp_()
-        total = weights.sum(-1, dtype=torch.float64)
         log_total = loss.double() + logits.gather(1, part[:, None])[:, 0]
+        of_target = reference.gather(1, part[:, None])[:, 0]
+        difference = logits.neg_().add_(reference)  # in place: a matrix of this size takes as long to allocate
+        weights = reference.sub_(top).exp_()
+        total = _sum(weights)
         dense_log_total = total.log() + top[:, 0]
-        dense_losses.append(dense_log_total - reference.gather(1, part[:, None])[:, 0])
-        gap = weights.mul_(reference.sub_(logits)).sum(-1, dtype=torch.float64)
+        dense_losses.append(dense_log_total - of_target)
+        gap = _sum(weights.mul_(difference))
         divergences.append((gap / total - dense_log_total + log_total).clamp_min_(0))  # rounding aside
         losses.append(loss)
     return torch.cat(losses), torch.cat(divergences), torch.cat(agreements), torch.cat(dense_losses)
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Return the sum of each row in float64; torch would first copy the whole matrix to float64."""
+    whole = values.shape[1] // _SUMMED * _SUMMED
+    in_float32 = values[:, :whole].unflatten(1, (-1, _SUMMED)).sum(-1)
+    return in_float32.sum(-1, dtype=torch.float64) + values[:, whole:].sum(-1, dtype=torch.float64)
 
 
 def training_losses(model: Any, hidden: Tensor, targets: Tensor, dense: Tensor | None) -> Tensor:
