@@ -26,7 +26,7 @@ _PAIRWISE_LIMIT = 16
 # Up to this size, all masks of a tile that hold along both axes are compared: 90 for 2:4.
 _ENUMERATED = 4
 _TILES_AT_ONCE = 1 << 11  # in cache
-_MANY_TILES = 1 << 18  # on an accelerator, where launches and copies from the host cost more
+_MANY_STEPS = 1 << 27  # of paths through tiles, m^3 a tile, on an accelerator, where launches cost the most
 _SCORE_RANGE = 1 << 24  # of whole-number scores; a path of a few steps stays within 32 bits
 _NO_STEP = -(1 << 29)
 
@@ -202,7 +202,7 @@ class NM(Pattern):
         self.check((scores.shape[0], scores.shape[1]), axis)
         groups = scores.unflatten(axis, (-1, self.m)).movedim(axis + 1, 0)  # the members of a group along axis 0
         if groups.device.type != "cpu" and self.m <= _PAIRWISE_LIMIT:
-            compared = groups.numel() * (3 * self.m + 4)  # bytes
+            compared = groups.numel() * (5 * self.m + 4)  # bytes: the sum first makes whole numbers of what it adds
             size = max(1, _MANY_PAIRS * groups.shape[1] // max(1, compared))
             parts = [self._compare_at_once(part) for part in groups.split(size, dim=1)]
             mask = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -279,7 +279,7 @@ class TransposableNM(NM):
         self.check((scores.shape[0], scores.shape[1]), dim)
         tiles = scores.unflatten(1, (-1, self.m)).unflatten(0, (-1, self.m)).transpose(1, 2)  # [rows, columns, m, m]
         flat = tiles.reshape(-1, self.m, self.m)
-        size = _TILES_AT_ONCE if flat.device.type == "cpu" else _MANY_TILES
+        size = _TILES_AT_ONCE if flat.device.type == "cpu" else max(1, _MANY_STEPS // self.m**3)
         if self.m <= _ENUMERATED:
             feasible = _feasible_tiles(self.n, self.m).to(flat.device)
             mask = torch.cat([_compare_tiles(part, feasible) for part in flat.split(size)])

@@ -9,7 +9,7 @@ from hydra.errors import HydraException
 from torch import Tensor, nn
 
 from dass_exp.api import Pruned
-from dass_exp.config.arguments import with_text_files
+from dass_exp.config.arguments import completed
 from dass_exp.config.components import admitted_packages, build, choice
 from dass_exp.config.compose import composing, settings_of
 from dass_exp.config.settings import CalibrationConfig, RunConfig
@@ -51,7 +51,7 @@ def run(*overrides: str) -> Record:
 def _settings(overrides: Sequence[str]) -> RunConfig:
     try:
         with composing():
-            overrides = with_text_files(overrides)
+            overrides = completed(overrides)
             return settings_of(overrides, admitted_packages(overrides))
     except HydraException as error:
         raise UserError(" ".join(str(error).partition("Config search path")[0].split())) from error

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from support import CONF, ROOT, settings_of
 
-from dass_exp.config.arguments import with_text_files
+from dass_exp.config.arguments import completed
 from dass_exp.config.settings import RunConfig
 from dass_exp.models.families import markdown_table
 
@@ -53,7 +53,7 @@ def test_every_command_composes_and_validates(command: str) -> None:
     overrides = [part for part in command.split() if not part.startswith(("-m", "sweeps=", "model.device="))]
     axes = [(key, values.split(",")) for key, _, values in (override.partition("=") for override in overrides)]
     for cell in itertools.product(*([f"{key}={value}" for value in values] for key, values in axes)):
-        settings_of(*with_text_files(cell))
+        settings_of(*completed(cell))
 
 
 def test_there_are_commands_to_try() -> None:

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 TRACEBACKS = "DASS_EXP_TRACEBACKS"  # what the user set as HYDRA_FULL_ERROR, for the workers of a launcher too
 
 _OF_A_FILE = {"calibration.text.path": "calibration=text_file", "eval.perplexity.text.path": "eval=ppl_text_file"}
+_CHOOSERS = ("protocol", "variant", "sweeps")
 _MULTIRUN = ("-m", "--multirun")
 
 
@@ -38,7 +39,7 @@ class ConfigSource:
 
 def prepare(arguments: list[str]) -> list[str]:
     """Return the arguments as Hydra is to read them: present names, ``-m`` for a sweep, no launcher for a plan."""
-    arguments = with_text_files([_present_name(argument) for argument in arguments])
+    arguments = completed(arguments)
     arguments.sort(key=lambda argument: argument not in _MULTIRUN)  # Hydra reads no override behind an option
     if _names_a_sweep(arguments) and not {*_MULTIRUN} & {*arguments}:
         # the sweep's file says so too, but then Hydra hides mistakes in the overrides
@@ -49,11 +50,20 @@ def prepare(arguments: list[str]) -> list[str]:
     return arguments
 
 
-def with_text_files(overrides: Sequence[str]) -> list[str]:
-    """Choose the config of a local file where its path is given and no other one is chosen."""
-    chosen = [text.partition("=")[0].lstrip("+") for text in overrides]
-    needed = [name for path, name in _OF_A_FILE.items() if path in chosen and name.partition("=")[0] not in chosen]
-    return [*needed, *overrides]
+def completed(overrides: Sequence[str]) -> list[str]:
+    """Return overrides by their present names, with the config of a local file where only its path is given.
+
+    Where anything else may choose that config (a protocol, a sweep, a saved run), the path belongs to it.
+    """
+    overrides = [_present_name(text) for text in overrides]
+    names = [text.partition("=")[0].lstrip("+") for text in overrides]
+    if any(name in _CHOOSERS or name.startswith(("--config", "-c")) for name in names):
+        return overrides
+    texts: list[str] = []
+    for name, text in zip(names, overrides, strict=True):
+        config = _OF_A_FILE.get(name, "")
+        texts += [config, text] if config and config.partition("=")[0] not in names else [text]
+    return texts
 
 
 def read(arguments: list[str]) -> ConfigSource:
@@ -91,7 +101,7 @@ def _check_sweeps(overrides: list[str]) -> None:
 def _present_name(override: str) -> str:
     """Translate the former name of an override."""
     name, equals, value = override.partition("=")
-    if name == "eval.tasks.num_fewshot":
+    if name.lstrip("+") == "eval.tasks.num_fewshot":
         return f"eval.zeroshot.num_fewshot{equals}{value}"
     if name.lstrip("+") != "sweeps/cells":
         return override

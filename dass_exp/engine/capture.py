@@ -74,12 +74,16 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def exact_products() -> Iterator[None]:
     """Multiply float32 matrices in float32: TF32 has 10 bits, too few for Gram matrices and their factors."""
-    own = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    backends: Any = torch.backends
+    places = (backends.cuda.matmul, backends.mkldnn.matmul)
+    own = [place.fp32_precision for place in places]
+    for place in places:
+        place.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(own)
+        for place, precision in zip(places, own, strict=True):
+            place.fp32_precision = precision
 
 
 @contextmanager

@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif options.sweeps[:1] == ["sync"]:
             _sync(Path(options.results), options)
         elif options.sweeps == ["leaderboard"]:
-            log.info("wrote %s", write_leaderboard(Path(options.results), Path(options.output or options.results)))
+            output = Path(options.output or options.results)
+            log.info("wrote %s", write_leaderboard(Path(options.results), output, options.where))
         elif not _report(options):
             sys.exit(1)
     except (UserError, OSError) as error:

@@ -152,8 +152,9 @@ def method_label(config: Mapping[str, Any], varying: Mapping[str, Sequence[str]]
 
 
 def removes_nothing(config: Mapping[str, Any]) -> bool:
-    """Whether the pattern keeps every weight: the dense model in a table of models that are trained further."""
-    return bool((config.get("pattern") or {}).get("sparsity") == 0)
+    """Whether it is a retrained ``variant=unpruned``: the dense model in a table of models that are trained further."""
+    pattern, method = config.get("pattern") or {}, config.get("method") or {}
+    return bool(config.get("retrain") and pattern.get("sparsity") == 0 and method.get("name") == "magnitude")
 
 
 def _is_shown(value: Any) -> bool:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _AXES = {"num_samples": "calibration sequences", "seq_len": "tokens per calibration sequence", "sparsity": "sparsity %"}
 _POWERS_OF_2 = ("num_samples", "seq_len")
-_ROUNDING = 1e-7  # share of the largest value below which a value is zero: a divergence of a model from itself
+_ROUNDING = 1e-7  # nats: a divergence of a model from itself
 _DECADE = 10  # values whose largest is this many times their smallest are drawn on a log axis
 _STYLE = {
     "svg.fonttype": "none",
@@ -266,9 +266,10 @@ def _set_scale(pane: Axes, metric: str, values: Sequence[TableValue], floor: boo
 def _is_logarithmic(metric: str, values: Sequence[Any]) -> bool:
     """Whether values belong on a log axis: equal ratios mean equal steps, and they span a decade."""
     means = [value.mean for value in values if is_finite(value)]
-    if not means or not metric_of(metric).ratio or min(means) <= _ROUNDING * max(means):
+    if not means or not metric_of(metric).ratio:
         return False
-    return max(means) >= _DECADE * min(means)
+    zero = _ROUNDING if metric.partition(":")[0] == "kl" else 0.0
+    return min(means) > zero and max(means) >= _DECADE * min(means)
 
 
 def _add_legend(figure: Figure, *panes: Axes) -> None:

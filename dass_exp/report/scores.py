@@ -106,9 +106,12 @@ class Scores:
         course = record["metrics"].get("retrain", {})
         parts = course.get(self._name) or {}
         if self._by_step:
-            for entry in course.get("curve", ()):
-                if shares := entry.get(self._name):
-                    yield Score(step_label(entry["step"]), self._metric.scale * _of_roles(shares))
+            curve = course.get("curve", [])
+            known = {entry["step"]: shares for entry in curve if (shares := entry.get(self._name))}
+            if parts and not known:  # records of before have the last only
+                known = {curve[-1]["step"]: parts}
+            for step, shares in known.items():
+                yield Score(step_label(step), self._metric.scale * _of_roles(shares))
         elif self._name == "gap_closed":
             if (found := parts.get(self._text or main_text(record))) is not None:
                 yield Score("", self._metric.scale * found)

@@ -117,7 +117,7 @@ def build_table(
     columns = [column for column in columns if any((row, column) in cells for row in rows)]
     marked = dict(cells)
     for group in dict.fromkeys(groups.values()):
-        ranked = [row for row in rows if groups.get(row) == group and not row.endswith("dense")]
+        ranked = [row for row in rows if groups.get(row) == group and row not in grid.unranked]
         marked |= _marks(cells, ranked, columns, metric_of(grid.metric).higher)
         if grid.column == HEADLINE:
             marked |= _ranks(marked, ranked, columns, metric_of(grid.metric).higher)
@@ -189,6 +189,12 @@ class _Grid:
         pruned = [record for record in (*self.records, *self.intended) if not is_dense(record)]
         return list(dict.fromkeys(filter(None, (axis_label(record, self.column, self.varying) for record in pruned))))
 
+    @cached_property
+    def unranked(self) -> set[str]:
+        """Rows of models whose weights are all there."""
+        whole = (record for record in self.records if is_dense(record) or removes_nothing(record["config"]))
+        return {row for row in map(self._row, whole)}
+
     @property
     def headlines(self) -> dict[str, float]:
         """The number that stands for each record, by key, where it has one."""
@@ -249,7 +255,7 @@ class _Grid:
         if not self.by_setting:
             return scores
         label = axis_label(record, self.column, self.varying)
-        columns = [label] if label else self.columns  # dense has no pattern: it is in every column
+        columns = [label] if label else self.columns or [""]  # dense has no pattern: it is in every column
         return [score._replace(column=column) for column in columns for score in scores]
 
 

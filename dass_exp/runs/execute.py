@@ -184,9 +184,12 @@ def _retrain(
     dense: Mapping[str, Tensor],
 ) -> RunResult:
     """Train the pruned model, and count its zeros again."""
-    retrained = retrain(
-        run, context, model, result.masks or {}, untrained, lambda: _perplexity(run, context, model, dense)
-    )
+
+    def score() -> Mapping[str, Perplexity]:
+        return _perplexity(run, context, model, dense)
+
+    masks, cache = result.masks or {}, _activation_cache(run)
+    retrained = retrain(run, context, model, masks, untrained, score, cache)
     layers = recount(run, decoder_of(model, run.spec.roles), result.layers)
     cost = {**result.cost, "retrain_s": retrained["seconds"]}
     return replace(result, layers=layers, cost=cost, retrained=retrained)

@@ -24,7 +24,8 @@ _CGROUP_FILES = (  # version 2 and version 1: usage, lines of memory.stat that c
     ("memory.usage_in_bytes", ("total_inactive_file", "total_active_file"), ("memory.limit_in_bytes",)),
 )
 _UNLIMITED = 1 << 62
-_RANKING = 24  # bytes a weight that ranking it takes on an accelerator: all pairs of a group at once, or a sort
+# on an accelerator: bytes a weight that a sort takes, those of all pairs of a group of 16, and their limit
+_SORT, _PAIRS, _MOST_PAIRS = 24, 84, 1 << 30
 # limit, what counts towards it, and the share left for tensors: the files that are read count as addresses too
 _LIMITS = (("Max address space", "VmSize", 0.5), ("Max data size", "VmData", 1.0))
 BASE = 700_000_000  # bytes of the interpreter, torch and transformers themselves
@@ -93,6 +94,7 @@ class Workload:
     stages: Stages = field(default_factory=Stages)  # around the method
     solver_bytes: tuple[int, int] = (10, 8)  # of the method or a stage, whichever takes more
     retrain: Retraining = field(default_factory=NoRetraining)
+    training_windows: int = 0  # of the text that is trained on
 
 
 def memory_needs(
@@ -124,8 +126,9 @@ def memory_needs(
     solver = max(_solver_bytes(block, workload) for block in sites) + max(scope)
     batch = max(_batch_bytes(decoder, workload, *shape) for shape in batches) + 16 * MAX_LOGITS
     training = _training_bytes(decoder, model, sites, workload)
-    if workload.retrain.relevance and workload.retrain.curve:  # masks are chosen again beside what is trained
-        training += activations + solver + batch
+    if workload.retrain.active and workload.retrain.relevance:  # masks are chosen again, along the curve or at the end
+        again = activations + solver + batch + 3 * sum(scope) * width  # weights pruned, trained, and moved
+        training = training + again if workload.retrain.curve else max(training, again)
     return MemoryNeeds(
         model=whole * width,
         block=max(blocks) * width,
@@ -148,8 +151,10 @@ def _kept_for_training(scope: int, features: int, workload: Workload) -> int:
     retraining, width = workload.retrain, workload.dtype.itemsize
     if not retraining.active:
         return 0
-    tokens = retraining.steps * retraining.batch_size * retraining.seq_len  # of an epoch at most: one set of states
-    return width * (retraining.relevance * scope + (retraining.loss == "kl") * tokens * features)
+    windows = min(retraining.steps * retraining.batch_size, workload.training_windows)
+    on_this_device = retraining.loss == "kl" and workload.device.type == "cpu"  # the states wait on the host
+    states = on_this_device * windows * retraining.seq_len * features
+    return width * (retraining.relevance * scope + states)
 
 
 def _trained_numbers(model: Any, sites: list[list[LinearSite]], retraining: Retraining) -> int:
@@ -192,8 +197,9 @@ def _solver_bytes(sites: list[LinearSite], workload: Workload) -> int:
         if any(kind is not None and issubclass(kind, Gram) for kind in workload.kinds(site.role))
     }
     sizes = [site.matrix.out_features * site.matrix.in_features for site in sites]
-    per_weight += (workload.device.type != "cpu") * _RANKING
-    total = per_weight * max(sizes, default=0) + 4 * sum(size**2 for size in of_gram.values())
+    largest = max(sizes, default=0)
+    ranking = max(_SORT * largest, min(_PAIRS * largest, _MOST_PAIRS)) if workload.device.type != "cpu" else 0
+    total = ranking + per_weight * largest + 4 * sum(size**2 for size in of_gram.values())
     if of_gram:
         total += per_entry * max(inputs.values(), default=0) ** 2
     if workload.stages.need_dense_weights:

@@ -130,9 +130,11 @@ def _retraining_seconds(records: list[Record], run: ResolvedRun) -> float | None
 
     own = {"name": retraining.name, **retraining.settings()}
     like = [
-        record["cost"]["retrain_s"] * tokens(own) / tokens(settings)
+        seconds * tokens(own) / tokens(settings)
         for record in records
-        if (settings := record["config"].get("retrain") or {}).get("name") == retraining.name and tokens(settings)
+        if (settings := record["config"].get("retrain") or {}).get("name") == retraining.name
+        and tokens(settings)
+        and (seconds := record["cost"].get("retrain_s")) is not None
     ]
     return statistics.median(like) if like else None
 

@@ -159,6 +159,7 @@ def _needs(run: ResolvedRun, context: RunContext) -> MemoryNeeds:
         resumable=config.resume is not False,
         solver_bytes=run.stages.solver_bytes(run.method),
         retrain=run.retrain,
+        training_windows=len(context.training_windows(run).ids) if run.retrain.active else 0,
     )
     calibration = (config.calibration.num_samples, config.calibration.seq_len) if run.calibrated else (0, 0)
     longest = max((ids.shape[1] for ids in windows), default=0)  # all sets, as windows of the longest context

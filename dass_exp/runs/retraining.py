@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dass_exp.config.settings import ExpertsConfig
+from dass_exp.engine.activation_cache import ActivationCache
 from dass_exp.engine.prune import EngineOptions
 from dass_exp.engine.verify import AXES, Layer
 from dass_exp.evaluate.perplexity import Perplexity, last_hidden_states
@@ -65,7 +66,13 @@ def keep_dense(run: ResolvedRun, context: RunContext, model: Any) -> DenseState 
 
 
 def retrain(
-    run: ResolvedRun, context: RunContext, model: Any, masks: Mapping[str, PackedMask], before: DenseState, score: Score
+    run: ResolvedRun,
+    context: RunContext,
+    model: Any,
+    masks: Mapping[str, PackedMask],
+    before: DenseState,
+    score: Score,
+    cache: ActivationCache,
 ) -> dict[str, Any]:
     """Retrain the pruned model in place.
 
@@ -76,6 +83,7 @@ def retrain(
         masks: that it keeps, by name of the linear.
         before: what was kept of the dense model.
         score: scores the model on the run's windows.
+        cache: where activations wait while masks are chosen again.
 
     Returns:
         what the record says of it, without the last scores (:func:`with_last_scores`).
@@ -92,7 +100,7 @@ def retrain(
     pruned = {site.name: site.matrix.weight.clone() for site in run.sites(decoder)} if retraining.relevance else {}
 
     def overlap() -> dict[str, Any]:
-        return {"mask_overlap": _overlap(run, context, model, (before.weights, pruned), masks)}
+        return {"mask_overlap": _overlap(run, context, model, (before.weights, pruned), masks, cache)}
 
     def scored() -> dict[str, Any]:
         return _entry(score()) | (overlap() if retraining.relevance else {})
@@ -163,6 +171,7 @@ def _overlap(
     model: Any,
     weights: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
     masks: Mapping[str, PackedMask],
+    cache: ActivationCache,
 ) -> dict[str, float]:
     """Choose the masks again on the dense weights as far as training moved them; the model is left as it was."""
     decoder, (dense, pruned) = decoder_of(model, run.spec.roles), weights
@@ -172,7 +181,7 @@ def _overlap(
     }  # where a weight was removed both are zero
     stages = dataclasses.replace(run.stages, permute=NoOrder())  # the neurons stand in their order already
     config = run.config.calibration
-    options = EngineOptions(run.config.scope, config.batch_size, run.spec.roles, run.config.experts, stages)
+    options = EngineOptions(run.config.scope, config.batch_size, run.spec.roles, run.config.experts, stages, cache)
     tokens = context.calibration(run)
     how = run.method, run.pattern, options, None if tokens is None else tokens.ids
     try:

@@ -16,6 +16,13 @@ from dass_exp.paths import project_root
 _PACKAGES = ("dass_exp", "torch", "transformers", "datasets", "lm_eval", "tokenizers", "numpy")
 
 
+def _matmul_precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set by torch's newer interface, backend by backend
+        return str(torch.backends.cuda.matmul.fp32_precision)
+
+
 def environment(device: torch.device | None = None) -> dict[str, Any]:
     """Return versions, processor, threads and commit; nothing that names a person or a secret.
 
@@ -30,7 +37,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else None,
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),  # highest: no TF32
+        "float32_matmul_precision": _matmul_precision(),  # highest: no TF32
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": None if changes is None else bool(changes),
     }

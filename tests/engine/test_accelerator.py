@@ -282,17 +282,21 @@ def test_a_batch_of_answers_is_waited_for_once(tiny_model, tokens, accelerator):
     assert waits == 2, accelerator.waits  # the tokens to the device, the scores from it
 
 
-def test_float32_products_are_exact_while_a_model_is_pruned(tiny_model, tokens):
+@pytest.mark.parametrize("own", ["none", "tf32"])
+def test_float32_products_are_exact_while_a_model_is_pruned(own, tiny_model, tokens):
+    products: Any = torch.backends.cuda.matmul
+
     class Asks(Callback):
         def on_block_end(self, report):
-            assert torch.get_float32_matmul_precision() == "highest"
+            assert products.fp32_precision == "ieee"
 
-    torch.set_float32_matmul_precision("high")
+    before = products.fp32_precision
     try:
+        products.fp32_precision = own  # by either interface of torch
         prune_model(tiny_model("llama"), tokens, Wanda(), NM(2, 4), EngineOptions(), [Asks()])
-        assert torch.get_float32_matmul_precision() == "high"
+        assert products.fp32_precision == own
     finally:
-        torch.set_float32_matmul_precision("highest")
+        products.fp32_precision = before
 
 
 def test_more_sequences_add_no_wait(tiny_model, tokens, accelerator):

@@ -67,6 +67,31 @@ def test_another_protocol_is_another_table(change, headings, tmp_path):
     assert page.count("(1)") == 2 and "(2)" not in page
 
 
+def test_a_method_without_calibration_stands_in_every_table_of_its_protocol(tmp_path):
+    records = [record_of("magnitude", [700.0], key="c1" * 8)]
+    records += [record_of("wanda", [110.0 - count], key=f"{count}" * 8, num_samples=count) for count in (16, 64)]
+    page = written(records, tmp_path)
+    assert page.count("\n## ") == 2 and page.count("| Magnitude | 700.00 (1-2)") == 2
+
+
+def test_plugins_and_repetitions_share_a_table(tmp_path):
+    records = [record_of("wanda", [110.0 + number], key=f"a{number}" * 8, seed=number) for number in range(2)]
+    records[1]["identity"]["repeat"] = 1
+    records.append(record_of("mine", [90.0], key="b1" * 8))
+    records[2]["identity"]["code"] = {"method": "0123"}
+    page = written(records, tmp_path)
+    assert [row[:2] for row in rows_of(page, "2:4, mlp, smollm2_135m")] == [
+        ["mine", "90.00 (1-2)"],
+        ["Wanda", "110.50 ± 0.71 (1-2)"],
+    ]
+
+
+def test_filters_apply(tmp_path):
+    written([record_of("wanda", [110.0], key="a1" * 8), record_of("dass", [94.0], key="b1" * 8)], tmp_path)
+    cli.main(["leaderboard", "--results", str(tmp_path), "--where", "method=dass"])
+    assert "Wanda" not in (tmp_path / "leaderboard.md").read_text()
+
+
 @pytest.mark.parametrize("environment", [{"git_dirty": True}, {"git_commit": None}, {"git_dirty": None}], ids=str)
 def test_uncommitted_code_is_left_out(environment, tmp_path, caplog):
     with pytest.raises(SystemExit):
