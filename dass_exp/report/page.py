@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from dass_exp.errors import DamagedFileError
 from dass_exp.report.console import method_label, pattern_label, scope_label
 from dass_exp.report.frame import as_row
 from dass_exp.report.load import Record, model_name
@@ -22,7 +24,7 @@ from dass_exp.report.published import NOTHING_PUBLISHED, Published
 from dass_exp.report.styles import display
 from dass_exp.report.table import ResultTable
 from dass_exp.report.write import format_value
-from dass_exp.storage.durable import write_text
+from dass_exp.storage.durable import read_json, write_text
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Section:
 
 
 def write_page(sections: list[Section], problems: list[str], target: Path, results: Path | None = None) -> Path:
-    """Write the report of several tables, and the messages about files that could not be read as records.
+    """Write the report of several tables, what ``make gpu-check`` found, and messages about files that are no records.
 
     Records that are in ``results``, by default the folder of ``target``, are linked by relative paths.
     """
@@ -54,11 +56,23 @@ def write_page(sections: list[Section], problems: list[str], target: Path, resul
         environments=environments,
         environment_rows=_environment_rows(records, environments),
         record_rows=_record_rows(records, list(environments), (results or target.parent) / "runs", target.parent),
+        gpu_checks=list(_gpu_checks((results or target.parent) / "bench")),
         version=version("dass_exp"),
         dates=" to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "",
         problems=problems,
     )
     return write_text(target, content)
+
+
+def _gpu_checks(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield what each GPU check has written, the newest first; a file that cannot be read is left out."""
+    found = []
+    for path in folder.glob("gpu-*.json"):
+        with suppress(OSError, DamagedFileError):
+            content = read_json(path)
+            if isinstance(content, dict) and {"created", "machine", "lines"} <= content.keys():
+                found.append(content)
+    yield from sorted(found, key=lambda content: str(content["created"]), reverse=True)
 
 
 def _template() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import json
 import re
 import shutil
 import subprocess
@@ -229,3 +230,14 @@ def test_no_script_but_ours_runs(report):
     source = report.read_text(encoding="utf-8").replace("</body>", foreign)
     report.write_text(source.replace("<main>", '<main><img src=x onerror="document.title = 1">'), encoding="utf-8")
     assert "<title>dass_exp: report</title>" in dom(report)
+
+
+def test_what_the_gpu_check_found_is_shown(table, tmp_path):
+    lines = [{"name": f"masks of {HOSTILE}", "status": "differs", "detail": "all bits"}]
+    (tmp_path / "bench").mkdir()
+    content = {"schema": 1, "created": "2026-12-01T00:00:00Z", "machine": {"gpu": "H100"}, "lines": lines}
+    (tmp_path / "bench" / "gpu-h100-2026-12-01.json").write_text(json.dumps(content))
+    (tmp_path / "bench" / "gpu-torn-2026-12-02.json").write_text("{")
+    page = write_page([Section(table, "A caption")], [], tmp_path / "report.html").read_text()
+    assert "GPU check: H100, 2026-12-01" in page and page.count("GPU check") == 1
+    assert "masks of &lt;script&gt;" in page and HOSTILE not in page
