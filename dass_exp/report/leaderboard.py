@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from dass_exp.config.settings import OPTIONAL_GROUPS
@@ -22,8 +21,8 @@ _INTRODUCTION = (
     "# Leaderboard",
     "Each table holds what was scored under one protocol, best perplexity first. In parentheses the rank; several "
     "(1-3) where noise does not separate them: a paired t over windows, or Welch's t over seeds, 5 %, Holm's "
-    "correction within a column. ± is the standard deviation over seeds. Seconds are of the machine that the record "
-    "names; compare them only where machine and load were the same.",
+    "correction within a column. ± is the standard deviation over seeds. Seconds depend on machine and load; each record "
+    "has its own.",
     "Made by `dass-report leaderboard` from records of committed code. To add a line, run the method, copy the folder "
     "of its record (`results/runs/<key>`) into `runs/` here, and run the command again.",
 )
@@ -107,7 +106,7 @@ def _section(records: list[Record], dense: list[Record], results: Path) -> str:
     parts = [f"{model_identity(records[0])}{note}, {protocol['dtype']} on {protocol['device']}"]
     parts += [f"calibration {label}" for label in _different(map(calibration_label, records))]
     parts += [windows_label(protocol), f"beginning-of-sequence token: {protocol['bos']}"]
-    return "\n\n".join([heading, "; ".join(parts) + ".", markdown_table(["", *columns, "prune s", "records"], rows)])
+    return "\n\n".join([heading, "; ".join(parts) + ".", markdown_table(["", *columns, "records"], rows)])
 
 
 def _row(row: str, columns: list[str], table: ResultTable, records: Mapping[str, Record]) -> list[str]:
@@ -115,10 +114,9 @@ def _row(row: str, columns: list[str], table: ResultTable, records: Mapping[str,
     texts = [format_value(value, table.metric_in(column)) for value, column in zip(values, columns, strict=True)]
     keys = _different(key for value in values if isinstance(value, TableValue) for key in value.keys)
     pattern = next((config["pattern"]["name"] for key in keys if (config := records[key]["config"])["pattern"]), "")
-    seconds = fmean(records[key]["cost"]["prune_s"] for key in keys)
     links = ", ".join(f"[{key[:8]}](runs/{key}/result.json)" for key in keys)
     label = display(row.removeprefix(f"{pattern} "))
-    return [label, *texts, "" if row.endswith("dense") else f"{seconds:.1f}", links]
+    return [label, *texts, links]
 
 
 def _place(row: str, table: ResultTable) -> tuple[bool, float]:
