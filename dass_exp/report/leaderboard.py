@@ -21,7 +21,7 @@ _INTRODUCTION = (
     "# Leaderboard",
     "Each table holds what was scored under one protocol, best perplexity first. In parentheses the rank; several "
     "(1-3) where noise does not separate them: a paired t over windows, or Welch's t over seeds, 5 %, Holm's "
-    "correction within a column. ± is the standard deviation over seeds. Seconds depend on machine and load; each record "
+    "correction within a column. ± is the standard deviation over seeds. Seconds depend on the load; each record "
     "has its own.",
     "Made by `dass-report leaderboard` from records of committed code. To add a line, run the method, copy the folder "
     "of its record (`results/runs/<key>`) into `runs/` here, and run the command again.",
