@@ -90,7 +90,7 @@ def test_the_config_file_states_the_defaults_of_the_schema() -> None:
 def test_the_site_has_a_page_for_every_method_and_every_page_is_in_its_menu() -> None:
     listed = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
-    assert sorted(listed) == sorted(pages)
+    assert sorted(listed) == sorted({*pages, "repository/results/leaderboard/leaderboard.md"})  # docs/site_hooks.py
     for path in (CONF / "method").glob("*.yaml"):
         if path.stem != "dense":
             page = (ROOT / "docs" / "methods" / f"{path.stem}.md").read_text(encoding="utf-8")
