@@ -198,9 +198,10 @@ def _tables(
     if not own and not failed:
         return tables
     further = layout.get("metrics")  # true for the table of all of them, or a list of those with a table of their own
+    listed_metrics = further if isinstance(further, list) and not options.metrics else []
     if not metric and "metric" in layout and not options.metrics:
         tables.append(build_table(name, layout, records, failed, results, options.mix))
-    for each in [metric] if metric else further if isinstance(further, list) and not options.metrics else []:
+    for each in [metric] if metric else listed_metrics:
         changed, file = with_metric(layout, each, name), re.sub(r"\W", "_", f"{name}_{each}")
         table = build_table(file, changed, records, failed, results, options.mix)
         tables.append(replace(table, arguments=f"{name} --metric {each}"))

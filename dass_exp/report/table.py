@@ -115,9 +115,9 @@ def build_table(
         cells.setdefault(place, "failed")
     rows = grid.ordered(row for row, _ in cells)
     columns = [column for column in columns if any((row, column) in cells for row in rows)]
-    marked = dict(cells)
+    marked, unranked = dict(cells), grid.unranked(mixed)
     for group in dict.fromkeys(groups.values()):
-        ranked = [row for row in rows if groups.get(row) == group and row not in grid.unranked]
+        ranked = [row for row in rows if groups.get(row) == group and row not in unranked]
         marked |= _marks(cells, ranked, columns, metric_of(grid.metric).higher)
         if grid.column == HEADLINE:
             marked |= _ranks(marked, ranked, columns, metric_of(grid.metric).higher)
@@ -189,11 +189,10 @@ class _Grid:
         pruned = [record for record in (*self.records, *self.intended) if not is_dense(record)]
         return list(dict.fromkeys(filter(None, (axis_label(record, self.column, self.varying) for record in pruned))))
 
-    @cached_property
-    def unranked(self) -> set[str]:
-        """Rows of models whose weights are all there."""
-        whole = (record for record in self.records if is_dense(record) or removes_nothing(record["config"]))
-        return {row for row in map(self._row, whole)}
+    def unranked(self, mixed: tuple[str, ...]) -> set[str]:
+        """Return the rows of models whose weights are all there."""
+        whole = [record for record in self.records if is_dense(record) or removes_nothing(record["config"])]
+        return {self._row(record, self.protocols.label(record, mixed)) for record in whole}
 
     @property
     def headlines(self) -> dict[str, float]:

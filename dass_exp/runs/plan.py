@@ -120,7 +120,7 @@ def _median(records: list[Record], run: ResolvedRun, cost: str) -> tuple[float |
 
 
 def _retraining_seconds(records: list[Record], run: ResolvedRun) -> float | None:
-    """Return the median over records of the same training, each scaled to the tokens of this run; None without any."""
+    """Return the median over records of the same kind of training, scaled to this run's tokens; None without any."""
     retraining = run.retrain
     if not retraining.active or not retraining.steps:
         return 0.0

@@ -222,6 +222,16 @@ def test_models_may_differ_in_what_their_family_determines(table_of):
     assert table_of(records).rows == ["small wanda", "large wanda"]
 
 
+def test_a_dense_row_is_not_ranked_in_a_mixed_table_either(table_of):
+    nll = [1.0, 1.1, 1.2, 1.05]
+    pruned = [
+        record_of(name, [add + each for each in nll], context=512) for name, add in (("wanda", 4.0), ("dass", 2.0))
+    ]
+    dense = [record_of("dense", nll, context=context) for context in (256, 512)]
+    table = table_of([*dense, *pruned], mix=True)
+    assert table.mixed and {row.endswith("dense") for (row, _), value in table.cells.items() if value.mark} == {False}
+
+
 def test_mixed_protocols_keep_their_dense_rows_apart(table_of):
     dense = [record_of("dense", [2.0, 2.5]), record_of("dense", [1.0, 1.5], context=2048)]
     table = table_of([*dense, record_of("wanda", [5.0, 6.0])], mix=True)
