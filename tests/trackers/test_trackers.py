@@ -16,12 +16,13 @@ from fork_server import forked_command as command
 from mlflow import MlflowClient
 from support import listening, run_with, settings_of, tiny_overrides, without
 
+from dass_exp.cell import _named_sweep
 from dass_exp.errors import NumericalError, UserError
 from dass_exp.report import cli
 from dass_exp.runs.run import run
 from dass_exp.storage.durable import read_json
 from dass_exp.storage.record_numbers import flat_metrics
-from dass_exp.trackers.base import Tracker
+from dass_exp.trackers.base import Tracker, sweep_of_run
 from dass_exp.trackers.mlflow import MlflowTracker
 from dass_exp.trackers.none import NullTracker
 from dass_exp.trackers.tracking import Tracking, send_missing
@@ -323,3 +324,16 @@ def test_a_trackio_run_holds_the_record(tiny, tmp_path):
     assert {name: logged["first try"][name] for name in numbers} == pytest.approx(numbers)
     assert logged["first try"]["progress/blocks"] == 2
     assert json.loads(configs["first try"])["method.alpha"] == 0.5
+
+
+@pytest.mark.parametrize("own", [None, "of the user"])
+def test_the_name_of_a_sweep_ends_with_its_run(own, monkeypatch):
+    monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
+    if own is not None:
+        monkeypatch.setenv("WANDB_RUN_GROUP", own)
+    seen = []
+    for overrides, folder in ((["sweeps=mine"], "results/first"), (["seed=1"], "results/second")):
+        with _named_sweep(overrides, folder):
+            seen.append(sweep_of_run())
+        assert sweep_of_run() == own
+    assert seen == ([own, own] if own else ["mine-first", "grid-second"])
