@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import dass_exp
 
@@ -78,6 +79,7 @@ class PretendAccelerator(TorchFunctionMode):
         super().__init__()
         self.launches: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
+        self._page_locked = WeakTensorKeyDictionary()
 
     @classmethod
     def active(cls) -> PretendAccelerator:
@@ -115,6 +117,10 @@ class PretendAccelerator(TorchFunctionMode):
             if not any(isinstance(each, Tensor) for each in (index if isinstance(index, tuple) else (index,))):
                 return tensor[index].fill_(value)
             args = (tensor, index, torch.tensor(value, dtype=tensor.dtype))
+        if kwargs.pop("pin_memory", False):
+            made = function(*args, **kwargs)
+            self._page_locked[made] = True
+            return made
         device = kwargs.get("device")
         if device is not None and is_pretended(torch.device(device)):
             if function is torch.empty:
@@ -123,6 +129,8 @@ class PretendAccelerator(TorchFunctionMode):
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is.")
             made = function(*args, **{**kwargs, "device": torch.device("cpu")})
             self.launches[_line()] += 1
+            if function in (torch.tensor, torch.as_tensor):  # numbers of the host, copied from ordinary memory
+                self.waits[_line()] += 1
             return PretendTensor(made, with_index(torch.device(device)))
         return function(*args, **kwargs)
 
@@ -199,6 +207,7 @@ class PretendAccelerator(TorchFunctionMode):
         )
         filled = kind is not aten.index and masks and args[2].numel() == 1  # becomes masked_fill
         copied = kind in _COPIES and len({tensor.device for tensor in tensors}) > 1
+        copied &= not any(tensor in self._page_locked for tensor in tensors)
         if kind in _WAITING or (masks and not filled) or copied:
             self.waits[line] += 1
 
@@ -258,5 +267,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, count: int = 2) -> None:
         "empty_cache": None,
         "set_sync_debug_mode": None,
         "synchronize": None,
+        "current_stream": None,
+        "Event": SimpleNamespace(record=lambda stream: None, synchronize=lambda: None),
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)

@@ -1,11 +1,13 @@
 """The checks of ``make gpu-check`` that compare pruning and scoring on a GPU with the CPU, and with their promises."""
 
 import copy
+import subprocess
+import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,17 +25,20 @@ from dass_exp.engine.prune import EngineOptions, prune_model
 from dass_exp.engine.verify import Verification
 from dass_exp.errors import one_line
 from dass_exp.masks import NM
+from dass_exp.models.decoder import decoder_of
 from dass_exp.paths import project_root
 from dass_exp.runs.context import ModelCache, RunContext
 from dass_exp.runs.memory import BASE
 from dass_exp.runs.resolve import resolve
 from dass_exp.runs.run import run
+from dass_exp.storage.records import RecordStore
 
 # Share of mask bits that may differ from the CPU's: another order of summation decides between nearly equal scores;
 # methods that update weights as they go carry each such decision on.
 _BOUNDS = {True: 2e-2, False: 1e-3}
 _WAITS = 3  # of a block, by docs/performance.md
-_SLOW = ("alps", "admm", "thanos")  # on the CPU that they are compared with
+_SLOW = ("alps", "admm", "thanos")  # on the CPU that they are compared with: on a few blocks
+_FEW = 2  # blocks
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Setup:
     Args:
         name: of the model.
         model: dense, float32, on the CPU.
+        tokenizer: of the model.
         tokens: int64 [sequences, tokens], calibration and scored windows alike.
         device: the GPU.
         block: hidden and intermediate features of the block that is timed.
@@ -62,6 +68,7 @@ class Setup:
 
     name: str
     model: nn.Module
+    tokenizer: Any
     tokens: Tensor
     device: torch.device
     block: tuple[int, int]
@@ -76,11 +83,18 @@ class Setup:
         loaded, tokenizer = load(model, device="cpu")
         config = CalibrationConfig("c4_mini", num_samples=samples, seq_len=length)
         tokens = calibration_tokens(OfflineText("c4"), config, tokenizer, "never", 0).ids
-        return cls(model, loaded, tokens, device, block)
+        return cls(model, loaded, tokenizer, tokens, device, block)
 
     def copy(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Return a dense copy of the model on the GPU."""
         return copy.deepcopy(self.model).to(dtype).to(self.device)
+
+    def shorter(self) -> "Setup":
+        """Return the same with the model's first blocks only."""
+        model: Any = copy.deepcopy(self.model)
+        del decoder_of(model).blocks[_FEW:]
+        model.config.num_hidden_layers = _FEW
+        return replace(self, model=model)
 
 
 def guarded(name: str, check: Check, optional: bool = False) -> Line:
@@ -96,8 +110,9 @@ def checks(setup: Setup) -> Iterator[tuple[str, Check]]:
     yield "precision", lambda: _precision(setup)
     folder = project_root() / "conf" / "method"
     for name in sorted(path.stem for path in folder.glob("*.yaml")):
-        if method_of(name).prunes and name not in _SLOW:
-            yield f"masks of {name}", lambda name=name: _masks(setup, name)  # type: ignore[misc]
+        if method_of(name).prunes:
+            part = setup.shorter if name in _SLOW else lambda: setup
+            yield f"masks of {name}", lambda name=name, part=part: _masks(part(), name)  # type: ignore[misc]
     yield "perplexity", lambda: _perplexity(setup)
     for dtype in (torch.bfloat16, torch.float16):
         yield str(dtype).removeprefix("torch."), lambda dtype=dtype: _half(setup, dtype)  # type: ignore[misc]
@@ -107,13 +122,15 @@ def checks(setup: Setup) -> Iterator[tuple[str, Check]]:
     yield "memory after a run", lambda: _memory(setup)
     yield "out of memory", lambda: _out_of_memory(setup)
     yield "streamed, and two cells in a process", lambda: _runs(setup)
+    yield "two models in a process", lambda: _two_models(setup)
     yield "peak memory against the plan", lambda: _planned_memory(setup)
     for name in ("dass", "wanda", "sparsegpt"):
         yield f"seconds of {name}", lambda name=name: _seconds(setup, name)  # type: ignore[misc]
     for name in ("dass", "sparsegpt"):
         title = f"a block of {setup.block[0]} x {setup.block[1]}, {name}"
         yield title, lambda name=name, title=title: _large_block(setup, title, name)  # type: ignore[misc]
-    yield "two GPUs", _two_gpus
+    yield "two GPUs", lambda: _two_gpus(setup)
+    yield "two workers", lambda: _two_workers(setup)
 
 
 def _verdict(name: str, right: bool, detail: str) -> Line:
@@ -133,7 +150,7 @@ def _masks(setup: Setup, name: str) -> Line:
     there = prune(gpu, setup.tokens if method.stat else None, name).masks
     share = _share_differing(here, there)
     bound = _BOUNDS[method.updates_weights]
-    detail = f"{share:.2e} of the mask's bits differ from the CPU's, at most {bound:.0e} expected"
+    detail = f"{share:.2e} of the bits of {len(here)} masks differ from the CPU's, at most {bound:.0e} expected"
     return _verdict(f"masks of {name}", share <= bound, detail)
 
 
@@ -225,6 +242,24 @@ def _runs(setup: Setup) -> Line:
     return _verdict(name, right, f"{first} {resident:.4f}, {second} {streamed:.4f}, then {third}")
 
 
+def _two_models(setup: Setup) -> Line:
+    """Run cells of two models in this process: the second is loaded whole, and both are gone afterwards."""
+    name, context, placements = "two models in a process", RunContext(shared=ModelCache()), []
+    before = torch.cuda.memory_allocated(setup.device)
+    with tempfile.TemporaryDirectory() as folder, _composed(setup) as common:
+        shorter: Any = setup.shorter().model
+        shorter.save_pretrained(folder)
+        setup.tokenizer.save_pretrained(folder)
+        for model in ([], [f"model.path={folder}", "model.name=shorter"]):
+            config = settings_of([*common, *model, "method=dass"])
+            placements.append(str(resolve(config, context).placement))
+            run(config, context)
+    context.cache.clear()
+    left = torch.cuda.memory_allocated(setup.device) - before
+    detail = f"{placements[0]}, then {placements[1]}; {left / 1e6:.1f} MB left"
+    return _verdict(name, placements == ["resident", "resident"] and left < 1e6, detail)
+
+
 def _planned_memory(setup: Setup) -> Line:
     """Compare the peak of the GPU in a resident and in a streamed run with what was planned from shapes."""
     right, shown = True, []
@@ -280,7 +315,42 @@ def _large_block(setup: Setup, title: str, name: str) -> Line:
     return Line(title, "measured", f"two blocks {parts['total']:.2f} s (launching: {shown} s)")
 
 
-def _two_gpus() -> Line:
-    count = torch.accelerator.device_count()
-    detail = "one GPU" if count < 2 else f"{count} GPUs: try `dass-exp sweeps=demo hydra/launcher=joblib`"
-    return Line("two GPUs", "not run", detail)
+def _two_gpus(setup: Setup) -> Line:
+    """Compare the masks of the second GPU with those of the first."""
+    if torch.accelerator.device_count() < 2:
+        return Line("two GPUs", "not run", "one GPU")
+    other = replace(setup, device=torch.device(setup.device.type, 1))
+    masks = [prune(each.copy(), setup.tokens, "sparsegpt").masks for each in (setup, other)]
+    share = _share_differing(*masks)
+    return _verdict("two GPUs", share <= _BOUNDS[True], f"{share:.2e} of the mask's bits differ between the two")
+
+
+def _two_workers(setup: Setup) -> Line:
+    """Let the command share two cells among workers, and compare their perplexities with those of this process."""
+    if torch.accelerator.device_count() < 2:
+        return Line("two workers", "not run", "one GPU")
+    methods = ("dass", "wanda")
+    with _composed(setup) as common:
+        results = next(Path(each.partition("=")[2]) for each in common if each.startswith("results_dir="))
+        shared = [each for each in common if not each.startswith("model.device=")]  # each worker has its own
+        launched = ["--multirun", *shared, f"variant={','.join(methods)}", "hydra/launcher=joblib"]
+        done = subprocess.run(
+            [sys.executable, "-m", "dass_exp", *launched], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            return Line("two workers", "failed", " ".join(done.stderr.split())[-120:])
+        theirs = RecordStore(results).records()
+        ours = [run(settings_of([*common, f"method={name}", "rerun=true"]), RunContext()).record for name in methods]
+    there, here = ({_method_of(record): _perplexity_of(record) for record in records} for records in (theirs, ours))
+    shown = ", ".join(f"{name} {there.get(name, float('nan')):.4f} (here {own:.4f})" for name, own in here.items())
+    right = here.keys() <= there.keys() and all(abs(there[name] / own - 1) <= 1e-3 for name, own in here.items())
+    return _verdict("two workers", right, f"perplexity of {shown}")
+
+
+def _method_of(record: Mapping[str, Any]) -> str:
+    return str(record["config"]["method"]["name"])
+
+
+def _perplexity_of(record: Mapping[str, Any]) -> float:
+    (value,) = record["metrics"]["perplexity"].values()
+    return float(value)

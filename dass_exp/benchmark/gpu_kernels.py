@@ -12,7 +12,8 @@ from dass_exp.benchmark.gpu_checks import Check, Line, Setup
 from dass_exp.benchmark.measure import time_call
 from dass_exp.masks import NM
 
-SHAPES = ((576, 1536), (4096, 11008), (8192, 28672))  # in and out features: SmolLM2-135M, LLaMA-7B, LLaMA-70B
+# in and out features of gate and up: SmolLM2-135M, LLaMA-7B, LLaMA-70B; down has them the other way round
+SHAPES = ((576, 1536), (4096, 11008), (8192, 28672))
 TOKENS = {"prefill": 2048, "decode of 16": 16, "decode of 1": 1}
 _ROUNDS = 20
 _TOLERANCE = 2e-2  # relative, in float16
@@ -20,7 +21,7 @@ _TOLERANCE = 2e-2  # relative, in float16
 
 def kernel_lines(setup: Setup) -> Iterator[tuple[str, Check]]:
     """Yield the name and the function of each measurement."""
-    for shape in SHAPES:
+    for shape in (*SHAPES, *(wide[::-1] for wide in SHAPES)):
         for stage, tokens in TOKENS.items():
             name = f"2:4 kernel, {shape[0]} x {shape[1]}, {stage}"
             yield name, partial(_measure, name, shape, tokens, setup.device)
@@ -33,8 +34,8 @@ def _measure(name: str, shape: tuple[int, int], tokens: int, device: torch.devic
     """Compare ``to_sparse_semi_structured`` with the dense product of the same 2:4 weight, float16."""
     features, outputs = shape
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(outputs, features, generator=generator)
-    weight = (weight * NM(2, 4).keep(weight.abs(), 1)).half().to(device)
+    weight = torch.randn(outputs, features, generator=generator).to(device)
+    weight = (weight * NM(2, 4).keep(weight.abs(), 1)).half()
     inputs = torch.randn(tokens, features, generator=generator).half().to(device)
     sparse = torch.sparse.to_sparse_semi_structured(weight)
     linear = torch.nn.functional.linear

@@ -75,12 +75,13 @@ def _score(model: Any, batch: Sequence[Sequence[int]], answers: Sequence[tuple[i
     ids = torch.zeros(len(batch), len(batch[0]), dtype=torch.int64)
     for row, sequence in enumerate(batch):
         ids[row, : len(sequence)] = torch.tensor(sequence)  # padded on the right, where causal attention cannot see
-    hidden = last_hidden(model, ids.to(device))
+    tokens = torch.tensor([token for _, answer in answers for token in answer])
+    moved = torch.cat([ids.flatten(), tokens]).to(device)  # one wait for an accelerator
+    hidden = last_hidden(model, moved[: ids.numel()].view_as(ids))
     ends = [hidden[row, len(batch[row]) - len(answer) : len(batch[row])] for row, answer in answers]
-    targets = torch.tensor([token for _, answer in answers for token in answer], device=device)
-    losses, hits = losses_and_hits(model, torch.cat(ends), targets)
+    losses, hits = losses_and_hits(model, torch.cat(ends), moved[ids.numel() :])
     lengths = [len(answer) for _, answer in answers]
     sums = torch.stack([loss.sum() for loss in losses.split(lengths)])
     right = torch.stack([hit.all() for hit in hits.split(lengths)])
-    numbers = torch.stack([sums.double(), right.double()]).tolist()  # one wait for an accelerator a batch
+    numbers = torch.stack([sums.double(), right.double()]).tolist()  # and one more
     return [(-total, bool(equal)) for total, equal in zip(*numbers, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -263,7 +264,7 @@ class Matrix:
         """Put the output features, with their bias, into another order: i becomes the former ``order[i]``."""
         self.write(self.weight[order])
         if (bias := self._whole_bias()) is not None:
-            index = slice(None) if self.rows is None else self._index()
+            index = self._index()
             bias[index] = bias[index][order]
 
     def reorder_inputs(self, order: Tensor) -> None:
@@ -280,4 +281,12 @@ class Matrix:
         return tensor.T if self.transposed else tensor
 
     def _index(self) -> slice | Tensor:
-        return self.rows if isinstance(self.rows, slice) else torch.tensor(self.rows, device=self.parameter.device)
+        if self.rows is None:
+            return slice(None)
+        return self.rows if isinstance(self.rows, slice) else _index_on(tuple(self.rows), self.parameter.device)
+
+
+@lru_cache(maxsize=16)
+def _index_on(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return an index on its device, to which it is copied once: a GPU would be waited for at each use."""
+    return torch.tensor(rows, device=device)

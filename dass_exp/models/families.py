@@ -105,7 +105,7 @@ def _neox_qkv(part: int) -> Callable[[Any], Rows]:
 
     def rows(config: Any) -> Rows:
         heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-        return [(3 * head + part) * head_dim + feature for head in range(heads) for feature in range(head_dim)]
+        return tuple((3 * head + part) * head_dim + feature for head in range(heads) for feature in range(head_dim))
 
     return rows
 

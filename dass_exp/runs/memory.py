@@ -1,5 +1,6 @@
 """Estimate the memory of a run from shapes alone, and choose where its model is placed."""
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -47,6 +48,7 @@ class MemoryNeeds:
     tokens: int = 0  # ids of calibration and windows, twice while they are put together
     training: int = 0  # what is trained, its gradients and moments, weights before, activations for gradients, logits
     before: int = 0  # kept of the dense model for retraining, while it is pruned too: weights in the scope, its states
+    host: int = 0  # not memory of an accelerator: activations, dense states and targets that wait on its host
     disk: int = 0  # not memory: activations cached on disk, masks, and the resume state, twice while it is replaced
 
     @property
@@ -140,21 +142,45 @@ def memory_needs(
         batch=batch,
         copy=workload.shared * sum(scope) * width,
         tokens=16 * sum(count * length for count, length in (calibration, windows)),
+        host=_waiting_on_host(workload, features, calibration, windows, 3 + recorded),
         disk=on_disk + sum(scope) // 8 + state + 2 * 12 * _trained_numbers(model, sites, workload.retrain),
         training=training,
         before=_kept_for_training(sum(scope), features, workload),
     )
 
 
+def _waiting_on_host(
+    workload: Workload, features: int, calibration: tuple[int, int], windows: tuple[int, int], copies: int
+) -> int:
+    """Return the bytes that wait on the host of an accelerator; ``copies`` of the calibration's activations do."""
+    if workload.device.type == "cpu":
+        return 0
+    sizes = ((workload.batch_size, calibration, copies), (workload.scoring_batch_size, windows, 2))
+    total = features * workload.dtype.itemsize * windows[0] * windows[1]  # last states of the dense model
+    for batch_size, (count, length), times in sizes if workload.cache == "cpu" else ():
+        batch = min(batch_size, count) * length * features * workload.dtype.itemsize
+        # page-locked memory, of which torch gives out powers of two
+        total += times * math.ceil(count / batch_size) * (1 << (batch - 1).bit_length()) if batch else 0
+    if workload.retrain.active and workload.retrain.loss == "kl":
+        total += _target_states(workload, features)
+    return total
+
+
+def _target_states(workload: Workload, features: int) -> int:
+    """Return the bytes of the dense model's last states that training with ``loss=kl`` takes as its target."""
+    retraining = workload.retrain
+    windows = min(retraining.steps * retraining.batch_size, workload.training_windows)
+    return workload.dtype.itemsize * windows * retraining.seq_len * features
+
+
 def _kept_for_training(scope: int, features: int, workload: Workload) -> int:
     """Return the bytes that are kept of the dense model: its weights, and its last states if they are the target."""
-    retraining, width = workload.retrain, workload.dtype.itemsize
+    retraining = workload.retrain
     if not retraining.active:
         return 0
-    windows = min(retraining.steps * retraining.batch_size, workload.training_windows)
     on_this_device = retraining.loss == "kl" and workload.device.type == "cpu"  # the states wait on the host
-    states = on_this_device * windows * retraining.seq_len * features
-    return width * (retraining.relevance * scope + states)
+    states = _target_states(workload, features) if on_this_device else 0
+    return workload.dtype.itemsize * retraining.relevance * scope + states
 
 
 def _trained_numbers(model: Any, sites: list[list[LinearSite]], retraining: Retraining) -> int:
@@ -277,6 +303,15 @@ def _left_in(group: Path, first_version: bool) -> int:
         return min((int(text) - used for text in texts if text != "max"), default=_UNLIMITED)
     except (OSError, KeyError, ValueError):
         return _UNLIMITED
+
+
+def check_host(needs: MemoryNeeds, free: int) -> None:
+    """Raise a UserError unless what waits on the host of an accelerator fits into its ``free`` bytes."""
+    if needs.host > free:
+        raise UserError(
+            f"{needs.host / 1e9:.1f} GB of activations wait in the memory of the host, where {free / 1e9:.1f} GB are "
+            "free; set calibration.cache=disk or device, or take fewer or shorter sequences"
+        )
 
 
 def choose_placement(requested: str, needs: MemoryNeeds, free: int) -> tuple[str, str]:

@@ -6,14 +6,16 @@ import math
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from dass_exp.config.settings import RunConfig
 from dass_exp.engine.prune import check_shapes
 from dass_exp.errors import UserError
 from dass_exp.evaluate.generation import PROMPT
 from dass_exp.models.decoder import decoder_of
-from dass_exp.models.load import bos_policy, check_weights
+from dass_exp.models.load import bos_policy, check_weights, is_present
 from dass_exp.runs.context import RunContext
-from dass_exp.runs.memory import MemoryNeeds, Workload, choose_placement, memory_needs
+from dass_exp.runs.memory import MemoryNeeds, Workload, check_host, choose_placement, memory_needs
 from dass_exp.runs.resolved_run import Components, ResolvedRun
 from dass_exp.runs.resume import placement_in
 
@@ -111,6 +113,8 @@ def place(run: ResolvedRun, context: RunContext, requested: str | None = None) -
         cache.clear()  # the memory of the previous model counts as free
     try:
         placement, reason = choose_placement(requested, needs, context.available_memory(run.spec.device) + reusable)
+        if is_present(run.spec.device):
+            check_host(needs, context.available_memory(torch.device("cpu")))
     except UserError:
         context.check_length(run)  # a text that is too short is the better reason
         raise

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 STATE = "state.safetensors"
 TRAINING = "training"  # the folder of the checkpoints of a retraining
 _PLACEMENT = "model.placement"
+_SLOW_S = 1.0  # seconds; a state that is written faster is written behind every block
+_SHARE = 9  # times as long as a slow one took, no other is written
 
 
 @dataclass
@@ -173,9 +176,11 @@ def _packed(report: BlockReport, linear: LinearView) -> PackedMask:
 
 
 class ResumeState(Callback):
-    """Write the state after each block, and continue from that of an earlier start.
+    """Write the state after a block, and continue from that of an earlier start.
 
     Files of a block are on disk before the state that counts it as done, so it is the last callback that writes.
+    Hidden states of a large model take longer to write than a block takes to prune: after a state that took more than
+    a second, none is written for nine times as long, but behind the last block.
 
     Args:
         run: gives work folder, identity, placement, and whether to keep a state.
@@ -196,6 +201,7 @@ class ResumeState(Callback):
         # the hidden states of the first set have no prefix, as before there were several
         self._scorers = {f"{name}: " * (number > 0): scorer for number, (name, scorer) in enumerate(scorers.items())}
         self._loop: LoopState | None = None
+        self._next_at = 0.0  # on the clock of time.perf_counter
         if earlier is not None:
             verification.layers += [Layer(**layer) for layer in earlier.results["layers"]]
             verification.starved += earlier.results["starved"]
@@ -224,7 +230,15 @@ class ResumeState(Callback):
         self._folder.mkdir(parents=True, exist_ok=True)
         if not self._run.streams:  # a streamed block is in the growing checkpoint, if it is saved at all
             write_tensors(report.module.state_dict(), _weights_file(self._folder, report.index))
-        batches = self._loop.batches
+        start = time.perf_counter()
+        if start < self._next_at and report.index + 1 < len(self._loop.decoder.blocks):
+            return
+        save_state(self._folder, self._run.identity, str(self._run.placement), self._state(report, self._loop))
+        seconds = time.perf_counter() - start
+        self._next_at = start + (seconds > _SLOW_S) * (1 + _SHARE) * seconds
+
+    def _state(self, report: BlockReport, loop: LoopState) -> State:
+        batches = loop.batches
         hidden = {"calibration": [batch.cached.stored() for batch in batches]} if batches else {}
         for prefix, scorer in self._scorers.items():
             hidden |= {prefix + name: parts for name, parts in scorer.hidden.items()}
@@ -235,8 +249,7 @@ class ResumeState(Callback):
             "starved": self._verification.starved,
             "seconds": self._stopwatch.read(),
         }
-        state = State(report.index + 1, returns_tuple, hidden, results)
-        save_state(self._folder, self._run.identity, str(self._run.placement), state)
+        return State(report.index + 1, returns_tuple, hidden, results)
 
 
 @contextmanager

@@ -305,6 +305,60 @@ def test_more_sequences_add_no_wait(tiny_model, tokens, accelerator):
     assert few == many
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "phi3"])
+def test_fused_linears_add_no_wait(family, tiny_model, tokens, accelerator):
+    """GPT-NeoX has the rows of q, k and v in turn, which takes an index."""
+    model = tiny_model(family, num_hidden_layers=2).to(GPU)
+    prune_model(model, tokens, Wanda(), NM(2, 4), EngineOptions(scope="all", batch_size=1), [Verification()])
+    accelerator.reset()
+    prune_model(model, tokens, Wanda(), NM(2, 4), EngineOptions(scope="all", batch_size=1), [Verification()])
+    waits = {line: number for line, number in accelerator.waits.items() if line.startswith("models/decoder")}
+    assert not waits
+
+
+@pytest.mark.parametrize("method", [Wanda(), SparseGPT()], ids=str)
+def test_activations_in_host_memory_add_no_wait(method, tiny_model, tokens, accelerator):
+    """They are copied to and from page-locked memory while the host goes on."""
+    model, waits = tiny_model("llama", num_hidden_layers=3), []
+    for kind in ("device", "cpu"):
+        copied = copy.deepcopy(model).to(GPU)
+        accelerator.reset()
+        prune_blocks(copied, tokens, method, batch_size=1, cache=ActivationCache(kind))
+        waits.append(sum(accelerator.waits.values()))
+    assert waits[0] == waits[1], accelerator.waits
+
+
+def test_host_memory_that_cannot_be_locked_is_used_as_it_is(tiny_model, tokens, accelerator, monkeypatch):
+    refused, empty = [], torch.empty
+
+    def refuse(*args, pin_memory=False, **kwargs):
+        if pin_memory:
+            refused.append(args)
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    cpu, gpu = both(tiny_model("llama"))
+    for model in (cpu, gpu):
+        prune_blocks(model, tokens, Dass(), batch_size=2, cache=ActivationCache("cpu"))
+    assert refused
+    assert_same_weights(cpu, gpu, Dass())
+
+
+def test_what_waits_in_host_memory_is_complete_when_the_host_reads_it(accelerator, monkeypatch):
+    """Only the host has to wait: the device works in the order in which it was asked."""
+    asked = []
+    event = type(
+        "Event", (), {"record": lambda *_: asked.append("record"), "synchronize": lambda _: asked.append("wait")}
+    )
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    cached = ActivationCache("cpu").store(torch.arange(4.0, device=GPU))
+    assert cached.load().tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert asked == ["record"]
+    assert cached.stored().tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert asked == ["record", "wait"]
+
+
 def test_a_mixture_of_experts_adds_one_wait_a_batch(tiny_model, tokens, accelerator):
     model = tiny_model("mixtral", num_hidden_layers=3)
     _, waits = counts_of_a_block(accelerator, model, Wanda(), tokens, "all")

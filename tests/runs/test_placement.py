@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support import CONF, FixedMemory, Phases, contains, run_with, save_tiny, settings_of, tiny_config
+from support import CONF, FixedMemory, Phases, contains, run_with, save_tiny, settings_of, tiny_config, without
 
 from dass_exp import load_masks
 from dass_exp.config.settings import STAGE_GROUPS
@@ -397,6 +397,27 @@ def test_sizes_are_those_of_the_model(cell):
     scope = sum(parameter.numel() for name, parameter in model.named_parameters() if ".mlp." in name)
     shared = resolved(*cell, context=RunContext(shared=ModelCache())).needs
     assert (shared.copy, default.copy) == (4 * scope, 0)
+
+
+def test_what_waits_on_the_host_of_an_accelerator_must_fit_there(cell, accelerator):
+    on_gpu = [*cell, "model.device=cuda", "calibration.batch_size=3", "model.dtype=float32"]
+    dense_states = 4 * 32 * 32 * 4
+    assert resolved(*on_gpu).needs.host == dense_states
+    assert resolved(*cell, "model.device=cpu").needs.host == 0
+    waiting = resolved(*on_gpu, "calibration.cache=cpu").needs
+    # page-locked memory comes in powers of two: a batch of three sequences takes that of four, and so does the last
+    assert waiting.host == dense_states + 3 * 2 * (4 * 32 * 32 * 4) + 2 * dense_states
+    assert waiting.activations == 0
+
+    class SmallHost(RunContext):
+        def available_memory(self, device):
+            return 1 << 40 if device.type == "cuda" else 1000
+
+    with pytest.raises(
+        UserError, match=r"wait in the memory of the host, where 0\.0 GB are free; set calibration\.cache"
+    ):
+        resolved(*on_gpu, "calibration.cache=cpu", context=SmallHost())
+    resolved(*without(on_gpu, "eval"), "calibration.cache=disk", "eval=none", context=SmallHost())
 
 
 def test_a_mixture_is_there_twice_while_its_experts_are_joined(cell, mixture):

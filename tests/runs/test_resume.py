@@ -28,6 +28,7 @@ from support import (
 import dass_exp
 from dass_exp.errors import UserError
 from dass_exp.models.shards import Shards
+from dass_exp.runs import resume
 from dass_exp.runs.context import RunContext, SilentReporter
 
 STREAM, RESIDENT = "model.placement=stream", "model.placement=resident"
@@ -204,6 +205,24 @@ def test_it_continues_after_the_last_finished_block(settings, whole, tmp_path, m
     assert pruned == list(range(block + 1, BLOCKS))
     assert_same(content_of(tmp_path), whole(method, placement))
     assert names(tmp_path) == {"results", "saved"}
+
+
+@pytest.mark.parametrize("placement", [STREAM, RESIDENT])
+def test_a_state_that_is_slow_to_write_is_written_seldom(settings, whole, tmp_path, placement, caplog, monkeypatch):
+    """Behind the first block, not for long afterwards, and behind the last block."""
+    monkeypatch.setattr(resume, "_SLOW_S", 0.0)
+    monkeypatch.setattr(resume, "_SHARE", 1e9)
+    written, save_state = [], resume.save_state
+    monkeypatch.setattr(
+        resume, "save_state", lambda *arguments: written.append(arguments[-1].blocks) or save_state(*arguments)
+    )
+    killed_after_block(3, *settings("dass", placement))
+    assert written == [1]
+    caplog.set_level("INFO")
+    run_with(*settings("dass", placement))
+    assert "continuing after block 0 of an interrupted run" in caplog.text
+    assert written == [1, 2, BLOCKS]
+    assert_same(content_of(tmp_path), whole("dass", placement))
 
 
 @pytest.mark.thorough
