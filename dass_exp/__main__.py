@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from dass_exp.config import arguments, loader
+from dass_exp.config.choices import complete
 from dass_exp.config.components import admitted_packages
 from dass_exp.config.help import help_text, version_line
 from dass_exp.config.redact import redact_text
@@ -124,7 +125,10 @@ def main() -> None:
         return
     register()
     if any(text.startswith(("-sc", "--shell-completion", "--shell_completion")) for text in typed):
-        _cell()  # the shell waits for it: no torch
+        if found := complete(os.environ.get("COMP_LINE", "")):
+            sys.stdout.write(("\n" if "query=fish" in typed else " ").join(found) + "\n")
+        else:
+            _cell()  # the shell waits for it: no torch
         return
     from dass_exp.report.sweep_callback import Sweep
     from dass_exp.runs import workers

@@ -10,20 +10,13 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from dass_exp.config.choices import check_choice
 from dass_exp.config.components import OURS, check_targets, choice
 from dass_exp.errors import UserError, one_line, one_of, whole_number
 from dass_exp.paths import project_root
 
 log = logging.getLogger(__name__)
 
-SCOPES = ("mlp", "attention", "all")
-DTYPES = ("float32", "bfloat16", "float16")
-BOS_POLICIES = ("never", "stream", "window")
-PLACEMENTS = ("resident", "stream")
-ACTIVATION_CACHES = ("device", "cpu", "disk")
-SAMPLINGS = ("joined", "document")
-HIDDEN_CACHES = ("memory", "disk")
-TASK_DATA = ("offline", "hub")
 # what is done around a method; each is a config group and a folder
 STAGE_GROUPS = ("allocation", "permute", "refine", "repair")
 # all groups that do nothing by default; the label of a method names those that do something
@@ -59,9 +52,9 @@ class ModelConfig:
     context: int | None = field(default=None, metadata=NO_EFFECT)
 
     def __post_init__(self) -> None:
-        one_of("model.dtype", self.dtype, ("auto", *DTYPES))
-        one_of("model.placement", self.placement, ("auto", *PLACEMENTS))
-        one_of("model.bos", self.bos, ("auto", *BOS_POLICIES))
+        check_choice("model.dtype", self.dtype)
+        check_choice("model.placement", self.placement)
+        check_choice("model.bos", self.bos)
 
 
 @dataclass
@@ -83,11 +76,11 @@ class CalibrationConfig:
     cache: str = field(default="device", metadata=NO_EFFECT)
 
     def __post_init__(self) -> None:
-        one_of("calibration.sampling", self.sampling, SAMPLINGS)
+        check_choice("calibration.sampling", self.sampling)
         whole_number("calibration.num_samples", self.num_samples, least=1)
         whole_number("calibration.seq_len", self.seq_len, least=2)
         whole_number("calibration.batch_size", self.batch_size, least=1)
-        one_of("calibration.cache", self.cache, ACTIVATION_CACHES)
+        check_choice("calibration.cache", self.cache)
 
 
 @dataclass
@@ -106,7 +99,7 @@ class ExpertsConfig:
         if self.starved in former:
             log.warning("experts.starved=%s is now called %s", self.starved, former[self.starved])
             self.starved = former[self.starved]
-        one_of("experts.starved", self.starved, ("uniform", "raise"))
+        check_choice("experts.starved", self.starved)
 
 
 @dataclass
@@ -143,7 +136,7 @@ class ZeroShotConfig:
     include_path: str | None = None
 
     def __post_init__(self) -> None:
-        one_of("eval.zeroshot.data", self.data, TASK_DATA)
+        check_choice("eval.zeroshot.data", self.data)
         whole_number("eval.zeroshot.num_fewshot", self.num_fewshot, least=0)
         if self.limit is not None:
             whole_number("eval.zeroshot.limit", self.limit, least=1)
@@ -192,7 +185,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         whole_number("eval.batch_size", self.batch_size, least=1)
-        one_of("eval.cache", self.cache, HIDDEN_CACHES)
+        check_choice("eval.cache", self.cache)
         self.generation = _generation(self.generation)
         if self.generation is not None and self.perplexity is None:
             problem = "its prompts are windows of eval.perplexity, which is null"
@@ -274,7 +267,7 @@ class RunConfig:
     plugins: list[str] = field(default_factory=list, metadata=NO_EFFECT)
 
     def __post_init__(self) -> None:
-        one_of("scope", self.scope, SCOPES)
+        check_choice("scope", self.scope)
         whole_number("seed", self.seed, least=0, most=MAX_SEED)
         whole_number("repeat", self.repeat, least=0)
         if self.threads is not None:

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dass_exp.config.settings import ACTIVATION_CACHES
-from dass_exp.errors import one_of
+from dass_exp.config.choices import check_choice
 from dass_exp.storage.durable import read_tensors, write_tensors
 
 
@@ -45,7 +44,7 @@ class ActivationCache:
     """Stores tensors on their ``device``, in ``cpu`` memory, or on ``disk`` in a folder that is created on demand."""
 
     def __init__(self, kind: str = "device", folder: Path | None = None) -> None:
-        one_of("calibration.cache", kind, ACTIVATION_CACHES)
+        check_choice("calibration.cache", kind)
         if kind == "disk" and folder is None:
             raise ValueError("an activation cache on disk needs a folder")
         self._kind, self._folder, self._numbers = kind, folder, count()

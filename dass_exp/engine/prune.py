@@ -14,7 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dass_exp.config.settings import SCOPES, CalibrationConfig, ExpertsConfig
+from dass_exp.config.choices import SCOPES, check_choice
+from dass_exp.config.settings import CalibrationConfig, ExpertsConfig
 from dass_exp.engine.activation_cache import ON_DEVICE, ActivationCache, CachedTensor
 from dass_exp.engine.attention_replay import AttentionReplay
 from dass_exp.engine.budget import block_patterns
@@ -25,7 +26,7 @@ from dass_exp.engine.observers import observe_inputs
 from dass_exp.engine.reorder import check_unchanged, reorder
 from dass_exp.engine.repair_passes import BlockInRepair, DensePass
 from dass_exp.engine.stages import Stages, pruning_units, refine_masks
-from dass_exp.errors import NumericalError, UserError, one_of
+from dass_exp.errors import NumericalError, UserError
 from dass_exp.masks import Pattern
 from dass_exp.methods.base import Block, MaskResult, Pruner, check_range, check_statistics
 from dass_exp.models.decoder import Decoder, decoder_of
@@ -59,7 +60,7 @@ class EngineOptions:
     returns_tuple: bool | None = None
 
     def __post_init__(self) -> None:
-        one_of("scope", self.scope, SCOPES)
+        check_choice("scope", self.scope)
         CalibrationConfig(batch_size=self.batch_size)  # checks it
 
 

@@ -1,10 +1,11 @@
 """Verify masks and weights: masks have exactly the requested sparsity, weights at least, no N:M group is over-full."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dass_exp.engine.callbacks import BlockReport, Callback, LoopState
 from dass_exp.errors import NumericalError
@@ -56,6 +57,29 @@ class Layer:
     tokens: int | None
     output_error: float | None = None
     output_error_before: float | None = None
+
+
+class LoadedZeros(Callback):
+    """Counts the zeros of every matrix of the blocks before they are pruned: those of a model that was pruned before.
+
+    ``matrices`` has the zeros and the size of each.
+    """
+
+    def __init__(self) -> None:
+        self.matrices: list[tuple[int, int]] = []
+        self._blocks: Sequence[nn.Module] = ()
+
+    def on_start(self, loop: LoopState) -> None:
+        self._blocks = loop.decoder.blocks  # type: ignore[assignment]
+
+    def on_block_start(self, index: int) -> None:
+        self.count(self._blocks[index])
+
+    def count(self, block: nn.Module) -> None:
+        """Count those of one block."""
+        matrices = [parameter.detach() for parameter in block.parameters() if parameter.ndim > 1]
+        values = torch.stack([torch.count_nonzero(matrix) for matrix in matrices]).tolist()  # one wait
+        self.matrices += [(each.numel() - count, each.numel()) for each, count in zip(matrices, values, strict=True)]
 
 
 class _Counts(NamedTuple):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from dass_exp.config.settings import SCOPES
+from dass_exp.config.choices import SCOPES
 from dass_exp.errors import UserError, one_of
 
 

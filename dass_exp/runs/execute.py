@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dass_exp.engine.activation_cache import ActivationCache
 from dass_exp.engine.callbacks import BlockReport, Callback, ProgressBar, SeedEachBlock, Stopwatch
 from dass_exp.engine.prune import EngineOptions, prune_model
-from dass_exp.engine.verify import Verification
+from dass_exp.engine.verify import LoadedZeros, Verification
 from dass_exp.evaluate.generation import Generation, generate
 from dass_exp.evaluate.perplexity import Perplexity, perplexity, perplexity_of_hidden
 from dass_exp.evaluate.streamed import Scores, StreamedPerplexity
@@ -33,8 +33,6 @@ from dass_exp.runs.retraining import DenseState, keep_dense, recount, retrain, w
 from dass_exp.storage.environment import PeakMemory
 
 log = logging.getLogger(__name__)
-
-_PRUNED_BEFORE = 0.01  # share of zeros from which a record of a model that was loaded as dense says so
 
 
 def execute(run: ResolvedRun, context: RunContext, callbacks: Sequence[Callback] = ()) -> RunResult:
@@ -128,10 +126,11 @@ def _run_blocks(
     decoder, tokens, windows = decoder_of(model, run.spec.roles), context.calibration(run), context.windows(run)
     size = sum(parameter.numel() for parameter in model.parameters())
     result = RunResult([], [], None, {}, None, size, decoder.size, tokens, windows, {"prune_s": 0.0, "eval_s": 0.0})
+    loaded = LoadedZeros()
     if not run.method.prunes and not run.streams:
-        matrices = [parameter for parameter in decoder.blocks.parameters() if parameter.ndim > 1]
-        zeros = sum(int((matrix == 0).sum()) for matrix in matrices)
-        return replace(result, zero_weights=zeros if zeros > _PRUNED_BEFORE * decoder.size else None)
+        for block in decoder.blocks:
+            loaded.count(block)
+        return replace(result, loaded_zeros=loaded.matrices)
     stopwatch, verification, earlier = Stopwatch(run.spec.device), Verification(), _earlier_state(run)
     done = earlier.blocks if earlier else 0
     options = EngineOptions(
@@ -154,14 +153,14 @@ def _run_blocks(
     if writer is not None and isinstance(blocks, StreamedBlocks):
         writer.begin(blocks.names.to_checkpoint, len(decoder.blocks), done)
         saver = SaveBlocks(writer)
-    resume = ResumeState(run, earlier, verification, scorers, stopwatch)
+    resume = ResumeState(run, earlier, verification, scorers, stopwatch, loaded)
     phase = f"pruning with {run.method.name}"
     phase = f"reading, {phase} and scoring block by block" if run.streams else phase
     with context.reporter.phase(phase, len(decoder.blocks)) as advance:
         # the state counts a block as done, so it comes after everything that writes files of the block
         later = (verification, masks, saver, resume, ProgressBar(advance), *context.callbacks, *callbacks)
-        own: list[Callback] = [SeedEachBlock(run.config.seed), *scorers.values()]
-        ordered = own + [callback for callback in later if callback is not None]
+        own = (SeedEachBlock(run.config.seed), loaded if run.streams else None, *scorers.values())
+        ordered: list[Callback] = [callback for callback in (*own, *later) if callback is not None]
         ids = tokens.ids if tokens is not None else None
         prune_model(model, ids, run.method, run.pattern, options, ordered, blocks)
     seconds = stopwatch.read()
@@ -171,6 +170,7 @@ def _run_blocks(
         layers=verification.layers,
         starved=verification.starved,
         masks=masks.read() if masks is not None else None,
+        loaded_zeros=loaded.matrices,
     )
     return _with_scores(run, result, scorers, seconds) if scorers else result
 

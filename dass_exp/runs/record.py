@@ -22,6 +22,10 @@ from dass_exp.storage.mask_file import PackedMask
 from dass_exp.storage.record_schema import SCHEMA
 from dass_exp.storage.records import Record
 
+_PRUNED_BEFORE = (
+    0.01  # share of zeros from which a model that was loaded as dense, or a matrix of it, was pruned before
+)
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -35,7 +39,7 @@ class RunResult:
         tasks: zero-shot scores.
         generation: what it generates, compared with the dense model.
         retrained: the course of its retraining (:func:`dass_exp.runs.retraining.retrain`).
-        zero_weights: of the matrices in the blocks of a model that was not pruned here, but may have been before.
+        loaded_zeros: zeros and size of each matrix in the blocks, as the model was loaded; empty if not counted.
         model_size: parameters of the model.
         decoder_size: weights of all matrices in its blocks.
         calibration, windows: the tokens that were used; windows by name of their set.
@@ -55,7 +59,7 @@ class RunResult:
     cost: dict[str, Any] = field(default_factory=dict)
     generation: Generation | None = None
     retrained: dict[str, Any] | None = None
-    zero_weights: int | None = None
+    loaded_zeros: Sequence[tuple[int, int]] = ()
     dense: RunResult | None = None
 
 
@@ -196,14 +200,22 @@ def _sparsity(result: RunResult, width: int) -> dict[str, Any]:
     Packed, a pruned linear is its surviving values and one bit a weight that says where they stand.
     """
     zeros, size = sum(layer.zeros for layer in result.layers), sum(layer.size for layer in result.layers)
+    packed = [(layer.zeros, layer.size) for layer in result.layers]
+    before: dict[str, float] = {}
+    if not result.layers and (loaded := result.loaded_zeros):
+        all_zeros = sum(count for count, _ in loaded)
+        if all_zeros > _PRUNED_BEFORE * result.decoder_size:
+            before["zero_weights"] = all_zeros / result.decoder_size
+            packed = [(count, whole) for count, whole in loaded if count > _PRUNED_BEFORE * whole]
+    values = result.model_size - sum(count for count, _ in packed)
     return {
         "scope": zeros / size if size else 0.0,
         "decoder": zeros / result.decoder_size,
         "model": zeros / result.model_size,
         "dense_bytes": width * result.model_size,
-        "packed_bytes": width * (result.model_size - zeros) + sum(-(-layer.size // 8) for layer in result.layers),
+        "packed_bytes": width * values + sum(-(-whole // 8) for _, whole in packed),
         "excess_zeros": sum(layer.excess for layer in result.layers),
-        **({} if result.zero_weights is None else {"zero_weights": result.zero_weights / result.decoder_size}),
+        **before,
         "layers": [dataclasses.asdict(layer) for layer in result.layers],
     }
 

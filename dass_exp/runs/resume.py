@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dass_exp.engine.callbacks import BlockReport, Callback, LoopState, Stopwatch
 from dass_exp.engine.capture import restore_hidden
-from dass_exp.engine.verify import Layer, Verification
+from dass_exp.engine.verify import Layer, LoadedZeros, Verification
 from dass_exp.errors import DamagedFileError, UserError
 from dass_exp.evaluate.streamed import StreamedPerplexity
 from dass_exp.methods.base import LinearView
@@ -185,7 +185,7 @@ class ResumeState(Callback):
     Args:
         run: gives work folder, identity, placement, and whether to keep a state.
         earlier: the state of an earlier start.
-        verification, scorers, stopwatch: whose results belong to the state; scorers by name of their windows.
+        verification, scorers, stopwatch, loaded: whose results belong to the state; scorers by name of their windows.
     """
 
     def __init__(
@@ -195,9 +195,10 @@ class ResumeState(Callback):
         verification: Verification,
         scorers: Mapping[str, StreamedPerplexity],
         stopwatch: Stopwatch,
+        loaded: LoadedZeros,
     ) -> None:
         self._run, self._earlier, self._folder = run, earlier, run.work_folder
-        self._verification, self._stopwatch = verification, stopwatch
+        self._verification, self._stopwatch, self._loaded = verification, stopwatch, loaded
         # the hidden states of the first set have no prefix, as before there were several
         self._scorers = {f"{name}: " * (number > 0): scorer for number, (name, scorer) in enumerate(scorers.items())}
         self._loop: LoopState | None = None
@@ -206,6 +207,7 @@ class ResumeState(Callback):
             verification.layers += [Layer(**layer) for layer in earlier.results["layers"]]
             verification.starved += earlier.results["starved"]
             stopwatch.add(earlier.results["seconds"])
+            self._loaded.matrices += map(tuple, earlier.results.get("loaded_zeros", ()))
 
     def on_start(self, loop: LoopState) -> None:
         self._loop = loop
@@ -248,6 +250,7 @@ class ResumeState(Callback):
             "layers": [dataclasses.asdict(layer) for layer in self._verification.layers],
             "starved": self._verification.starved,
             "seconds": self._stopwatch.read(),
+            "loaded_zeros": self._loaded.matrices,
         }
         return State(report.index + 1, returns_tuple, hidden, results)
 

@@ -10,6 +10,7 @@ import pytest
 from support import CONF, ROOT, environment
 
 from dass_exp.config import help as help_module
+from dass_exp.config.choices import CHOICES, complete
 from dass_exp.config.help import GROUPS, SETTINGS, help_text, settings_of_schema
 
 
@@ -33,6 +34,29 @@ def test_no_line_is_wider_than_the_terminal(columns):
     usage = help_module._USAGE.splitlines()
     lines = [line for line in help_text(columns).splitlines() if line.strip() not in {each.strip() for each in usage}]
     assert max(map(len, lines)) <= max(columns, 34)
+
+
+def test_every_word_of_a_choice_is_in_the_help():
+    text = " ".join(help_text(200).split())
+    for setting, words in CHOICES.items():
+        about = help_module.SETTINGS[setting]
+        assert about in text
+        assert [word for word in words if word not in about] == [], setting
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("dass-exp scope=", ["scope=mlp", "scope=attention", "scope=all"]),
+        ("dass-exp method=dass model.placement=s", ["model.placement=stream"]),
+        ("dass-exp -m scope=mlp,a", ["scope=mlp,attention", "scope=mlp,all"]),
+        ("dass-exp scope=mlp ", []),
+        ("dass-exp scope", []),
+        ("dass-exp method=d", []),  # by Hydra, from the files of the group
+    ],
+)
+def test_words_of_a_choice_are_completed(line, found):
+    assert complete(line) == found
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["method=wanda", "-h"], ["--version"], ["-sc", "query=bash"]])

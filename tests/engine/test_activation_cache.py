@@ -9,7 +9,7 @@ import torch
 from engine_support import assert_same_state, prune_blocks
 from support import run_with
 
-from dass_exp.config.settings import ACTIVATION_CACHES
+from dass_exp.config.choices import ACTIVATION_CACHES
 from dass_exp.engine import activation_cache
 from dass_exp.engine.activation_cache import ActivationCache
 from dass_exp.engine.capture import Batch, restore_hidden

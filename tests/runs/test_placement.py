@@ -10,7 +10,18 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support import CONF, FixedMemory, Phases, contains, run_with, save_tiny, settings_of, tiny_config, without
+from support import (
+    CONF,
+    FixedMemory,
+    Phases,
+    contains,
+    killed_after_block,
+    run_with,
+    save_tiny,
+    settings_of,
+    tiny_config,
+    without,
+)
 
 from dass_exp import load_masks
 from dass_exp.config.settings import STAGE_GROUPS
@@ -101,6 +112,24 @@ def test_the_saved_model_loads_and_scores_the_same(cell, tmp_path):
     same_scores(again, record)
     assert "pruned by dass_exp: dass" in again["protocol"]["model_note"]
     assert run_with(*cell, "method=dense", STREAM, f"model.path={tmp_path}/saved").found
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("interrupted", [False, True], ids=["at once", "after a kill"])
+def test_a_pruned_model_that_is_scored_again_shows_its_zeros(cell, tmp_path, interrupted):
+    saved = f"model.path={tmp_path}/saved"
+    record = run_with(*cell, f"save={tmp_path}/saved").record
+    again = [*cell, saved, "method=dense"]
+    resident = run_with(*again, "model.placement=resident").record["sparsity"]
+    if interrupted:
+        killed_after_block(0, *again, "model.placement=stream", "rerun=true")
+    streamed = run_with(*again, "model.placement=stream", "rerun=true").record["sparsity"]
+    assert resident == streamed
+    assert resident["zero_weights"] == pytest.approx(record["sparsity"]["decoder"], abs=1e-3)
+    for size in ("dense_bytes", "packed_bytes"):
+        assert resident[size] == pytest.approx(record["sparsity"][size], rel=1e-3)
+    first = run_with(*cell, "method=dense", "rerun=true").record["sparsity"]
+    assert "zero_weights" not in first and first["packed_bytes"] == first["dense_bytes"]
 
 
 @pytest.mark.thorough
