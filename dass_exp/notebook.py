@@ -27,10 +27,10 @@ from dass_exp.report.frame import records_frame
 from dass_exp.report.progress import TerminalReporter
 from dass_exp.runs.context import RunContext
 from dass_exp.runs.run import run as execute_run
-from dass_exp.storage.checksum import tensors_digest
 from dass_exp.storage.durable import now
 from dass_exp.storage.mask_file import PackedMask
 from dass_exp.storage.records import Record
+from dass_exp.storage.tensor_file import tensors_digest
 
 
 def run(*overrides: str) -> Record:

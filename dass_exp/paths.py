@@ -1,7 +1,9 @@
-"""The folder with conf/ and sweeps/, and the cache of offline models and data."""
+"""The folder with conf/ and sweeps/, the cache of offline models and data, and the name of a file of masks."""
 
 import os
 from pathlib import Path
+
+MASKS = "masks.safetensors"  # beside a record or in the folder of a saved model; written by storage/mask_file.py
 
 
 def project_root() -> Path:

@@ -252,6 +252,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, count: int = 2) -> None:
         "current_accelerator": torch.device("cuda"),
         "synchronize": None,
         "set_device_index": None,
+        "empty_host_cache": None,
         "current_stream": SimpleNamespace(is_capturing=lambda: False),
     }.items():
         monkeypatch.setattr(torch.accelerator, name, lambda *_, answer=answer, **__: answer)
@@ -268,6 +269,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, count: int = 2) -> None:
         "set_sync_debug_mode": None,
         "synchronize": None,
         "current_stream": None,
+        "current_device": 0,
         "Event": SimpleNamespace(record=lambda stream: None, synchronize=lambda: None),
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)

@@ -39,6 +39,7 @@ _BOUNDS = {True: 2e-2, False: 1e-3}
 _WAITS = 3  # of a block, by docs/performance.md
 _SLOW = ("alps", "admm", "thanos")  # on the CPU that they are compared with: on a few blocks
 _FEW = 2  # blocks
+_TIMEOUT_S = 600
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ class Setup:
         model: Any = copy.deepcopy(self.model)
         del decoder_of(model).blocks[_FEW:]
         model.config.num_hidden_layers = _FEW
+        if getattr(model.config, "layer_types", None):
+            model.config.layer_types = model.config.layer_types[:_FEW]
         return replace(self, model=model)
 
 
@@ -334,17 +337,18 @@ def _two_workers(setup: Setup) -> Line:
         results = next(Path(each.partition("=")[2]) for each in common if each.startswith("results_dir="))
         shared = [each for each in common if not each.startswith("model.device=")]  # each worker has its own
         launched = ["--multirun", *shared, f"variant={','.join(methods)}", "hydra/launcher=joblib"]
-        done = subprocess.run(
-            [sys.executable, "-m", "dass_exp", *launched], capture_output=True, text=True, check=False
-        )
+        command = [sys.executable, "-m", "dass_exp", *launched]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S)
         if done.returncode:
             return Line("two workers", "failed", " ".join(done.stderr.split())[-120:])
         theirs = RecordStore(results).records()
         ours = [run(settings_of([*common, f"method={name}", "rerun=true"]), RunContext()).record for name in methods]
     there, here = ({_method_of(record): _perplexity_of(record) for record in records} for records in (theirs, ours))
+    cards = sorted({str(record["environment"]["gpu_index"]) for record in theirs if _method_of(record) in methods})
     shown = ", ".join(f"{name} {there.get(name, float('nan')):.4f} (here {own:.4f})" for name, own in here.items())
     right = here.keys() <= there.keys() and all(abs(there[name] / own - 1) <= 1e-3 for name, own in here.items())
-    return _verdict("two workers", right, f"perplexity of {shown}")
+    right &= len(cards) == len(methods)
+    return _verdict("two workers", right, f"on GPU {' and '.join(cards)}: perplexity of {shown}")
 
 
 def _method_of(record: Mapping[str, Any]) -> str:

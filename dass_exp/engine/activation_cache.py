@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dass_exp.config.choices import check_choice
-from dass_exp.storage.durable import read_tensors, write_tensors
+from dass_exp.storage.tensor_file import read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _page_locked(tensor: Tensor) -> Tensor | None:
     Copies from and to it are several times faster than from and to other memory.
     """
     try:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     except RuntimeError:  # limited by the system, below the memory that is free
         return None
 

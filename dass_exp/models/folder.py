@@ -11,9 +11,9 @@ from typing import Any
 from dass_exp.data import assets
 from dass_exp.errors import DamagedFileError, UserError
 from dass_exp.models.shards import INDEX, Shards
+from dass_exp.paths import MASKS
 from dass_exp.storage.checksum import digest_once, stamp
 from dass_exp.storage.durable import read_json
-from dass_exp.storage.mask_file import MASKS
 
 MANIFEST = "dass_exp.json"
 # Neither weights nor tokens nor the network depend on these; nor on hidden files, nor on compiled Python.

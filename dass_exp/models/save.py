@@ -15,19 +15,19 @@ from transformers.dynamic_module_utils import custom_object_save
 from dass_exp.errors import DamagedFileError, UserError
 from dass_exp.models.folder import MANIFEST, manifest_of
 from dass_exp.models.shards import INDEX
+from dass_exp.paths import MASKS
 from dass_exp.storage.checksum import file_digest
 from dass_exp.storage.durable import (
     as_os_error,
     fsync,
     new_file_mode,
-    read_tensors,
     refuse_links,
     remove_partial_files,
     write_json,
-    write_tensors,
     write_text,
 )
-from dass_exp.storage.mask_file import MASKS, PackedMask, write_masks
+from dass_exp.storage.mask_file import PackedMask, write_masks
+from dass_exp.storage.tensor_file import read_tensors, write_tensors
 
 CARD = "README.md"
 STAGING = "made"  # in a partial folder: the checkpoint that is being written

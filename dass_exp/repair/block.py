@@ -106,10 +106,11 @@ def _loss(unit: Unit, weights: Mapping[Role, Tensor], inputs: Tensor, target: Te
 
 
 def _relative_error(unit: Unit, weights: Mapping[Role, Tensor], tokens: list[tuple[Tensor, Tensor]]) -> float:
-    off = total = 0.0
+    sums = [torch.zeros(2, dtype=torch.float64, device=tokens[0][0].device)]
     for inputs, target in tokens:
-        off += float((unit.mlp(inputs.float(), weights) - target.float()).square().sum())
-        total += float(target.float().square().sum())
+        wrong = (unit.mlp(inputs.float(), weights) - target.float()).square().sum()
+        sums.append(sums[-1] + torch.stack([wrong, target.float().square().sum()]))
+    off, total = sums[-1].tolist()  # the host of an accelerator waits once
     if not off < float("inf"):
         raise NumericalError("the output of an MLP in reconstruction holds numbers that are not finite")
     return (off / total) ** 0.5 if total else 0.0

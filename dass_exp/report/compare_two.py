@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dass_exp.paths import MASKS
 from dass_exp.report.load import Record, block_of, documents, windows_of
 from dass_exp.report.scores import outcomes_lost
 from dass_exp.report.significance import paired_interval
 from dass_exp.report.write import markdown_table
-from dass_exp.storage.mask_file import iter_masks, mask_names
 
 
 def compare_records(first: Record, second: Record, results: Path) -> str:
@@ -100,7 +100,9 @@ def _flips(first: Record, second: Record, results: Path) -> list[tuple[str, ...]
 
 def _mask_overlap(first: Record, second: Record, results: Path) -> list[str]:
     """Jaccard overlap of the kept weights, one row per block and one column per role."""
-    paths = [results / "runs" / record["key"] / "masks.safetensors" for record in (first, second)]
+    from dass_exp.storage.mask_file import iter_masks, mask_names  # torch, which reports without masks do not need
+
+    paths = [results / "runs" / record["key"] / MASKS for record in (first, second)]
     if missing := [record["key"] for record, path in zip((first, second), paths, strict=True) if not path.is_file()]:
         return [f"No masks were kept for {' and '.join(missing)}: run it again with `save_masks=true`."]
     common = sorted({*mask_names(paths[0])} & {*mask_names(paths[1])})

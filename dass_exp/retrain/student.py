@@ -36,8 +36,6 @@ class Student(nn.Module):
         UserError: nothing can be trained, or a tensor lies in the scope with one of its parts only.
     """
 
-    is_parallelizable = model_parallel = True  # transformers' Trainer then neither moves nor copies it to other devices
-
     def __init__(
         self, model: Any, decoder: Decoder, keep: Callable[[str], Tensor], retraining: Retraining, scope: str, seed: int
     ) -> None:

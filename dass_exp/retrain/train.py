@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def train(
     """
     course = _Course(student, retraining, hooks)
     examples: Any = data.examples(retraining.steps * retraining.batch_size)
-    with quiet_libraries(), torch.enable_grad():
+    with quiet_libraries(), torch.enable_grad(), _as_current_device(student.device):
         trainer = transformers.Trainer(
             model=student,
             args=_arguments(retraining, folder, data.seed, student.device),
@@ -115,8 +116,22 @@ def train(
     return [*course.entries, {"step": retraining.steps, "loss": course.mean_loss()}]
 
 
+class _Arguments(TrainingArguments):
+    """Arguments of a training on the device of the student alone."""
+
+    @property
+    def place_model_on_device(self) -> bool:
+        """The parts of a student were created where its model lies."""
+        return False
+
+
+def _as_current_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one, which accelerate takes; the one before is current again afterwards."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def _arguments(retraining: Retraining, folder: Path, seed: int, device: torch.device) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = _Arguments(
         output_dir=str(folder),
         use_cpu=device.type == "cpu",
         max_steps=retraining.steps,
@@ -137,6 +152,10 @@ def _arguments(retraining: Retraining, folder: Path, seed: int, device: torch.de
         dataloader_pin_memory=False,
         remove_unused_columns=False,
     )
+    if device.type == "cuda":  # the Trainer takes the first GPU, and copies the student to all others that it sees
+        arguments.__dict__["_setup_devices"], arguments._n_gpu = device, 1
+        torch.cuda.set_device(device)
+    return arguments
 
 
 def _stack(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from dass_exp.models.families import READER_OF, Role
 from dass_exp.runs.memory import available_memory
 from dass_exp.runs.resolved_run import ResolvedRun
 from dass_exp.storage.checksum import json_digest
-from dass_exp.storage.durable import read_tensors, write_tensors
+from dass_exp.storage.tensor_file import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 

@@ -48,7 +48,8 @@ class MemoryNeeds:
     tokens: int = 0  # ids of calibration and windows, twice while they are put together
     training: int = 0  # what is trained, its gradients and moments, weights before, activations for gradients, logits
     before: int = 0  # kept of the dense model for retraining, while it is pruned too: weights in the scope, its states
-    host: int = 0  # not memory of an accelerator: activations, dense states and targets that wait on its host
+    host: int = 0  # not memory of an accelerator: activations that wait on its host, targets of training
+    host_windows: int = 0  # the same of scored windows: where the model is streamed
     disk: int = 0  # not memory: activations cached on disk, masks, and the resume state, twice while it is replaced
 
     @property
@@ -125,6 +126,7 @@ def memory_needs(
     recorded = (repair.follows_inputs or repair.needs_mlp_tokens) + repair.needs_mlp_tokens
     state = 2 * workload.resumable * (calibration_bytes + 2 * window_bytes)
     activations = (3 + recorded) * in_memory * calibration_bytes + _kept_neurons(sites, calibration, workload)
+    activations += 2 * (repair.needs_mlp_tokens and not in_memory) * calibration_bytes  # they are loaded together
     solver = max(_solver_bytes(block, workload) for block in sites) + max(scope)
     batch = max(_batch_bytes(decoder, workload, *shape) for shape in batches) + 16 * MAX_LOGITS
     training = _training_bytes(decoder, model, sites, workload)
@@ -142,33 +144,33 @@ def memory_needs(
         batch=batch,
         copy=workload.shared * sum(scope) * width,
         tokens=16 * sum(count * length for count, length in (calibration, windows)),
-        host=_waiting_on_host(workload, features, calibration, windows, 3 + recorded),
+        # the host runs ahead of the accelerator: what a batch gives is stored before what it has read is free
+        host=_waiting_on_host(workload, features, workload.batch_size, calibration, 4 + recorded)
+        + (workload.device.type != "cpu") * _target_states(workload, features),
+        host_windows=_waiting_on_host(workload, features, workload.scoring_batch_size, windows, 4),
         disk=on_disk + sum(scope) // 8 + state + 2 * 12 * _trained_numbers(model, sites, workload.retrain),
         training=training,
         before=_kept_for_training(sum(scope), features, workload),
     )
 
 
-def _waiting_on_host(
-    workload: Workload, features: int, calibration: tuple[int, int], windows: tuple[int, int], copies: int
-) -> int:
-    """Return the bytes that wait on the host of an accelerator; ``copies`` of the calibration's activations do."""
-    if workload.device.type == "cpu":
+def _waiting_on_host(workload: Workload, features: int, batch_size: int, tokens: tuple[int, int], copies: int) -> int:
+    """Return the bytes of page-locked memory for ``copies`` of the activations of so many sequences and tokens.
+
+    torch gives it out in powers of two, a batch at a time.
+    """
+    (count, length), width = tokens, workload.dtype.itemsize
+    batch = min(batch_size, count) * length * features * width
+    if workload.cache != "cpu" or workload.device.type == "cpu" or not batch:
         return 0
-    sizes = ((workload.batch_size, calibration, copies), (workload.scoring_batch_size, windows, 2))
-    total = features * workload.dtype.itemsize * windows[0] * windows[1]  # last states of the dense model
-    for batch_size, (count, length), times in sizes if workload.cache == "cpu" else ():
-        batch = min(batch_size, count) * length * features * workload.dtype.itemsize
-        # page-locked memory, of which torch gives out powers of two
-        total += times * math.ceil(count / batch_size) * (1 << (batch - 1).bit_length()) if batch else 0
-    if workload.retrain.active and workload.retrain.loss == "kl":
-        total += _target_states(workload, features)
-    return total
+    return copies * math.ceil(count / batch_size) * (1 << (batch - 1).bit_length())
 
 
 def _target_states(workload: Workload, features: int) -> int:
     """Return the bytes of the dense model's last states that training with ``loss=kl`` takes as its target."""
     retraining = workload.retrain
+    if not retraining.active or retraining.loss != "kl":
+        return 0
     windows = min(retraining.steps * retraining.batch_size, workload.training_windows)
     return workload.dtype.itemsize * windows * retraining.seq_len * features
 
@@ -178,8 +180,7 @@ def _kept_for_training(scope: int, features: int, workload: Workload) -> int:
     retraining = workload.retrain
     if not retraining.active:
         return 0
-    on_this_device = retraining.loss == "kl" and workload.device.type == "cpu"  # the states wait on the host
-    states = _target_states(workload, features) if on_this_device else 0
+    states = _target_states(workload, features) if workload.device.type == "cpu" else 0  # else they wait on the host
     return workload.dtype.itemsize * retraining.relevance * scope + states
 
 
@@ -305,12 +306,13 @@ def _left_in(group: Path, first_version: bool) -> int:
         return _UNLIMITED
 
 
-def check_host(needs: MemoryNeeds, free: int) -> None:
+def check_host(needs: MemoryNeeds, placement: str, free: int) -> None:
     """Raise a UserError unless what waits on the host of an accelerator fits into its ``free`` bytes."""
-    if needs.host > free:
+    needed = needs.host + (needs.host_windows if placement == "stream" else 0)
+    if needed > free:
         raise UserError(
-            f"{needs.host / 1e9:.1f} GB of activations wait in the memory of the host, where {free / 1e9:.1f} GB are "
-            "free; set calibration.cache=disk or device, or take fewer or shorter sequences"
+            f"{needed / 1e9:.1f} GB wait in the memory of the host while the model is pruned, where {free / 1e9:.1f} "
+            "GB are free; take calibration.cache=disk or device, fewer or shorter sequences, or retrain.loss=next_token"
         )
 
 

@@ -113,8 +113,9 @@ def place(run: ResolvedRun, context: RunContext, requested: str | None = None) -
         cache.clear()  # the memory of the previous model counts as free
     try:
         placement, reason = choose_placement(requested, needs, context.available_memory(run.spec.device) + reusable)
-        if is_present(run.spec.device):
-            check_host(needs, context.available_memory(torch.device("cpu")))
+        if run.spec.device.type != "cpu" and is_present(run.spec.device):
+            torch.accelerator.empty_host_cache()  # what torch keeps of earlier cells counts as free
+            check_host(needs, placement, context.available_memory(torch.device("cpu")))
     except UserError:
         context.check_length(run)  # a text that is too short is the better reason
         raise

@@ -25,9 +25,9 @@ from dass_exp.models.save import REPLACED
 from dass_exp.retrain.checkpoints import is_resumable
 from dass_exp.runs.resolved_run import ResolvedRun
 from dass_exp.storage.checksum import require_regular
-from dass_exp.storage.durable import read_tensors, write_tensors
 from dass_exp.storage.mask_file import PackedMask, read_packed, write_masks
 from dass_exp.storage.record_schema import flatten
+from dass_exp.storage.tensor_file import read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,10 @@ STATE = "state.safetensors"
 TRAINING = "training"  # the folder of the checkpoints of a retraining
 _PLACEMENT = "model.placement"
 _SLOW_S = 1.0  # seconds; a state that is written faster is written behind every block
-_SHARE = 9  # times as long as a slow one took, no other is written
+_SHARE, _LONGEST_S = (
+    9,
+    600.0,
+)  # times as long as a slow one took, no other is written, but not for more than ten minutes
 
 
 @dataclass
@@ -180,7 +183,7 @@ class ResumeState(Callback):
 
     Files of a block are on disk before the state that counts it as done, so it is the last callback that writes.
     Hidden states of a large model take longer to write than a block takes to prune: after a state that took more than
-    a second, none is written for nine times as long, but behind the last block.
+    a second, none is written for nine times as long, ten minutes at the most, but behind the last block.
 
     Args:
         run: gives work folder, identity, placement, and whether to keep a state.
@@ -203,6 +206,7 @@ class ResumeState(Callback):
         self._scorers = {f"{name}: " * (number > 0): scorer for number, (name, scorer) in enumerate(scorers.items())}
         self._loop: LoopState | None = None
         self._next_at = 0.0  # on the clock of time.perf_counter
+        self._stored = 0  # blocks whose weights are on disk
         if earlier is not None:
             verification.layers += [Layer(**layer) for layer in earlier.results["layers"]]
             verification.starved += earlier.results["starved"]
@@ -222,22 +226,25 @@ class ResumeState(Callback):
             for index, block in enumerate(loop.decoder.blocks[: earlier.blocks]):
                 with as_user_error(_weights_file(self._folder, index), self._folder):
                     block.load_state_dict(read_tensors(_weights_file(self._folder, index))[0])
-        loop.first_block = earlier.blocks
+        loop.first_block = self._stored = earlier.blocks
         earlier.hidden.clear()
         log.info("continuing after block %d of an interrupted run", earlier.blocks - 1)
 
     def on_block_end(self, report: BlockReport) -> None:
         if not self._run.resumable or self._loop is None:
             return
+        start, blocks = time.perf_counter(), self._loop.decoder.blocks
+        if start < self._next_at and report.index + 1 < len(blocks):
+            return
         self._folder.mkdir(parents=True, exist_ok=True)
         if not self._run.streams:  # a streamed block is in the growing checkpoint, if it is saved at all
-            write_tensors(report.module.state_dict(), _weights_file(self._folder, report.index))
-        start = time.perf_counter()
-        if start < self._next_at and report.index + 1 < len(self._loop.decoder.blocks):
-            return
+            for index in range(self._stored, report.index + 1):
+                write_tensors(blocks[index].state_dict(), _weights_file(self._folder, index))
+            self._stored = report.index + 1
         save_state(self._folder, self._run.identity, str(self._run.placement), self._state(report, self._loop))
         seconds = time.perf_counter() - start
-        self._next_at = start + (seconds > _SLOW_S) * (1 + _SHARE) * seconds
+        if seconds > _SLOW_S:
+            self._next_at = start + seconds + min(_SHARE * seconds, _LONGEST_S)
 
     def _state(self, report: BlockReport, loop: LoopState) -> State:
         batches = loop.batches

@@ -25,8 +25,9 @@ from dass_exp.retrain.train import TrainingData, TrainingHooks, train, training_
 from dass_exp.runs.context import RunContext
 from dass_exp.runs.resolved_run import ResolvedRun
 from dass_exp.runs.resume import TRAINING
-from dass_exp.storage.checksum import json_digest, tensors_digest
+from dass_exp.storage.checksum import json_digest
 from dass_exp.storage.mask_file import PackedMask
+from dass_exp.storage.tensor_file import tensors_digest
 
 Score = Callable[[], Mapping[str, Perplexity]]
 

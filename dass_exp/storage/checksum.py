@@ -3,13 +3,10 @@
 import functools
 import json
 import stat
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
-from torch import Tensor
 
 from dass_exp.errors import DamagedFileError
 
@@ -61,17 +58,6 @@ def json_digest(content: Any) -> str:
     """Return the checksum of a JSON value, whatever the order of its keys and its white space."""
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return PREFIX + xxhash.xxh3_128_hexdigest(canonical.encode("ascii"))
-
-
-def tensors_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Return the checksum of contiguous CPU tensors with their names, shapes and dtypes, and of the metadata."""
-    digest = xxhash.xxh3_128(json_digest(dict(metadata)).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
-        if tensor.numel():
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return PREFIX + digest.hexdigest()
 
 
 def require_regular(path: Path) -> None:

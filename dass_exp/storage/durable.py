@@ -1,4 +1,4 @@
-"""Write tensors and JSON so that they survive a crash, and read them again only as they were written."""
+"""Write text and JSON so that they survive a crash, and read them again only as they were written. Imports no torch."""
 
 import json
 import os
@@ -11,79 +11,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import SafetensorError
 
 from dass_exp.errors import DamagedFileError, UserError
-from dass_exp.storage.checksum import json_digest, require_regular, tensors_digest
+from dass_exp.storage.checksum import json_digest, require_regular
 
 CHECKSUM = "checksum"
 
 # our scratch files, those of versions before, and those of safetensors
 _SCRATCH = re.compile(r".+\.([0-9a-f]{32}|\d+)\.partial|(state|masks)\.safetensors\.partial|\.tmp[A-Za-z0-9]{6,10}")
 _ERROR_NUMBER = re.compile(r"\(os error (\d+)\)")  # as Rust appends it
-
-
-def write_tensors(
-    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None, durable: bool = True
-) -> None:
-    """Write tensors of any device atomically to a safetensors file, with a checksum in its metadata.
-
-    Args:
-        tensors: by name.
-        path: the file, whose folder exists.
-        metadata: texts that are kept in the file.
-        durable: wait until the file is on the disk.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written to.
-    """
-    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    texts = dict(metadata or {})
-    with scratch_file(path, durable) as scratch:
-        with as_os_error(path):
-            save_file(on_cpu, scratch, {**texts, CHECKSUM: tensors_digest(on_cpu, texts)})
-        _sort_metadata(scratch)
-        scratch.chmod(new_file_mode(path.parent))  # safetensors makes files that only their owner can read
-
-
-def _sort_metadata(path: Path) -> None:
-    """Put the metadata of a safetensors file in order, which is random otherwise: equal content, equal bytes."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
-        if len(ordered) == size:
-            file.seek(8)
-            file.write(ordered)
-
-
-def read_tensors(path: Path, required: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Map the tensors of a file that :func:`write_tensors` wrote, by name, and return its metadata.
-
-    Args:
-        path: a safetensors file; it may be removed afterwards, but not overwritten in place.
-        required: whether a file without a checksum is refused.
-
-    Raises:
-        DamagedFileError: the file does not hold what was written into it, or it is a folder, a pipe or a device.
-        OSError: it is missing or cannot be read.
-    """
-    require_regular(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise DamagedFileError(f"{path}: it is damaged ({' '.join(str(error).split())})") from error
-    expected = metadata.pop(CHECKSUM, None)
-    if expected is None and required:
-        raise DamagedFileError(f"{path}: it is damaged, or of a version that wrote no checksum")
-    if expected is not None and expected != tensors_digest(tensors, metadata):
-        raise DamagedFileError(f"{path}: it is damaged: its content does not match its checksum")
-    return tensors, metadata
 
 
 def write_json(path: Path, content: Any, checksum: bool = True) -> None:

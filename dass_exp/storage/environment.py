@@ -37,10 +37,17 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else None,
+        "gpu_index": _gpu_index(device),
         "float32_matmul_precision": _matmul_precision(),  # highest: no TF32
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": None if changes is None else bool(changes),
     }
+
+
+def _gpu_index(device: torch.device | None) -> int | None:
+    if device is None or device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _version(package: str) -> str | None:

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from dass_exp.errors import DamagedFileError, UserError
-from dass_exp.storage.durable import read_tensors, write_tensors
-
-MASKS = "masks.safetensors"
+from dass_exp.storage.tensor_file import read_tensors, write_tensors
 
 _ORDER = {0: "/order of rows", 1: "/order of columns"}  # endings of the names of orders, by axis
 _FORMAT = "dass_exp masks, packed along the input axis, first weight in the lowest bit"

@@ -1,5 +1,7 @@
 """One result.json per run, written atomically and found by its key."""
 
+from __future__ import annotations
+
 import logging
 import os
 import traceback
@@ -7,15 +9,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from dass_exp.config.redact import redact
 from dass_exp.errors import DamagedFileError, NewerRecordError, UserError
+from dass_exp.paths import MASKS
 from dass_exp.storage.durable import now, read_json, refuse_links, remove_partial_files, write_json
-from dass_exp.storage.mask_file import MASKS, PackedMask, read_packed, write_masks
 from dass_exp.storage.record_schema import SCHEMA, record_problem, schema_is_newer
+
+if TYPE_CHECKING:
+    from dass_exp.storage.mask_file import PackedMask
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +43,8 @@ class RecordStore:
 
     def has_masks(self, key: str) -> bool:
         """Check whether the masks of a run were saved and are intact."""
+        from dass_exp.storage.mask_file import read_packed  # torch, which a report without masks does not need
+
         try:
             return bool(read_packed(self.masks(key)))
         except UserError:
@@ -117,6 +124,8 @@ class RecordStore:
         self.make_way(key)
         folder.mkdir(parents=True, exist_ok=True)
         if masks is not None:
+            from dass_exp.storage.mask_file import write_masks
+
             write_masks(masks, self.masks(key))
         for name, content in attachments.items():
             write_json(folder / name, content)

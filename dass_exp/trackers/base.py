@@ -8,7 +8,7 @@ from typing import Any
 
 from dass_exp.config.settings import OPTIONAL_GROUPS
 from dass_exp.errors import UserError
-from dass_exp.storage.mask_file import MASKS
+from dass_exp.paths import MASKS
 
 
 class Tracker(ABC):

@@ -298,3 +298,31 @@ def test_a_step_on_a_gpu_is_that_of_the_cpu(pruned, tokens, accelerator, kind):
         values.append([parameter.detach().cpu() for parameter in model.parameters()])
     assert losses[0] == losses[1]
     assert all(map(torch.equal, *values))
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_training_stays_on_the_device_of_the_model(index, tmp_path, accelerator, monkeypatch):
+    """The Trainer would take the first GPU, double the batch for the second, and leave the first as the current one."""
+    current = [index]
+
+    class Current:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            current.append(self.device.index)
+
+        def __exit__(self, *details):
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.__setitem__(-1, torch.device(device).index))
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    device = torch.device("cuda", index)
+    with train._as_current_device(device):
+        arguments = train._arguments(how(batch_size=3), tmp_path, 0, device)
+        assert (arguments.device, arguments.n_gpu, arguments.train_batch_size) == (device, 1, 3)
+        assert arguments.place_model_on_device is False
+        assert current == [index, index]
+    assert current == [index]

@@ -20,7 +20,6 @@ from support import (
     save_tiny,
     settings_of,
     tiny_config,
-    without,
 )
 
 from dass_exp import load_masks
@@ -430,23 +429,41 @@ def test_sizes_are_those_of_the_model(cell):
 
 def test_what_waits_on_the_host_of_an_accelerator_must_fit_there(cell, accelerator):
     on_gpu = [*cell, "model.device=cuda", "calibration.batch_size=3", "model.dtype=float32"]
-    dense_states = 4 * 32 * 32 * 4
-    assert resolved(*on_gpu).needs.host == dense_states
-    assert resolved(*cell, "model.device=cpu").needs.host == 0
-    waiting = resolved(*on_gpu, "calibration.cache=cpu").needs
+    cpu, plain, waiting = (
+        resolved(*overrides).needs
+        for overrides in (
+            [*cell, "model.device=cpu", "calibration.cache=cpu"],
+            on_gpu,
+            [*on_gpu, "calibration.cache=cpu"],
+        )
+    )
+    assert (cpu.host, cpu.host_windows, plain.host, plain.host_windows) == (0, 0, 0, 0)
+    sequences = 4 * 32 * 32 * 4
     # page-locked memory comes in powers of two: a batch of three sequences takes that of four, and so does the last
-    assert waiting.host == dense_states + 3 * 2 * (4 * 32 * 32 * 4) + 2 * dense_states
+    assert (waiting.host, waiting.host_windows) == (4 * 2 * sequences, 4 * sequences)
     assert waiting.activations == 0
 
-    class SmallHost(RunContext):
-        def available_memory(self, device):
-            return 1 << 40 if device.type == "cuda" else 1000
+    class Host(RunContext):
+        def __init__(self, free):
+            super().__init__()
+            self.free = free
 
-    with pytest.raises(
-        UserError, match=r"wait in the memory of the host, where 0\.0 GB are free; set calibration\.cache"
-    ):
-        resolved(*on_gpu, "calibration.cache=cpu", context=SmallHost())
-    resolved(*without(on_gpu, "eval"), "calibration.cache=disk", "eval=none", context=SmallHost())
+        def available_memory(self, device):
+            return 1 << 40 if device.type == "cuda" else self.free
+
+    for placement, needed in (("resident", 8 * sequences), ("stream", 12 * sequences)):
+        settings = [*on_gpu, "calibration.cache=cpu", f"model.placement={placement}"]
+        resolved(*settings, context=Host(needed))
+        with pytest.raises(UserError, match=r"wait in the memory of the host .* take calibration\.cache=disk"):
+            resolved(*settings, context=Host(needed - 1))
+    for cache in ("device", "disk"):
+        resolved(*on_gpu, f"calibration.cache={cache}", context=Host(0))
+
+
+def test_what_reconstruction_loads_at_once_is_planned(cell):
+    on_disk = [*cell, "calibration.cache=disk"]
+    block, least_squares = (resolved(*on_disk, f"repair={name}").needs for name in ("block", "least_squares"))
+    assert block.activations - least_squares.activations == 2 * 4 * 32 * 32 * 4  # inputs and outputs of the MLP
 
 
 def test_a_mixture_is_there_twice_while_its_experts_are_joined(cell, mixture):

@@ -37,6 +37,12 @@ BLOCKS = 6
 pytestmark = pytest.mark.usefixtures("short_texts")
 
 
+@pytest.fixture(autouse=True)
+def disk_fixture(monkeypatch):
+    """A disk that is never slow, whatever else this machine does."""
+    monkeypatch.setattr(resume, "_SLOW_S", float("inf"))
+
+
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
     """A model of six blocks."""
@@ -212,6 +218,7 @@ def test_a_state_that_is_slow_to_write_is_written_seldom(settings, whole, tmp_pa
     """Behind the first block, not for long afterwards, and behind the last block."""
     monkeypatch.setattr(resume, "_SLOW_S", 0.0)
     monkeypatch.setattr(resume, "_SHARE", 1e9)
+    monkeypatch.setattr(resume, "_LONGEST_S", 1e9)
     written, save_state = [], resume.save_state
     monkeypatch.setattr(
         resume, "save_state", lambda *arguments: written.append(arguments[-1].blocks) or save_state(*arguments)
@@ -222,6 +229,9 @@ def test_a_state_that_is_slow_to_write_is_written_seldom(settings, whole, tmp_pa
     run_with(*settings("dass", placement))
     assert "continuing after block 0 of an interrupted run" in caplog.text
     assert written == [1, 2, BLOCKS]
+    monkeypatch.setattr(resume, "_LONGEST_S", 0.0)
+    run_with(*settings("dass", placement), "rerun=true")
+    assert written[3:] == list(range(1, BLOCKS + 1))
     assert_same(content_of(tmp_path), whole("dass", placement))
 
 

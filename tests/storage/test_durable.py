@@ -15,18 +15,11 @@ from support import bare_record, contains, files_under
 
 from dass_exp.errors import DamagedFileError, NewerRecordError, UserError, os_error_line
 from dass_exp.report.load import load
-from dass_exp.storage.durable import (
-    read_json,
-    read_tensors,
-    refuse_links,
-    remove_partial_files,
-    write_json,
-    write_tensors,
-    write_text,
-)
+from dass_exp.storage.durable import read_json, refuse_links, remove_partial_files, write_json, write_text
 from dass_exp.storage.mask_file import PackedMask, load_masks, write_masks
 from dass_exp.storage.record_schema import SCHEMA
 from dass_exp.storage.records import RecordStore, read_record
+from dass_exp.storage.tensor_file import read_tensors, write_tensors
 
 KEY = "0123456789abcdef"
 TENSORS = {
