@@ -74,6 +74,7 @@ class PretendAccelerator(TorchFunctionMode):
     """While it is entered, CUDA devices are pretended; ``launches`` and ``waits`` count by ``file:line``."""
 
     _entered: ClassVar[list[PretendAccelerator]] = []
+    current: ClassVar[int] = 0  # the index of a device that is named without one
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,7 +218,8 @@ def is_pretended(device: torch.device) -> bool:
 
 
 def with_index(device: torch.device) -> torch.device:
-    return torch.device("cuda", device.index or 0) if is_pretended(device) else device
+    index = PretendAccelerator.current if device.index is None else device.index
+    return torch.device("cuda", index) if is_pretended(device) else device
 
 
 def host_of(value: Any) -> Any:
@@ -244,14 +246,38 @@ def _line() -> str:
     return "elsewhere"
 
 
+class CurrentDevice:
+    """``torch.cuda.device``: a device that is the current one for a while."""
+
+    def __init__(self, device: Any) -> None:
+        self.index = device if isinstance(device, int) else with_index(torch.device(device)).index
+
+    def __enter__(self) -> None:
+        self.before, PretendAccelerator.current = PretendAccelerator.current, self.index
+
+    def __exit__(self, *details: Any) -> None:
+        PretendAccelerator.current = self.before
+
+
+def make_current(device: Any) -> None:
+    PretendAccelerator.current = CurrentDevice(device).index
+
+
 def pretend(monkeypatch: pytest.MonkeyPatch, count: int = 2) -> None:
     """Let torch say that there are ``count`` accelerators, and answer what is asked of one."""
+    monkeypatch.setattr(PretendAccelerator, "current", 0)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", make_current)
+    for name, function in {
+        "device": CurrentDevice,
+        "set_device": make_current,
+        "current_device": lambda: PretendAccelerator.current,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, function)
     for name, answer in {
         "is_available": True,
         "device_count": count,
         "current_accelerator": torch.device("cuda"),
         "synchronize": None,
-        "set_device_index": None,
         "empty_host_cache": None,
         "current_stream": SimpleNamespace(is_capturing=lambda: False),
     }.items():
@@ -269,7 +295,6 @@ def pretend(monkeypatch: pytest.MonkeyPatch, count: int = 2) -> None:
         "set_sync_debug_mode": None,
         "synchronize": None,
         "current_stream": None,
-        "current_device": 0,
         "Event": SimpleNamespace(record=lambda stream: None, synchronize=lambda: None),
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)

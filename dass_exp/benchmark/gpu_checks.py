@@ -126,6 +126,7 @@ def checks(setup: Setup) -> Iterator[tuple[str, Check]]:
     yield "out of memory", lambda: _out_of_memory(setup)
     yield "streamed, and two cells in a process", lambda: _runs(setup)
     yield "two models in a process", lambda: _two_models(setup)
+    yield "retraining", lambda: _retraining(setup)
     yield "peak memory against the plan", lambda: _planned_memory(setup)
     for name in ("dass", "wanda", "sparsegpt"):
         yield f"seconds of {name}", lambda name=name: _seconds(setup, name)  # type: ignore[misc]
@@ -261,6 +262,31 @@ def _two_models(setup: Setup) -> Line:
     left = torch.cuda.memory_allocated(setup.device) - before
     detail = f"{placements[0]}, then {placements[1]}; {left / 1e6:.1f} MB left"
     return _verdict(name, placements == ["resident", "resident"] and left < 1e6, detail)
+
+
+def _retraining(setup: Setup) -> Line:
+    """Train two steps on every GPU that is there, up to two."""
+    steps = [
+        "retrain=lora",
+        "retrain.steps=2",
+        "retrain.batch_size=2",
+        f"retrain.seq_len={min(setup.tokens.shape[1], 64)}",
+    ]
+    found: dict[str, tuple[float, float]] = {}
+    with _composed(setup) as common:
+        for index in range(min(torch.accelerator.device_count(), 2)):
+            device = torch.device(setup.device.type, index)
+            config = settings_of([*common, "method=dass", *steps, f"model.device={device}", "rerun=true"])
+            record = run(config, RunContext()).record
+            (before, after) = (
+                next(iter(entry["perplexity"].values())) for entry in record["metrics"]["retrain"]["curve"]
+            )
+            found[str(device)] = before, after
+    first, *others = found.values()
+    right = all(after < float("inf") for _, after in found.values())
+    right &= all(abs(other[1] / first[1] - 1) <= 1e-2 for other in others)
+    shown = ", ".join(f"{before:.3f} to {after:.3f} on {device}" for device, (before, after) in found.items())
+    return _verdict("retraining", right, f"perplexity in two steps of LoRA: {shown}")
 
 
 def _planned_memory(setup: Setup) -> Line:

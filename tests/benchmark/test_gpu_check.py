@@ -27,6 +27,7 @@ def test_every_check_runs_on_a_pretended_gpu(accelerator, tmp_path, capsys, monk
     monkeypatch.setattr(gpu_kernels, "SHAPES", ((64, 128),))
     monkeypatch.setattr(gpu_kernels, "TOKENS", {"prefill": 16, "decode of 1": 1})
     monkeypatch.setattr(gpu_kernels, "_ROUNDS", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     model = save_tiny(tmp_path / "tiny")
     sizes = ["--samples", "4", "--length", "12", "--block", "64", "32"]
     # the two workers are processes of their own, for which no GPU is pretended, and that is said
@@ -52,6 +53,7 @@ def test_every_check_runs_on_a_pretended_gpu(accelerator, tmp_path, capsys, monk
         "waits of a block",
         "masks of alps",
         "two models in a process",
+        "retraining",
         "two GPUs",
         "two workers",
         "peak memory against the plan",

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
+import torch
+import transformers
 from pandas import json_normalize
 from pandas.testing import assert_frame_equal
 from support import run_with, tiny_overrides
@@ -46,3 +50,20 @@ def test_a_second_card_is_a_device(tiny, tmp_path, accelerator):
     assert record["metrics"]["perplexity"]
     with pytest.raises(UserError, match=r"model\.device='cuda:2': this machine has"):
         run_with(*tiny_overrides(tiny, tmp_path), "model.device=cuda:2")
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_retraining_stays_on_its_card(kind, tiny, tmp_path, accelerator, monkeypatch):
+    """transformers' Trainer would take the first of the two, and copies of the model on both."""
+    steps = [f"retrain={kind}", "retrain.steps=3", "retrain.batch_size=2", "retrain.seq_len=16", "retrain.loss=kl"]
+    # Adam makes whole steps of gradients that differ by rounding: both take the same attention
+    real = transformers.AutoModelForCausalLM.from_pretrained
+    eager = functools.partial(real, attn_implementation="eager")
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", eager)
+    cpu = run_with(*tiny_overrides(tiny, tmp_path / "cpu"), *steps, "model.device=cpu").record["metrics"]["retrain"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpu = run_with(*tiny_overrides(tiny, tmp_path / "gpu"), *steps, "model.device=cuda:1").record
+    assert gpu["environment"]["gpu_index"] == 1
+    assert torch.cuda.current_device() == 0
+    found, expected = (json_normalize(course["curve"]) for course in (gpu["metrics"]["retrain"], cpu))
+    assert_frame_equal(found, expected, rtol=1e-6)
