@@ -64,12 +64,21 @@ def test_every_check_runs_on_a_pretended_gpu(accelerator, tmp_path, capsys, monk
 
 
 @pytest.mark.thorough
-def test_what_differs_is_said_and_fails_the_command(accelerator, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("check", "kernel", "code"),
+    [
+        (lambda: Line("seven", "differs", "8"), lambda: Line("four", "measured", "4"), 1),
+        (lambda: 1 / 0, lambda: Line("four", "measured", "4"), 1),
+        (lambda: Line("seven", "ok", "7"), lambda: 1 / 0, 0),  # a card without that kernel
+    ],
+    ids=["differs", "failed", "not run"],
+)
+def test_what_differs_or_fails_fails_the_command(check, kernel, code, accelerator, tmp_path, monkeypatch):
     model = save_tiny(tmp_path / "tiny")
-    monkeypatch.setattr(gpu_check, "kernel_lines", lambda setup: [])
-    monkeypatch.setattr(gpu_check, "checks", lambda setup: [("seven", lambda: Line("seven", "differs", "8"))])
+    monkeypatch.setattr(gpu_check, "kernel_lines", lambda setup: [("four", kernel)])
+    monkeypatch.setattr(gpu_check, "checks", lambda setup: [("seven", check)])
     sizes = ["--samples", "2", "--length", "8", "--output", str(tmp_path)]
-    assert gpu_check.main(["--model", str(model), *sizes]) == 1
+    assert gpu_check.main(["--model", str(model), *sizes]) == code
     assert gpu_check.main(["--model", str(tmp_path / "none"), *sizes]) == 1
 
 

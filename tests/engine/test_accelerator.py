@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dass_exp import masks
 from dass_exp.api import perplexity
 from dass_exp.engine.activation_cache import ActivationCache
-from dass_exp.engine.callbacks import Callback
+from dass_exp.engine.callbacks import Callback, Stopwatch
 from dass_exp.engine.prune import EngineOptions, prune_model
 from dass_exp.engine.verify import Verification
 from dass_exp.evaluate.generation import generate
@@ -363,3 +363,14 @@ def test_a_mixture_of_experts_adds_one_wait_a_batch(tiny_model, tokens, accelera
     model = tiny_model("mixtral", num_hidden_layers=3)
     _, waits = counts_of_a_block(accelerator, model, Wanda(), tokens, "all")
     assert sum(waits.values()) <= 3 + len(tokens), waits
+
+
+def test_a_stopwatch_waits_for_the_card_that_works(accelerator, monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    with Stopwatch(torch.device("cuda", 1)).measure("dense"):
+        assert waited == [torch.device("cuda", 1)]
+    assert waited == [torch.device("cuda", 1)] * 2
+    with Stopwatch(torch.device("cpu")).measure("dense"):
+        pass
+    assert len(waited) == 2

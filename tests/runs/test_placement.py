@@ -460,6 +460,12 @@ def test_what_waits_on_the_host_of_an_accelerator_must_fit_there(cell, accelerat
         resolved(*on_gpu, f"calibration.cache={cache}", context=Host(0))
 
 
+def test_ranking_on_an_accelerator_is_planned(cell, accelerator):
+    """It takes the indices of a sort beside the scores; on a CPU a pattern is ranked in place, a part at a time."""
+    cpu, gpu = (resolved(*cell, f"model.device={device}").needs.solver for device in ("cpu", "cuda"))
+    assert gpu - cpu >= 16 * 64 * 32  # of the largest matrix
+
+
 def test_what_reconstruction_loads_at_once_is_planned(cell):
     on_disk = [*cell, "calibration.cache=disk"]
     block, least_squares = (resolved(*on_disk, f"repair={name}").needs for name in ("block", "least_squares"))
