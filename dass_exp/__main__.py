@@ -50,8 +50,8 @@ def _explain_override() -> str | None:
     for override in sys.argv[1:]:
         group, _, choice = override.partition("=")
         folder = project_root() / "conf" / group
-        if choice.replace("_", "").isdigit() and folder.is_dir():
-            return f"{override}: Hydra reads {choice} as a number; the choices of {group} are the files in {folder}"
+        if (misread := arguments.misread_choice(override)) is not None:
+            return misread
         if choice.lower() in ("null", "") and group in _GROUPS:
             known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
             return f"{override}: expected one of {known}"

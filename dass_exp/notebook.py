@@ -9,7 +9,7 @@ from hydra.errors import HydraException
 from torch import Tensor, nn
 
 from dass_exp.api import Pruned
-from dass_exp.config.arguments import completed
+from dass_exp.config.arguments import completed, misread_choice
 from dass_exp.config.components import admitted_packages, build, choice
 from dass_exp.config.compose import composing, settings_of
 from dass_exp.config.settings import CalibrationConfig, RunConfig
@@ -45,15 +45,23 @@ def run(*overrides: str) -> Record:
         UserError: a setting is wrong; the message names it.
         NumericalError, VerificationError: the method failed in the named layer.
     """
-    return execute_run(_settings(overrides), RunContext(TerminalReporter())).record
+    config = _settings(overrides)
+    if config.plan:
+        raise UserError("plan=true: run() returns a record and would have none; the command dass-exp prints the plan")
+    return execute_run(config, RunContext(TerminalReporter())).record
 
 
 def _settings(overrides: Sequence[str]) -> RunConfig:
+    for override in overrides:
+        if not isinstance(override, str):
+            raise UserError(f"{override!r}: expected overrides as texts, such as run('method=wanda', 'pattern=4of8')")
     try:
         with composing():
             overrides = completed(overrides)
             return settings_of(overrides, admitted_packages(overrides))
-    except HydraException as error:
+    except (HydraException, ValueError) as error:
+        if misread := next(filter(None, map(misread_choice, overrides)), None):
+            raise UserError(misread) from error
         raise UserError(" ".join(str(error).partition("Config search path")[0].split())) from error
 
 
@@ -71,7 +79,15 @@ def records(results: str | Path = "results", *where: str) -> pd.DataFrame:
 
 
 def compare(*compared: Record) -> pd.DataFrame:
-    """Return a table of records, best perplexity first, as a sweep prints it at its end."""
+    """Return a table of records, best perplexity first, as a sweep prints it at its end.
+
+    Raises:
+        UserError: something else was given.
+    """
+    for record in compared:
+        if not isinstance(record, Mapping):
+            advice = "expected records, as run() returns them; `dass-report compare KEY KEY` compares two by their keys"
+            raise UserError(f"compare({record!r}): {advice}")
     return comparison(list(compared))
 
 

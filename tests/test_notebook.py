@@ -140,3 +140,15 @@ def test_records_are_compared(cell):
     records = [dass_exp.run(*cell, f"method={method}", "eval=ppl_mini") for method in ("wanda", "magnitude")]
     frame = dass_exp.compare(*records)
     assert set(frame.method) == {"wanda", "magnitude"} and "perplexity" in frame
+
+
+def test_what_python_is_given_wrongly_is_one_line(cell, tmp_path):
+    with pytest.raises(UserError, match=r"plan=true: run\(\) returns a record"):
+        dass_exp.run(*cell, "plan=true")
+    with pytest.raises(UserError, match="expected overrides as texts"):
+        dass_exp.run([*cell])
+    with pytest.raises(UserError, match="pattern=2_4: Hydra reads 2_4 as a number"):
+        dass_exp.run(*cell, "pattern=2_4")
+    with pytest.raises(UserError, match="expected records, as run"):
+        dass_exp.compare("6d4b", "ca27")
+    assert not list(tmp_path.glob("results/runs/*/result.json"))

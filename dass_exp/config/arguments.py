@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,9 +54,11 @@ def prepare(arguments: list[str]) -> list[str]:
 def completed(overrides: Sequence[str]) -> list[str]:
     """Return overrides by their present names, with the config of a local file where only its path is given.
 
+    A pattern may be written as tables show it: ``pattern=2:4``, or a share such as ``pattern=0.5``.
+
     Where anything else may choose that config (a protocol, a sweep, a saved run), the path belongs to it.
     """
-    overrides = [_present_name(text) for text in overrides]
+    overrides = [each for text in overrides for each in _named_pattern(_present_name(text))]
     names = [text.partition("=")[0].lstrip("+") for text in overrides]
     if any(name in _CHOOSERS or name.startswith(("--config", "-c")) for name in names):
         return overrides
@@ -91,6 +94,15 @@ def read(arguments: list[str]) -> ConfigSource:
     return ConfigSource(tuple(overrides), path if path.is_dir() else None)
 
 
+def misread_choice(override: str) -> str | None:
+    """Say that Hydra takes the choice of a group for a number; None if it does not."""
+    group, _, choice = override.partition("=")
+    folder = project_root() / "conf" / group
+    if not re.fullmatch(r"\d[\d_]*|\d*\.\d+", choice) or not folder.is_dir():
+        return None
+    return f"{override}: Hydra reads {choice} as a number; the choices of {group} are the files in {folder}"
+
+
 def _check_sweeps(overrides: list[str]) -> None:
     values = [value for name, _, value in (text.lstrip("+").partition("=") for text in overrides) if name == "sweeps"]
     if len(values) > 1 or any(set(value) & set(",[]{}()") for value in values):
@@ -107,6 +119,23 @@ def _present_name(override: str) -> str:
         return override
     log.warning("%s is now called variant", name)
     return f"variant{equals}{value}"
+
+
+def _named_pattern(override: str) -> list[str]:
+    """Translate patterns that are written as N:M or as a share of zeros."""
+    name, _, value = override.partition("=")
+    parts = value.split(",")
+    if name != "pattern":
+        return [override]
+    if all(re.fullmatch(r"0?\.\d+", part) for part in parts):
+        return ["pattern=unstructured", f"pattern.sparsity={value}"]
+    groups = [re.fullmatch(r"(\d+):(\d+)", part) for part in parts]
+    files = ["{}of{}".format(*group.groups()) if group else part for group, part in zip(groups, parts, strict=True)]
+    if all((project_root() / "conf" / "pattern" / f"{file}.yaml").is_file() for file in files):
+        return [f"pattern={','.join(files)}"]
+    if len(groups) == 1 and groups[0]:
+        return ["pattern=nm", f"pattern.n={groups[0][1]}", f"pattern.m={groups[0][2]}"]
+    return [override]
 
 
 def _names_a_sweep(arguments: list[str]) -> bool:

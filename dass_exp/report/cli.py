@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from dass_exp.config.components import build, choice
+from dass_exp.config.help import version_line
 from dass_exp.config.settings import OPTIONAL_GROUPS
 from dass_exp.errors import UserError, one_of, os_error_line
 from dass_exp.paths import project_root
@@ -23,11 +24,21 @@ from dass_exp.report.figures import draw, draw_layers
 from dass_exp.report.fit import tables_that_fit
 from dass_exp.report.frame import listed, matching, records_frame
 from dass_exp.report.leaderboard import write_leaderboard
-from dass_exp.report.load import LoadedRecords, Record, cells_of, evaluation_of, is_dense, layouts_run, load, recovered
+from dass_exp.report.load import (
+    LoadedRecords,
+    Record,
+    cells_of,
+    evaluation_of,
+    is_dense,
+    layouts_run,
+    load,
+    recovered,
+    setting,
+)
 from dass_exp.report.metric_table import build_metric_table
 from dass_exp.report.metrics import METRICS, metric_of
 from dass_exp.report.page import Section, write_page
-from dass_exp.report.table import ResultTable, build_table, with_metric
+from dass_exp.report.table import HEADLINE, STEP, ResultTable, build_table, with_metric
 from dass_exp.report.write import caption, long_form, wide_form, write_table
 from dass_exp.storage.durable import refuse_links, write_text
 from dass_exp.trackers.base import Tracker
@@ -95,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--columns", metavar="SETTING", help="of that table: pattern, task, or a setting")
     parser.add_argument("--title", help="of that table")
     parser.add_argument("--tracker", metavar="NAME", default="wandb", help="where sync sends to (default: wandb)")
+    parser.add_argument("--version", action="version", version=version_line().strip())
     for switch, text in _SWITCHES.items():
         parser.add_argument(switch, action="store_true", help=text)
     return parser
@@ -145,6 +157,7 @@ def _report_grid(results: Path, options: argparse.Namespace) -> bool:
     if not records:
         raise UserError(f"no record in {results} matches {' '.join(options.where) or 'anything'}")
     rows, columns = (options.rows or "method").split(","), options.columns or "pattern"
+    _check_axes(rows, columns, records)
     title = options.title or f"{metric_of(metric).title} by {' and '.join(rows)} and {columns}"
     shown = [row for row in rows if "method" not in rows or row not in OPTIONAL_GROUPS]  # its label names its stages
     layout = {"title": title, "rows": shown, "columns": columns, "metric": metric, "figure": {"kind": "bars"}}
@@ -160,10 +173,24 @@ def _report_grid(results: Path, options: argparse.Namespace) -> bool:
     return True
 
 
+def _check_axes(rows: Sequence[str], columns: str, records: Sequence[Record]) -> None:
+    """Raise a UserError unless every axis is something that a record has, and is one axis only."""
+    known = {"method", "pattern", "model", *OPTIONAL_GROUPS}
+    for option, axis in [*(("--rows", row) for row in rows), ("--columns", columns)]:
+        special = known | {"task", "cost", HEADLINE, STEP} if option == "--columns" else known
+        if axis not in special and all(setting(record["config"], axis) is None for record in records):
+            expected = f"{', '.join(sorted(special))}, or a setting such as calibration.num_samples"
+            raise UserError(f"{option} {axis}: no record has such a setting; expected {expected}")
+    if columns in rows:
+        raise UserError(f"--rows {columns} --columns {columns}: it can be one of them only")
+
+
 def _list(results: Path, options: argparse.Namespace) -> None:
     """Print the records that the filters admit, the newest last."""
     if options.sweeps[1:]:
         raise UserError(f"dass-report list {' '.join(options.sweeps[1:])}: filters are given with --where FIELD=VALUE")
+    if not results.is_dir():
+        raise UserError(f"--results {results}: there is no such folder")
     frame = records_frame(results, options.where)
     if frame.empty:
         raise UserError(f"no record in {results} matches {' '.join(options.where) or 'anything'}")

@@ -1,5 +1,6 @@
 """Records as a pandas frame: one row a record, scores and settings as columns; and filters on them."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,9 @@ def as_row(record: Record) -> dict[str, Any]:
 def matching(records: Iterable[Record], where: Sequence[str]) -> list[Record]:
     """Return the records that all filters admit.
 
-    A filter is ``FIELD=VALUE``, or ``FIELD=A,B`` for any of several values. A field is key (its beginning is enough),
-    name, tag, model, method, a stage, pattern, scope, seed, label, calibration, or any setting by its dotted name.
+    A filter is ``FIELD=VALUE``, or ``FIELD=A,B`` for any of several values. A field is key or date (their beginning is
+    enough: ``date=2026-12``), name, tag, notes (a part of them), model, method, a stage, pattern (``2:4`` or ``2of4``),
+    scope, seed, label, calibration, or any setting by its dotted name.
 
     Raises:
         UserError: a filter has no value, or no record has its field.
@@ -71,7 +73,10 @@ def matching(records: Iterable[Record], where: Sequence[str]) -> list[Record]:
             raise UserError(f"--where {text}: expected FIELD=VALUE, such as method=dass or calibration.num_samples=16")
         values = [_value(record, row, field) for record, row in chosen]
         if chosen and all(known is None for known in values):
-            fields = "key, name, tag, model, method, pattern, scope, seed, a stage, or a setting such as method.alpha"
+            fields = (
+                "key, date, name, tag, notes, model, method, pattern, scope, seed, a stage, or a setting such as "
+                "method.alpha"
+            )
             raise UserError(f"--where {text}: no record has {field}; expected {fields}")
         pairs = zip(chosen, values, strict=True)
         chosen = [each for each, known in pairs if known is not None and _admits(known, field, value.split(","))]
@@ -79,8 +84,14 @@ def matching(records: Iterable[Record], where: Sequence[str]) -> list[Record]:
 
 
 def _admits(value: Any, field: str, allowed: Sequence[str]) -> bool:
-    if field == "key":
+    if field in ("key", "date", "created"):
         return any(str(value).startswith(start) for start in allowed)
+    if field == "notes":
+        return any(part.lower() in str(value).lower() for part in allowed)
+    if field == "pattern":
+        allowed = [*allowed, *(re.sub(r"^(\d+)of(\d+)", r"\1:\2", text).replace("_", " ") for text in allowed)]
+    if field == "calibration":
+        return any(str(value).lower() == text.lower() or str(value).endswith(f" of {text}") for text in allowed)
     if field == "tag":
         return bool({*allowed} & {*value})
     return any(_same(value, each) for each in allowed)
@@ -96,9 +107,12 @@ def _same(value: Any, text: str) -> bool:
 
 
 def _value(record: Record, row: dict[str, Any], field: str) -> Any:
-    if field == "tag":
-        return record.get("tags", [])
-    return row[field] if field in row else setting(record["config"], field)
+    if field in ("tag", "notes"):
+        return record.get("tags", []) if field == "tag" else record.get("notes", "")
+    if field == "date":
+        return row["created"]
+    known = row[field] if field in row else setting(record["config"], field)
+    return setting(record["identity"], field) if known is None else known  # such as code.method, of a plugin
 
 
 def listed(frame: pd.DataFrame) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -165,6 +166,23 @@ def model_identity(record: Record) -> str:
     """Return the identity of a record's model; that of its recipe if it was trained several times, as repetitions."""
     identity = record["identity"]
     return str(identity["trained"]["recipe"] if identity.get("trained") else identity["model"])
+
+
+def told_apart(records: list[Record]) -> list[Record]:
+    """Return the records with the beginning of a model's identity behind its name where several models have that."""
+    identities: dict[str, set[str]] = {}
+    for record in records:
+        identities.setdefault(model_name(record), set()).add(model_identity(record))
+    return [
+        record if len(identities[model_name(record)]) == 1 else _with_model_name(record, model_identity(record))
+        for record in records
+    ]
+
+
+def _with_model_name(record: Record, identity: str) -> Record:
+    name = f"{model_name(record)}@{re.split('[:@]', identity)[-1][:6]}"
+    config = {**record["config"], "model": {**record["config"]["model"], "name": name}}
+    return {**record, "config": config}
 
 
 def by_model_note(records: Iterable[Record]) -> dict[str, list[Record]]:

@@ -65,6 +65,9 @@ class Protocols:
     def _group(self, key: str, name: str) -> str:
         """Name the group of records within which a setting must be equal; empty for all records."""
         settings, model = self._settings[key], model_name(self.records[key])
+        if name.startswith("code."):  # of a plugin: each has its own, and one that was edited is another
+            own = self.records[key]["config"].get(name.partition(".")[2]) or {}
+            return str(own.get("name"))
         if name == _WINDOWS:  # one model and one evaluation must give the same windows
             evaluation = [value for own, value in settings.items() if own == "bos" or own.startswith("eval.perplexity")]
             return f"{model} {evaluation}"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeGuard
 from dass_exp.config.settings import OPTIONAL_GROUPS
 from dass_exp.errors import UserError
 from dass_exp.report.console import method_label, removes_nothing
-from dass_exp.report.load import Record, SweepCell, is_dense, model_name, setting, varying_settings
+from dass_exp.report.load import Record, SweepCell, is_dense, model_name, setting, told_apart, varying_settings
 from dass_exp.report.metrics import metric_of
 from dass_exp.report.protocol_check import Protocols
 from dass_exp.report.scores import Score, Scores, step_label
@@ -97,12 +97,13 @@ def build_table(
     Raises:
         UserError: the records differ in a setting that no axis shows. With ``mix`` the rows show it instead.
     """
+    records = told_apart(records)
     grid = _Grid(layout, records, failed, results)
     differing = grid.protocols.differing(grid.axes)
     differing |= grid.protocols.conflicts(scores.keys() for scores in grid.scores(tuple(differing)).values())
     if differing and not mix:
         shown = "; ".join(f"{where}: {', '.join(sorted(values))}" for where, values in differing.items())
-        advice = "use another results_dir for one of them, or add --mix"
+        advice = "choose some of them with --where, show the setting with --rows or --columns, or add --mix"
         raise UserError(f"{name}: its records differ in settings that the table does not show ({shown}); {advice}")
     mixed = tuple(differing)
     scores = grid.scores(mixed)
@@ -206,7 +207,8 @@ class _Grid:
         for record in self.records:
             outer = axis_label(record, self.rows[0], self.varying) if len(self.rows) > 1 else ""
             extra = self.protocols.label(record, mixed)
-            group, row = (model_name(record), outer, extra), self._row(record, extra)
+            model = "" if self.column == "model" else model_name(record)
+            group, row = (model, outer, extra), self._row(record, extra)
             for score in self._scores(record):
                 places.setdefault(_Place(group, row, score.column), {})[record["key"]] = score
         return places
@@ -236,13 +238,15 @@ class _Grid:
         return sorted(dict.fromkeys(rows), key=position)
 
     def _row(self, record: Record, extra: str = "") -> str:
-        labels = [label for axis in self.rows if (label := axis_label(record, axis, self.varying))]
+        shown = [axis for axis in self.rows if axis != "model"]
+        labels = [label for axis in shown if (label := axis_label(record, axis, self.varying))]
         if is_dense(record):
             row = f"{extra} dense".lstrip()
         else:
             row = " ".join(labels) or axis_label(record, "method", self.varying)
             row = f"{row}, {extra}" if extra else row
-        return f"{model_name(record)} {row}" if len(self.models) > 1 else row
+        several = len(self.models) > 1 and self.column != "model"
+        return f"{model_name(record)} {row}" if several or "model" in self.rows else row
 
     def _scores(self, record: Record) -> list[Score]:
         if self.column == HEADLINE:
@@ -278,6 +282,8 @@ def axis_label(record: Mapping[str, Any], axis: str, varying: Mapping[str, list[
         return method_label(config, varying)
     if axis == "pattern" and removes_nothing(config):
         return ""  # it stands beside every pattern, as dense does
+    if axis == "model":
+        return model_name(record)
     if axis in OPTIONAL_GROUPS:
         return str((config.get(axis) or {"name": "none"})["name"])
     value = setting(config, "pattern.name" if axis == "pattern" else axis)

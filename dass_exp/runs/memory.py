@@ -77,8 +77,9 @@ class MemoryNeeds:
         )
 
     def parts(self) -> str:
-        """All parts in one line, in GB."""
-        return ", ".join(f"{part.name} {getattr(self, part.name) / 1e9:.2f}" for part in fields(self)) + " GB"
+        """All parts that are not nothing in one line, in GB."""
+        sizes = {part.name: getattr(self, part.name) / 1e9 for part in fields(self)}
+        return ", ".join(f"{name} {size:.2f}" for name, size in sizes.items() if size >= 0.005) + " GB"
 
 
 @dataclass(frozen=True)

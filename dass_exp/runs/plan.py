@@ -140,7 +140,8 @@ def _retraining_seconds(records: list[Record], run: ResolvedRun) -> float | None
 
 
 def _most_similar(records: list[Record], run: ResolvedRun, cost: str) -> Iterator[tuple[list[Record], str]]:
-    """Yield similar records and how they are similar, the most similar first."""
+    """Yield similar records and how they are similar, the most similar first; only those of the same kind of device."""
+    records = [record for record in records if record["identity"].get("device") == run.spec.device.type]
     if cost == "eval_s":
         name = run.config.eval.name
         yield [record for record in records if record["config"]["eval"]["name"] == name], f"records with eval={name}"

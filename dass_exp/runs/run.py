@@ -1,5 +1,6 @@
 """One run: resolve, find or execute, record, track."""
 
+import logging
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from dass_exp.storage.durable import refuse_links, remove_partial_files
 from dass_exp.storage.records import Record
 from dass_exp.trackers.none import NullTracker
 from dass_exp.trackers.tracking import Tracking
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ def run(config: RunConfig, context: RunContext | None = None) -> Outcome:
     if dense_run is not None and not resolved.streams:  # scored while the model in memory is still dense
         dense, _ = _find_or_execute(_counterpart(dense_run), context)
     record, found = _find_or_execute(resolved, context)
+    if found and any(record.get(name) != value for name, value in labels(config).items()):
+        log.warning("the record was made before, and keeps its own name, tags and notes; rerun=true makes it again")
     if found and resolved.tracker.takes_one_run:
         Tracking(resolved.tracker, config.results_dir).send(record)
     if dense_run is not None and dense is None:

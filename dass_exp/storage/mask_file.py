@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dass_exp.errors import DamagedFileError, UserError
+from dass_exp.paths import MASKS
 from dass_exp.storage.tensor_file import read_tensors, write_tensors
 
 _ORDER = {0: "/order of rows", 1: "/order of columns"}  # endings of the names of orders, by axis
@@ -62,7 +63,7 @@ def write_masks(masks: Mapping[str, PackedMask], path: Path) -> None:
 
 
 def load_masks(path: str | Path) -> dict[str, Tensor]:
-    """Load a ``masks.safetensors``: bool [out_features, in_features] by linear, True where the weight stays.
+    """Load a ``masks.safetensors``, or that of a folder: bool [out_features, in_features] by linear, True: it stays.
 
     They fit the pruned model: if its neurons were put in another order, so are those of the masks.
 
@@ -70,7 +71,8 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
         DamagedFileError: the file does not hold what was written into it.
         UserError: it is missing, or holds no packed masks.
     """
-    return {name: mask.unpack() for name, mask in read_packed(path).items()}
+    file = Path(path) / MASKS if Path(path).is_dir() else path
+    return {name: mask.unpack() for name, mask in read_packed(file).items()}
 
 
 def mask_names(path: str | Path) -> list[str]:

@@ -251,7 +251,8 @@ def _contradiction(metrics: _Metrics, protocol: _Protocol) -> str | None:
 def _task_problem(task: _Task) -> str | None:
     if "acc" not in task and "exact_match" not in task:
         return "metrics.tasks: a task with neither acc nor exact_match"
-    if task.get("documents") != 1:  # a single document has no standard error
+    # a single document has no standard error, nor has a group of tasks of one each
+    if 1 not in (task.get("documents"), task.get("limit")):
         for name in ("acc", "acc_norm", "exact_match"):
             if name in task and f"{name}_stderr" not in task:
                 return f"metrics.tasks: an {name} without its standard error"

@@ -351,7 +351,8 @@ def plugin(tmp_path, monkeypatch):
             (folder / f"{name}.py").write_text(content)
         for module in ("a_plugin", "a_plugin.method"):
             sys.modules.pop(module, None)
-        plugin_source._package_digest.cache_clear()
+        for cached in (plugin_source._package_digest, plugin_source._imports, plugin_source._roots):
+            cached.cache_clear()
         return key_with(tiny, "method=magnitude", "method._target_=a_plugin.method.Largest")
 
     yield key
@@ -364,6 +365,32 @@ def test_edited_code_of_a_plugin_is_another_run(tiny, plugin):
     keys = [plugin(tiny), plugin(tiny), plugin(tiny, method=PLUGIN + "    version = 1"), plugin(tiny, helper="x = 1")]
     assert keys[0] == keys[1]
     assert len(set(keys)) == 3
+
+
+@pytest.mark.thorough
+def test_edited_code_that_a_plugin_imports_is_another_run(tiny, plugin, tmp_path):
+    """Its own packages wherever they lie, also by way of others; not those of no import, nor installed ones."""
+    packages = tmp_path / "packages"
+
+    def write(**files):
+        for name, content in files.items():
+            (packages / f"{name}.py").write_text(content)
+
+    imports = {"method": "import my_scores, numpy, json\n" + PLUGIN, "helper": "def late():\n    import my_late\n"}
+    write(my_scores="from my_rest import x", my_rest="x = 1", my_late="y = 1", my_other="z = 1")
+    keys = [plugin(tiny, **imports)]
+    for edited in (
+        {"my_other": "z = 2"},
+        {"my_scores": "from my_rest import x, x"},
+        {"my_rest": "x = 2"},
+        {"my_late": ""},
+    ):
+        write(**edited)
+        for module in ("my_scores", "my_rest"):
+            sys.modules.pop(module, None)
+        keys.append(plugin(tiny, **imports))
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 4
 
 
 def test_our_own_code_is_known_by_its_versions(tiny):
