@@ -253,7 +253,7 @@ def _card(target: Path, manifest: Mapping[str, Any]) -> str:
         f"`{MASKS}` holds the masks, one bit a weight; `{MANIFEST}` says how this model was made, with a checksum of\n"
         "every file.",
         "```python\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{target}")\n```',
+        f'model = AutoModelForCausalLM.from_pretrained("{target.name}")  # the path of this folder\n```',
         f"Written by dass_exp {version('dass_exp')}. The dense model's license applies.",
     ]
     return "\n\n".join(paragraphs) + "\n"

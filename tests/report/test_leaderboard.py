@@ -110,3 +110,16 @@ def test_the_committed_page_is_that_of_the_committed_records(tmp_path):
     folder = ROOT / "results" / "leaderboard"
     cli.main(["leaderboard", "--results", str(folder), "--output", str(tmp_path)])
     assert (tmp_path / "leaderboard.md").read_text() == (folder / "leaderboard.md").read_text()
+
+
+@pytest.mark.thorough
+def test_the_committed_tables_of_the_demo_are_those_of_the_committed_records(tmp_path):
+    demo = ROOT / "results" / "demo"
+    sweeps = ["perplexity", "zero_shot", "alpha", "granularity", "calibration_size"]
+    cli.main([*sweeps, "--results", str(demo), "--output", str(tmp_path)])
+    for sweep in sweeps:
+        written = (tmp_path / "tables" / f"{sweep}.md").read_text(encoding="utf-8")
+        assert written == (demo / "tables" / f"{sweep}.md").read_text(encoding="utf-8")
+    page = (demo / "report.html").read_text(encoding="utf-8")
+    linked = set(re.findall(r'href="([^"#:]+)"', page))
+    assert len(linked) > 40 and all((demo / link).exists() for link in linked)

@@ -19,7 +19,15 @@ METRICS = {"perplexity": {"text": 20.0}, "window_nll": {"text": [3.0]}}
 SCORED = {"metrics": METRICS, "protocol": BARE["protocol"] | WINDOWS}
 
 
-@pytest.mark.parametrize("changes", [{}, {**SCORED, "more": {"free": 1}}])
+# a group of tasks of which one document each was scored
+GROUP = {"acc": 0.5, "split": "test", "limit": 1, "documents": 2, "num_fewshot": 0, "version": "1"}
+LIMITED = {
+    "metrics": {"tasks": {"mmlu": GROUP}, "mean_acc": 0.5, "mean_acc_norm": 0.5},
+    "protocol": BARE["protocol"] | {"lm_eval": "0.4", "limit": 1},
+}
+
+
+@pytest.mark.parametrize("changes", [{}, {**SCORED, "more": {"free": 1}}, LIMITED])
 def test_a_valid_record_has_no_problem(changes):
     assert record_problem(BARE | changes, KEY) is None
 
