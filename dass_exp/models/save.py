@@ -14,6 +14,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from dass_exp.errors import DamagedFileError, UserError
 from dass_exp.models.folder import MANIFEST, manifest_of
+from dass_exp.models.locate import quiet_libraries
 from dass_exp.models.shards import INDEX
 from dass_exp.paths import MASKS
 from dass_exp.storage.checksum import file_digest
@@ -106,7 +107,7 @@ def save_checkpoint(
     shutil.rmtree(staging, ignore_errors=True)  # left by a killed run
     staging.mkdir(parents=True)
     try:
-        with as_os_error(target):
+        with as_os_error(target), quiet_libraries():
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
         return _move_into_place(staging, target, masks, manifest)
