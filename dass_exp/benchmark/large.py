@@ -152,6 +152,9 @@ def _card_row(shape: LlamaShape) -> dict[str, str]:
         "in memory, `cache=cpu` GB": " / ".join(f"{needs.resident / 1e9:.0f}" for needs in waiting.values()),
         "streamed GB": " / ".join(f"{needs.streamed / 1e9:.0f}" for needs in kept.values()),
         "streamed, `cache=cpu` GB": " / ".join(f"{needs.streamed / 1e9:.0f}" for needs in waiting.values()),
+        "host for it, in memory / streamed GB": " / ".join(
+            f"{size / 1e9:.0f}" for size in (waiting["dass"].host, waiting["dass"].host + waiting["dass"].host_windows)
+        ),
         "launches, thousands": f"{40 * linears / 1e3:.0f} / {5 * columns / 1e3:,.0f}",
         "waits": f"{3 * shape.blocks} / {5 * shape.blocks}",
     }
