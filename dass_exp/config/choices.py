@@ -20,6 +20,8 @@ CHOICES = {
     "eval.zeroshot.data": ("offline", "hub"),
 }
 
+SWITCHES = ("plan", "rerun", "save_masks", "eval.divergence", "model.accept_license", "model.trust_remote_code")
+
 
 def check_choice(setting: str, value: object) -> None:
     """Raise a UserError unless ``value`` is one of the words that ``setting`` takes."""
@@ -30,5 +32,6 @@ def complete(line: str) -> list[str]:
     """Return what the last word of a command line may become, ``setting=word``; empty if it is no such setting."""
     setting, equals, typed = line.rsplit(" ", maxsplit=1)[-1].partition("=")
     before, comma, begun = typed.rpartition(",")
-    words = [word for word in CHOICES.get(setting, ()) if word.startswith(begun)] if equals else []
+    known = CHOICES.get(setting, ("true", "false") if setting in SWITCHES else ())
+    words = [word for word in known if word.startswith(begun)] if equals else []
     return [f"{setting}={before}{comma}{word}" for word in words]

@@ -10,7 +10,7 @@ import pytest
 from support import CONF, ROOT, environment
 
 from dass_exp.config import help as help_module
-from dass_exp.config.choices import CHOICES, complete
+from dass_exp.config.choices import CHOICES, SWITCHES, complete
 from dass_exp.config.help import GROUPS, SETTINGS, help_text, settings_of_schema
 
 
@@ -44,12 +44,17 @@ def test_every_word_of_a_choice_is_in_the_help():
         assert [word for word in words if word not in about] == [], setting
 
 
+def test_what_is_completed_are_settings():
+    assert {*CHOICES, *SWITCHES} <= settings_of_schema()
+
+
 @pytest.mark.parametrize(
     ("line", "found"),
     [
         ("dass-exp scope=", ["scope=mlp", "scope=attention", "scope=all"]),
         ("dass-exp method=dass model.placement=s", ["model.placement=stream"]),
         ("dass-exp -m scope=mlp,a", ["scope=mlp,attention", "scope=mlp,all"]),
+        ("dass-exp plan=", ["plan=true", "plan=false"]),
         ("dass-exp scope=mlp ", []),
         ("dass-exp scope", []),
         ("dass-exp method=d", []),  # by Hydra, from the files of the group
