@@ -59,6 +59,8 @@ def _settings(overrides: Sequence[str]) -> RunConfig:
         with composing():
             overrides = completed(overrides)
             return settings_of(overrides, admitted_packages(overrides))
+    except UserError:
+        raise
     except (HydraException, ValueError) as error:
         if misread := next(filter(None, map(misread_choice, overrides)), None):
             raise UserError(misread) from error

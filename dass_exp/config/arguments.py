@@ -122,20 +122,27 @@ def _present_name(override: str) -> str:
 
 
 def _named_pattern(override: str) -> list[str]:
-    """Translate patterns that are written as N:M or as a share of zeros."""
+    """Translate patterns that are written as N:M or as a share of zeros.
+
+    Raises:
+        UserError: several that no choice of files can name together.
+    """
     name, _, value = override.partition("=")
-    parts = value.split(",")
-    if name != "pattern":
+    parts = [part.strip("'\"") for part in value.split(",")]
+    shares = [part for part in parts if re.fullmatch(r"0?\.\d+", part)]
+    groups = [part.split(":") for part in parts if re.fullmatch(r"\d+:\d+", part)]
+    if name.lstrip("+") != "pattern" or not (shares or groups):
         return [override]
-    if all(re.fullmatch(r"0?\.\d+", part) for part in parts):
-        return ["pattern=unstructured", f"pattern.sparsity={value}"]
-    groups = [re.fullmatch(r"(\d+):(\d+)", part) for part in parts]
-    files = ["{}of{}".format(*group.groups()) if group else part for group, part in zip(groups, parts, strict=True)]
+    if len(shares) == len(parts):
+        return ["pattern=unstructured", f"pattern.sparsity={','.join(shares)}"]
+    files = [re.sub(r"^(\d+):(\d+)$", r"\1of\2", part) for part in parts]
     if all((project_root() / "conf" / "pattern" / f"{file}.yaml").is_file() for file in files):
         return [f"pattern={','.join(files)}"]
-    if len(groups) == 1 and groups[0]:
-        return ["pattern=nm", f"pattern.n={groups[0][1]}", f"pattern.m={groups[0][2]}"]
-    return [override]
+    if len(parts) == 1:
+        return ["pattern=nm", f"pattern.n={groups[0][0]}", f"pattern.m={groups[0][1]}"]
+    raise UserError(
+        f"{override}: one command takes shares, or patterns of conf/pattern; run one for each of the others"
+    )
 
 
 def _names_a_sweep(arguments: list[str]) -> bool:

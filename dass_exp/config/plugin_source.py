@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -32,7 +33,7 @@ def source_digest(kind: type) -> str | None:
 
 def _with_imports(names: Iterable[str]) -> set[str]:
     """Add the user's own packages that these import, and what those import."""
-    found, waiting = set[str](), set(names)
+    found, waiting = set(names), {name for name in names if _is_the_users(name)}
     while waiting:
         found.add(name := waiting.pop())
         waiting |= {imported for imported in _imports(name) if _is_the_users(imported)} - found
@@ -40,10 +41,11 @@ def _with_imports(names: Iterable[str]) -> set[str]:
 
 
 def _is_the_users(name: str) -> bool:
+    """Whether a package has source code outside of the folders of installed libraries."""
     if name in OURS | _LIBRARIES | sys.stdlib_module_names:
         return False
-    roots = _roots(name)
-    return bool(roots) and not any(_INSTALLED & {*Path(root).parts} for root in roots)
+    own = [Path(root) for root in _roots(name) if not _INSTALLED & {*Path(root).parts}]
+    return next(_sources(own), None) is not None  # an empty folder of that name is a package to Python too
 
 
 @functools.cache
@@ -52,8 +54,9 @@ def _imports(name: str) -> frozenset[str]:
     found = set[str]()
     for path, content in _sources(map(Path, _roots(name))):
         try:
-            nodes = list(ast.walk(ast.parse(content))) if path.endswith(".py") else []
-        except (SyntaxError, ValueError):
+            with warnings.catch_warnings(action="ignore"):
+                nodes = list(ast.walk(ast.parse(content))) if path.endswith(".py") else []
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
             continue  # it cannot be imported either
         for node in nodes:
             if isinstance(node, ast.Import):

@@ -62,18 +62,20 @@ class Layer:
 class LoadedZeros(Callback):
     """Counts the zeros of every matrix of the blocks before they are pruned: those of a model that was pruned before.
 
-    ``matrices`` has the zeros and the size of each.
+    ``matrices`` has the zeros and the size of each; none if some were not counted.
     """
 
     def __init__(self) -> None:
         self.matrices: list[tuple[int, int]] = []
+        self.counts = True
         self._blocks: Sequence[nn.Module] = ()
 
     def on_start(self, loop: LoopState) -> None:
         self._blocks = loop.decoder.blocks  # type: ignore[assignment]
 
     def on_block_start(self, index: int) -> None:
-        self.count(self._blocks[index])
+        if self.counts:
+            self.count(self._blocks[index])
 
     def count(self, block: nn.Module) -> None:
         """Count those of one block."""

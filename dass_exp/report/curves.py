@@ -36,7 +36,7 @@ def _labels(table: ResultTable, records: list[Record], x_axis: str) -> dict[str,
         method: [name for name in names if x_axis not in (f"method.{name}", f"retrain.{name}")]
         for method, names in varying_settings(pruned).items()
     }
-    axes = ["model.name", *(axis for axis in table.axes if axis not in (x_axis, "model.name"))]
+    axes = ["model.name", *(axis for axis in table.axes if axis not in (x_axis, "model"))]
     axes = [axis for axis in axes if len({axis_label(record, axis, varying) for record in pruned} - {""}) > 1]
     protocols = Protocols(records)
     mixed = [name for name in table.mixed if name != x_axis]

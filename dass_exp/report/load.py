@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,21 +168,31 @@ def model_identity(record: Record) -> str:
     return str(identity["trained"]["recipe"] if identity.get("trained") else identity["model"])
 
 
-def told_apart(records: list[Record]) -> list[Record]:
-    """Return the records with the beginning of a model's identity behind its name where several models have that."""
+def told_apart(records: list[Record], failed: list[SweepCell]) -> tuple[list[Record], list[SweepCell]]:
+    """Return records and failed cells with models of one name told apart by the beginning of their identities."""
     identities: dict[str, set[str]] = {}
     for record in records:
         identities.setdefault(model_name(record), set()).add(model_identity(record))
-    return [
-        record if len(identities[model_name(record)]) == 1 else _with_model_name(record, model_identity(record))
-        for record in records
+    names: dict[str, str] = {}  # by what a config says of its model, which a failed cell has too
+    renamed = []
+    for record in records:
+        if len(identities[model_name(record)]) == 1:
+            renamed.append(record)
+            continue
+        name = f"{model_name(record)}@{re.split('[:@]', model_identity(record))[-1][:6]}"
+        names[json.dumps(record["config"]["model"], sort_keys=True)] = name
+        renamed.append({**record, "config": _with_model_name(record["config"], name)})
+    cells = [
+        replace(cell, config=_with_model_name(cell.config, known))
+        if cell.config and (known := names.get(json.dumps(cell.config["model"], sort_keys=True)))
+        else cell
+        for cell in failed
     ]
+    return renamed, cells
 
 
-def _with_model_name(record: Record, identity: str) -> Record:
-    name = f"{model_name(record)}@{re.split('[:@]', identity)[-1][:6]}"
-    config = {**record["config"], "model": {**record["config"]["model"], "name": name}}
-    return {**record, "config": config}
+def _with_model_name(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {**config, "model": {**config["model"], "name": name}}
 
 
 def by_model_note(records: Iterable[Record]) -> dict[str, list[Record]]:

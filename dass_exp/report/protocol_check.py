@@ -87,7 +87,8 @@ class Protocols:
     def label(self, record: Record, names: Sequence[str]) -> str:
         """Return a record's values of these settings, as the rows of a mixed table show them: ``context=512``."""
         settings = self._settings[record["key"]]
-        last = [name.removesuffix(".name").rsplit(".", 1)[-1] for name in names]
+        # the code of a plugin is named by its kind: method=abc would look like the name of one
+        last = ["code" if name.startswith("code.") else name.removesuffix(".name").rsplit(".", 1)[-1] for name in names]
         labels = {name: short if last.count(short) == 1 else name for name, short in zip(names, last, strict=True)}
         return ", ".join(f"{label}={settings[name]}" for name, label in labels.items() if name in settings)
 
@@ -101,6 +102,8 @@ def _settings(record: Record) -> Iterator[tuple[str, str, str]]:
     if zeroshot := identity.get("eval", {}).get("zeroshot"):
         for name in _ZERO_SHOT_ONLY_IF_SET.difference(zeroshot):
             yield f"eval.zeroshot.{name}", "none", "none"
+    if "method" not in identity.get("code", {}):
+        yield "code.method", "none", "none"
     if windows := record["protocol"].get(_WINDOWS):
         yield _WINDOWS, str(windows)[:8], str(windows)
 

@@ -72,7 +72,7 @@ def _scores(record: Record) -> Iterator[tuple[dict[str, str], float]]:
     """Each score of a record, described in the columns of the reference file."""
     config, metrics, tasks = record["config"], record["metrics"], asked_tasks(record)
     described = {
-        "model": _normalised(model_name(record)),
+        "model": _normalised(model_name(record).partition("@")[0]),  # without what tells it from another of that name
         "method": config["method"]["name"],
         "pattern": config["pattern"]["name"] if config["pattern"] else "dense",
         **({} if is_dense(record) else {"scope": config["scope"]}),

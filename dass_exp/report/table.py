@@ -97,7 +97,7 @@ def build_table(
     Raises:
         UserError: the records differ in a setting that no axis shows. With ``mix`` the rows show it instead.
     """
-    records = told_apart(records)
+    records, failed = told_apart(records, failed)
     grid = _Grid(layout, records, failed, results)
     differing = grid.protocols.differing(grid.axes)
     differing |= grid.protocols.conflicts(scores.keys() for scores in grid.scores(tuple(differing)).values())
@@ -166,11 +166,11 @@ class _Grid:
     def __init__(
         self, layout: Mapping[str, Any], records: list[Record], failed: list[SweepCell], results: Path
     ) -> None:
-        self.metric, self.column, self.records = str(layout["metric"]), str(layout["columns"]), records
+        self.metric, self.column, self.records = str(layout["metric"]), _axis(layout["columns"]), records
         self.reader = Scores(self.metric, records, results, by_step=self.column == STEP)
         # columns are values of a setting
         self.by_setting = metric_of(self.metric).one_number and self.column not in (HEADLINE, STEP)
-        self.rows = layout["rows"] if isinstance(layout["rows"], list) else [layout["rows"]]
+        self.rows = list(map(_axis, layout["rows"] if isinstance(layout["rows"], list) else [layout["rows"]]))
         self.axes = (*self.rows, self.column)
         self.protocols = Protocols(records)
         self.intended: list[Record] = [{"config": cell.config} for cell in failed if cell.config]
@@ -243,10 +243,12 @@ class _Grid:
         if is_dense(record):
             row = f"{extra} dense".lstrip()
         else:
-            row = " ".join(labels) or axis_label(record, "method", self.varying)
-            row = f"{row}, {extra}" if extra else row
+            row = " ".join(labels)
+            if not row and self.column != "method":
+                row = axis_label(record, "method", self.varying)
+            row = ", ".join(filter(None, (row, extra)))
         several = len(self.models) > 1 and self.column != "model"
-        return f"{model_name(record)} {row}" if several or "model" in self.rows else row
+        return f"{model_name(record)} {row}".strip() if several or "model" in self.rows else row
 
     def _scores(self, record: Record) -> list[Score]:
         if self.column == HEADLINE:
@@ -260,6 +262,10 @@ class _Grid:
         label = axis_label(record, self.column, self.varying)
         columns = [label] if label else self.columns or [""]  # dense has no pattern: it is in every column
         return [score._replace(column=column) for column in columns for score in scores]
+
+
+def _axis(name: Any) -> str:
+    return "model" if name == "model.name" else str(name)
 
 
 def _without_axes(varying: Mapping[str, list[str]], axes: tuple[str, ...]) -> dict[str, list[str]]:

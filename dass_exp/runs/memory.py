@@ -50,6 +50,7 @@ class MemoryNeeds:
     before: int = 0  # kept of the dense model for retraining, while it is pruned too: weights in the scope, its states
     host: int = 0  # not memory of an accelerator: activations that wait on its host, targets of training
     host_windows: int = 0  # the same of scored windows: where the model is streamed
+    host_dense: int = 0  # the dense model's last states: where the model is in memory, and the divergence is scored
     disk: int = 0  # not memory: activations cached on disk, masks, and the resume state, twice while it is replaced
 
     @property
@@ -79,7 +80,7 @@ class MemoryNeeds:
     def parts(self) -> str:
         """All parts that are not nothing in one line, in GB."""
         sizes = {part.name: getattr(self, part.name) / 1e9 for part in fields(self)}
-        return ", ".join(f"{name} {size:.2f}" for name, size in sizes.items() if size >= 0.005) + " GB"
+        return ", ".join(f"{name} {size:.2f}" for name, size in sizes.items() if size) + " GB"
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ def memory_needs(
         # the host runs ahead of the accelerator: what a batch gives is stored before what it has read is free
         host=_waiting_on_host(workload, features, workload.batch_size, calibration, 4 + recorded)
         + (workload.device.type != "cpu") * _target_states(workload, features),
+        host_dense=(workload.device.type != "cpu") * window_bytes,
         host_windows=_waiting_on_host(workload, features, workload.scoring_batch_size, windows, 4),
         disk=on_disk + sum(scope) // 8 + state + 2 * 12 * _trained_numbers(model, sites, workload.retrain),
         training=training,
@@ -307,9 +309,12 @@ def _left_in(group: Path, first_version: bool) -> int:
         return _UNLIMITED
 
 
-def check_host(needs: MemoryNeeds, placement: str, free: int) -> None:
-    """Raise a UserError unless what waits on the host of an accelerator fits into its ``free`` bytes."""
-    needed = needs.host + (needs.host_windows if placement == "stream" else 0)
+def check_host(needs: MemoryNeeds, placement: str, keeps_dense: bool, free: int) -> None:
+    """Raise a UserError unless what waits on the host of an accelerator fits into its ``free`` bytes.
+
+    ``keeps_dense``: whether the dense model's last states of a model in memory are computed and kept.
+    """
+    needed = needs.host + (needs.host_windows if placement == "stream" else keeps_dense * needs.host_dense)
     if needed > free:
         raise UserError(
             f"{needed / 1e9:.1f} GB wait in the memory of the host while the model is pruned, where {free / 1e9:.1f} "

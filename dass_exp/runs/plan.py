@@ -56,7 +56,8 @@ def plan(config: RunConfig, context: RunContext | None = None) -> Plan:
     if run.finished_record() is not None:
         return Plan(run.key, done=True, seconds=0.0, basis="done", needs=stated)
     needs = "; ".join(filter(None, (stated, _needs(run))))
-    records = [record for record in run.store.records() if record["identity"]["model"] == run.spec.identity]
+    like = {"model": run.spec.identity, "device": run.spec.device.type}
+    records = [record for record in run.store.records() if like.items() <= record["identity"].items()]
     prune_s, basis = _median(records, run, "prune_s") if run.method.prunes else (0.0, "nothing to prune")
     eval_s, _ = _median(records, run, "eval_s")
     retrain_s = _retraining_seconds(records, run)
@@ -140,8 +141,7 @@ def _retraining_seconds(records: list[Record], run: ResolvedRun) -> float | None
 
 
 def _most_similar(records: list[Record], run: ResolvedRun, cost: str) -> Iterator[tuple[list[Record], str]]:
-    """Yield similar records and how they are similar, the most similar first; only those of the same kind of device."""
-    records = [record for record in records if record["identity"].get("device") == run.spec.device.type]
+    """Yield similar records and how they are similar, the most similar first."""
     if cost == "eval_s":
         name = run.config.eval.name
         yield [record for record in records if record["config"]["eval"]["name"] == name], f"records with eval={name}"

@@ -115,7 +115,8 @@ def place(run: ResolvedRun, context: RunContext, requested: str | None = None) -
         placement, reason = choose_placement(requested, needs, context.available_memory(run.spec.device) + reusable)
         if run.spec.device.type != "cpu" and is_present(run.spec.device):
             torch.accelerator.empty_host_cache()  # what torch keeps of earlier cells counts as free
-            check_host(needs, placement, context.available_memory(torch.device("cpu")))
+            keeps_dense = run.method.prunes and run.config.eval.divergence and not cache.dense_hidden
+            check_host(needs, placement, keeps_dense, context.available_memory(torch.device("cpu")))
     except UserError:
         context.check_length(run)  # a text that is too short is the better reason
         raise

@@ -212,6 +212,7 @@ class ResumeState(Callback):
             verification.starved += earlier.results["starved"]
             stopwatch.add(earlier.results["seconds"])
             self._loaded.matrices += map(tuple, earlier.results.get("loaded_zeros", ()))
+            self._loaded.counts = bool(self._loaded.matrices)  # a state of an earlier version has not counted them
 
     def on_start(self, loop: LoopState) -> None:
         self._loop = loop

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dass_exp.config.arguments import prepare
+from dass_exp.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,8 @@ from dass_exp.config.arguments import prepare
         (["pattern=1:8", "seed=1"], ["pattern=nm", "pattern.n=1", "pattern.m=8", "seed=1"]),
         (["pattern=0.5"], ["pattern=unstructured", "pattern.sparsity=0.5"]),
         (["-m", "pattern=0.5,.6"], ["-m", "pattern=unstructured", "pattern.sparsity=0.5,.6"]),
-        (["pattern=2:4,1:8"], None),
+        (["pattern='2:4'", "+pattern=0.25"], ["pattern=2of4", "pattern=unstructured", "pattern.sparsity=0.25"]),
+        (["pattern=wrong,2of4"], None),
         (["pattern=50"], None),
         (["plan=true", "hydra/launcher=joblib"], ["plan=true"]),
     ],
@@ -35,3 +37,9 @@ from dass_exp.config.arguments import prepare
 )
 def test_a_command_line_as_hydra_reads_it(typed, read):
     assert prepare(typed) == (typed if read is None else read)
+
+
+@pytest.mark.parametrize("patterns", ["2:4,0.5", "2:4,1:8", "0.5,2of4"])
+def test_patterns_of_two_kinds_are_refused(patterns):
+    with pytest.raises(UserError, match="one command takes shares, or patterns of conf/pattern"):
+        prepare(["-m", f"pattern={patterns}"])

@@ -177,3 +177,12 @@ def test_two_models_of_one_name_are_told_apart(tmp_path, capsys):
         "| dense | 30.00 | 50.00 |",
         "| Wanda | 60.00 | 100.00 |",
     ]
+
+
+def test_models_stand_beside_methods(tmp_path, capsys):
+    for model, nll in (("first", 30.0), ("second", 50.0)):
+        for method, factor in (("wanda", 2), ("dass", 1)):
+            write_record(record_of(method, [nll * factor], key=f"{method[0]}{model[0]}" * 8, model=model), tmp_path)
+    for rows in ("model", "model.name"):
+        table = rows_of(capsys, tmp_path, "--rows", rows, "--columns", "method")
+        assert sorted(table[2:]) == ["| first | 30.00 | 60.00 |", "| second | 50.00 | 100.00 |"]

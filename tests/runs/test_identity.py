@@ -393,5 +393,19 @@ def test_edited_code_that_a_plugin_imports_is_another_run(tiny, plugin, tmp_path
     assert len(set(keys)) == 4
 
 
+@pytest.mark.thorough
+def test_the_key_of_a_plugin_does_not_depend_on_where_it_runs(tiny, plugin, tmp_path, monkeypatch):
+    """An optional import that finds an empty folder, a file that no parser can read, installed libraries."""
+    optional = "try:\n    import my_missing, sklearn\nexcept ImportError:\n    pass\n" + PLUGIN
+    deep = "x = " + "(" * 3000 + "1" + ")" * 3000
+    files = {"method": optional, "deep": deep, "old": "import my_missing\nx = '\\d'"}
+    first = plugin(tiny, **files)
+    (tmp_path / "elsewhere" / "my_missing").mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
+    assert plugin(tiny, **files) == first
+    (tmp_path / "elsewhere" / "my_missing" / "__init__.py").write_text("x = 1")
+    assert plugin(tiny, **files) != first
+
+
 def test_our_own_code_is_known_by_its_versions(tiny):
     assert "code" not in identified(tiny).identity
