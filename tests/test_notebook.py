@@ -152,3 +152,12 @@ def test_what_python_is_given_wrongly_is_one_line(cell, tmp_path):
     with pytest.raises(UserError, match="expected records, as run"):
         dass_exp.compare("6d4b", "ca27")
     assert not list(tmp_path.glob("results/runs/*/result.json"))
+
+
+def test_a_found_record_says_that_it_keeps_its_name(cell, caplog):
+    labels = ["name=first", "tags=[a,b]"]
+    dass_exp.run(*cell, *labels, "method=magnitude")
+    dass_exp.run(*cell, *labels, "method=magnitude")
+    assert "keeps its own name" not in caplog.text
+    record = dass_exp.run(*cell, "name=second", "method=magnitude")
+    assert record["name"] == "first" and "keeps its own name" in caplog.text

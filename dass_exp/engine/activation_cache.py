@@ -76,10 +76,7 @@ class ActivationCache:
 
 
 def _page_locked(tensor: Tensor) -> Tensor | None:
-    """Return host memory for a tensor that a GPU can copy to while the host goes on; None if there is no more.
-
-    Copies from and to it are several times faster than from and to other memory.
-    """
+    """Return host memory for a tensor that a GPU can copy to while the host goes on; None if there is no more."""
     try:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     except RuntimeError:  # limited by the system, below the memory that is free

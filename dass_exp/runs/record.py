@@ -22,9 +22,8 @@ from dass_exp.storage.mask_file import PackedMask
 from dass_exp.storage.record_schema import SCHEMA
 from dass_exp.storage.records import Record
 
-_PRUNED_BEFORE = (
-    0.01  # share of zeros from which a model that was loaded as dense, or a matrix of it, was pruned before
-)
+# share of zeros from which a model that was loaded as dense, or a matrix of it, was pruned before
+_PRUNED_BEFORE = 0.01
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,8 @@ STATE = "state.safetensors"
 TRAINING = "training"  # the folder of the checkpoints of a retraining
 _PLACEMENT = "model.placement"
 _SLOW_S = 1.0  # seconds; a state that is written faster is written behind every block
-_SHARE, _LONGEST_S = (
-    9,
-    600.0,
-)  # times as long as a slow one took, no other is written, but not for more than ten minutes
+# no other is written for so many times as long as a slow one took, but for ten minutes at the most
+_SHARE, _LONGEST_S = 9, 600.0
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import pytest
 from factory import failed, record_of
 
-from dass_exp.report.load import SweepCell, cells_of, recovered
+from dass_exp.report.load import SweepCell, cells_of, recovered, told_apart
 from dass_exp.report.sweep_callback import note_cell
 
 
@@ -68,3 +68,17 @@ def test_without_a_key_a_failure_is_repaired_by_a_record_of_the_same_effective_s
 def test_another_run_repairs_no_failure(changes):
     assert not recovered(failed("wanda"), [record_of("wanda", **changes), record_of("dass"), record_of("dense")])
     assert not recovered(SweepCell(("method=foo",), "failed", None, "no such method"), [record_of("wanda")])
+
+
+def test_a_failed_cell_belongs_to_the_model_that_its_config_names():
+    records = [record_of("wanda", key=f"a{number}" * 8) for number in (1, 2)]
+    for number, record in enumerate(records):
+        record["identity"]["model"] = f"local:{number}f00dfeed"
+        record["config"]["model"]["path"] = f"/models/{number}"
+    ended = SweepCell((), "failed", None, "no memory", record_of("dass")["config"])
+    ended.config["model"] = dict(records[1]["config"]["model"])
+    renamed, (cell,) = told_apart(records, [ended])
+    names = [record["config"]["model"]["name"] for record in renamed]
+    assert names == ["smollm2_135m@0f00df", "smollm2_135m@1f00df"]
+    assert cell.config["model"]["name"] == names[1]
+    assert told_apart(records[:1], [ended]) == (records[:1], [ended])

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import dass_exp
 from dass_exp.errors import UserError
-from dass_exp.storage.mask_file import PackedMask, iter_masks, mask_names, write_masks
+from dass_exp.storage.mask_file import PackedMask, iter_masks, load_masks, mask_names, write_masks
 
 
 def test_the_first_weight_is_the_lowest_bit_and_rows_begin_a_byte():
@@ -78,3 +78,9 @@ def test_the_order_of_neurons_is_kept_beside_the_mask(tmp_path, axis):
         True,
         True,
     ]
+
+
+def test_the_masks_of_a_folder_are_those_of_its_file(tmp_path):
+    keep = torch.tensor([[True, False]])
+    write_masks({"linear": PackedMask.pack(keep)}, tmp_path / "masks.safetensors")
+    assert torch.equal(load_masks(tmp_path)["linear"], keep)
