@@ -5,6 +5,7 @@ from factory import record_of
 
 from dass_exp.errors import UserError
 from dass_exp.report import published
+from dass_exp.report.load import told_apart
 
 HEAD = "source,model,scope,pattern,method,metric,dataset,context,value"
 
@@ -72,3 +73,11 @@ def test_a_reference_that_cannot_be_read_is_refused(tmp_path, content, message):
 def test_a_reference_saved_by_excel_is_read(tmp_path):
     (tmp_path / "excel.csv").write_text(f"{HEAD}\n", encoding="utf-8-sig")
     assert published.read(tmp_path / "excel.csv") == []
+
+
+def test_a_model_that_is_told_apart_keeps_its_published_numbers():
+    first, second = llama(), llama()
+    second["identity"]["model"] = "local:abcdef01"
+    renamed, _ = told_apart([first, second], [])
+    assert all("@" in record["config"]["model"]["name"] for record in renamed)
+    assert len(published.counterparts(renamed, [row_of()])) == 2

@@ -9,9 +9,10 @@ import torch
 import transformers
 from pandas import json_normalize
 from pandas.testing import assert_frame_equal
-from support import run_with, tiny_overrides
+from support import run_with, settings_of, tiny_overrides
 
 from dass_exp.errors import UserError
+from dass_exp.runs.plan import plan
 
 SCORES = ("perplexity", "window_nll", "divergence", "window_kl", "generation", "tasks")
 
@@ -67,3 +68,10 @@ def test_retraining_stays_on_its_card(kind, tiny, tmp_path, accelerator, monkeyp
     assert torch.cuda.current_device() == 0
     found, expected = (json_normalize(course["curve"]) for course in (gpu["metrics"]["retrain"], cpu))
     assert_frame_equal(found, expected, rtol=1e-6)
+
+
+def test_the_time_of_a_plan_is_that_of_its_own_kind_of_device(tiny, tmp_path, accelerator):
+    settings = tiny_overrides(tiny, tmp_path)
+    run_with(*settings, "model.device=cpu")
+    of_cpu, of_gpu = (plan(settings_of(*settings, f"model.device={device}", "seed=1")) for device in ("cpu", "cuda"))
+    assert of_cpu.seconds is not None and of_gpu.seconds is None
